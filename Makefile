@@ -1,0 +1,55 @@
+# Two commands: `make demo` and `make test`. Each sets up .venv when it is missing or out of date.
+VENV   ?= .venv
+PYTHON ?= python3.11
+BIN    := $(VENV)/bin
+# Where torch's CPU builds live, asked only if the configured package index has none.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+STACK  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints/$(if $(filter cpu,$(STACK)),cpu,common).txt)
+READY  := $(VENV)/.ready-$(STACK)
+
+export OMP_NUM_THREADS ?= 1
+# DeepSpeed compiles an operator here: one folder per environment, or two environments would rebuild it in turn.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+ifeq ($(STACK),cpu)
+export DS_ACCELERATOR := cpu
+endif
+
+.PHONY: help setup demo demo-pipeline test test-long check clean
+help:           ## list the targets
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+setup: $(READY) ## create .venv with the pinned stack
+
+$(READY): pyproject.toml constraints/common.txt constraints/cpu.txt constraints/cuda.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" \
+	  || $(BIN)/pip install -q --disable-pip-version-check --extra-index-url $(TORCH_CPU_INDEX) "$(TORCH)"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints/$(STACK).txt -e '.[test,dev]'
+	$(BIN)/python launch/build_ops.py
+	touch $@
+
+demo: $(READY)  ## prepare real text, train with scoring on 2 ranks, print the answer
+	$(BIN)/python launch/build_ops.py
+	bash launch/demo.sh
+
+demo-pipeline: $(READY) ## the demo on two pipeline stages
+	$(BIN)/python launch/build_ops.py
+	bash launch/demo.sh pipeline
+
+test: $(READY)  ## the default tests
+	$(BIN)/python launch/build_ops.py
+	$(BIN)/python -m pytest -q
+
+test-long: $(READY) ## the full products of layouts as well
+	$(BIN)/python launch/build_ops.py
+	$(BIN)/python -m pytest -q --long
+
+check: $(READY) ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:          ## remove what the demo and the tests leave
+	rm -rf runs data/demo .pytest_cache
