@@ -1,0 +1,1 @@
+"""Pure functions on local tensors: per-row partial dot products."""

@@ -1,0 +1,5 @@
+"""Process groups and reductions."""
+
+from .layout import Layout
+
+__all__ = ["Layout"]

@@ -1,0 +1,18 @@
+"""Taps: layers that emit their sharded activation and output-gradient buffers."""
+
+from .attach import REGISTRY, Coverage, Taps, attach_taps, register
+from .emission import Call, Consumer, Emission, Pass, Sharding, Site
+
+__all__ = [
+    "REGISTRY",
+    "Call",
+    "Consumer",
+    "Coverage",
+    "Emission",
+    "Pass",
+    "Sharding",
+    "Site",
+    "Taps",
+    "attach_taps",
+    "register",
+]

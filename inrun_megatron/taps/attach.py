@@ -1,0 +1,189 @@
+"""Putting taps into a model: a registry from module type to how that type is tapped.
+
+A trainable parameter that no tap covers is an error that names it: values that silently leave out a part
+of the model would look right and be wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..errors import UserError
+from .emission import Pass, Sharding
+
+# Taps a module in place and tells ``taps.cover`` which of its parameters are now seen.
+Attacher = Callable[["Taps", Any, str], None]
+REGISTRY: dict[type[nn.Module], Attacher] = {}
+
+
+def register(*types: type[nn.Module]) -> Callable[[Attacher], Attacher]:
+    """Register how modules of exactly these types (or subclasses without an entry) are tapped."""
+
+    def add(attacher: Attacher) -> Attacher:
+        for kind in types:
+            REGISTRY[kind] = attacher
+        return attacher
+
+    return add
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which trainable parameters have a tap; ``elements`` count scalars of this rank's shards."""
+
+    parameters: int
+    tapped: int
+    elements: int
+    tapped_elements: int
+    missing: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "parameters": self.parameters,
+            "tapped": self.tapped,
+            "elements": self.elements,
+            "tapped_elements": self.tapped_elements,
+            "missing": list(self.missing),
+        }
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """ZeRO-3 keeps empty tensors between uses and the true size in ``ds_numel``."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+@dataclass
+class Taps:
+    """The taps of one model and the pass that their forwards belong to now.
+
+    Attributes:
+        model: the module whose layers are tapped (in place, per instance).
+        sequence_first: plain norms and linears see ``[s, b, h]`` (Megatron) rather than ``[b, s, h]``.
+        current: the pass that a forward joins; None: taps compute, and emit nothing.
+        sharding: of every tapped parameter, by ``id``.
+    """
+
+    model: nn.Module
+    sequence_first: bool
+    current: Pass | None = None
+    sharding: dict[int, Sharding] = field(default_factory=dict)
+    _attached: list[nn.Module] = field(default_factory=list)
+
+    def cover(self, sharding: Sharding, *parameters: nn.Parameter | None) -> None:
+        """These parameters (those that train) now have a tap and are laid out like this."""
+        for parameter in parameters:
+            if parameter is None or not parameter.requires_grad:
+                continue
+            before = self.sharding.setdefault(id(parameter), sharding)
+            assert before.splits == sharding.splits, "a parameter is used both split and replicated"
+
+    @contextmanager
+    def during(self, run: Pass | None) -> Iterator[None]:
+        """Forwards inside belong to ``run``."""
+        previous, self.current = self.current, run
+        try:
+            yield
+        finally:
+            self.current = previous
+
+    def capture(self, function: Callable[..., object]) -> Callable[..., object]:
+        """``function``, later called as if in the pass that is current now.
+
+        For activation recomputation: the recomputed forward runs in backward and must see the pass of
+        the first one.
+        """
+        run = self.current
+
+        def in_pass(*args: object, **kwargs: object) -> object:
+            with self.during(run):
+                return function(*args, **kwargs)
+
+        return in_pass
+
+    def coverage(self) -> Coverage:
+        """Which trainable parameters the taps see."""
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        missing = [(n, p) for n, p in named if id(p) not in self.sharding]
+        elements = sum(_numel(p) for _, p in named)
+        return Coverage(
+            parameters=len(named),
+            tapped=len(named) - len(missing),
+            elements=elements,
+            tapped_elements=elements - sum(_numel(p) for _, p in missing),
+            missing=tuple(n for n, _ in missing),
+        )
+
+    def detach(self) -> None:
+        """Put the model's own forwards back."""
+        for module in self._attached:
+            for name in ("forward", "_forward_impl"):
+                module.__dict__.pop(name, None)
+            skip = module.__dict__.pop("_inrun_skip_bias_add", None)
+            if skip is not None:
+                module.skip_bias_add = skip
+        self._attached.clear()
+        self.sharding.clear()
+
+
+def _attacher(module: nn.Module) -> Attacher | None:
+    for kind in type(module).__mro__:
+        if kind in REGISTRY:
+            return REGISTRY[kind]
+    return None
+
+
+def attach_taps(model: nn.Module, *, sequence_first: bool | None = None, strict: bool = True) -> Taps:
+    """Tap every layer of ``model`` that holds trainable parameters.
+
+    Args:
+        model: a model of megatron-core parallel layers, or of plain ``nn.Linear``, ``nn.Embedding``,
+            ``nn.LayerNorm`` and ``nn.RMSNorm``.
+        sequence_first: layout of plain layers' inputs; default: True if the model has a Megatron layer.
+        strict: raise where a trainable parameter is left without a tap.
+
+    Raises:
+        UserError: names the parameters without a tap and their modules' types.
+    """
+    from . import plain as _plain  # noqa: F401  (fills the registry)
+
+    try:
+        from . import megatron as _megatron
+    except ImportError:  # megatron-core is needed only for models made of its layers
+        megatron_types: tuple[type[nn.Module], ...] = ()
+    else:
+        megatron_types = _megatron.PARALLEL_LAYERS
+    if sequence_first is None:
+        sequence_first = any(isinstance(m, megatron_types) for m in model.modules())
+    taps = Taps(model, sequence_first)
+    for name, module in model.named_modules():
+        attacher = _attacher(module)
+        if attacher is None:
+            continue
+        attacher(taps, module, name)
+        taps._attached.append(module)
+    if strict:
+        _require_full_coverage(taps)
+    return taps
+
+
+def _require_full_coverage(taps: Taps) -> None:
+    coverage, model = taps.coverage(), taps.model
+    if coverage.missing:
+        owners = {
+            f"{name}.{own}" if name else own: type(module).__name__
+            for name, module in model.named_modules()
+            for own, _ in module.named_parameters(recurse=False)
+        }
+        listed = ", ".join(f"{n} ({owners.get(n, '?')})" for n in coverage.missing[:5])
+        more = f" and {len(coverage.missing) - 5} more" if len(coverage.missing) > 5 else ""
+        taps.detach()
+        raise UserError(
+            f"{len(coverage.missing)} of {coverage.parameters} trainable parameters have no tap: {listed}{more}; "
+            f"freeze them (requires_grad=False), use a supported layer, or register a tap for the type "
+            f"(supported: {', '.join(sorted(t.__name__ for t in REGISTRY))})"
+        )

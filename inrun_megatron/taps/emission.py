@@ -1,0 +1,152 @@
+"""What a tap emits: its layer's activation and output-gradient buffers, and what they are shards of.
+
+Shape legend (one rank's local shapes): s tokens, b rows of the microbatch, `in` / `out` features of a
+linear layer, h hidden size. Megatron layers are sequence first ``[s, b, .]``, embeddings batch first
+``[b, s, .]``; ``Site.batch_dim`` says which dimension counts the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+class Sharding(Enum):
+    """How a parameter use is laid out over the tensor-parallel group; decides how partial dots sum.
+
+    Partial dot products are linear in the training side, so over the group they are summed; a use whose
+    gradient is the same on every rank must then be counted on one rank only.
+    """
+
+    COLUMN = "column"  # weight rows are split: full activation, sharded output gradient
+    ROW = "row"  # weight columns are split: sharded activation, full output gradient
+    VOCABULARY = "vocabulary"  # embedding rows are split
+    SEQUENCE = "sequence"  # replicated parameter that sees this rank's share of the tokens
+    REPLICATED = "replicated"  # replicated parameter, same gradient on every rank: counts once
+
+    @property
+    def splits(self) -> bool:
+        """True where every tensor-parallel rank holds another part of the parameter."""
+        return self in (Sharding.COLUMN, Sharding.ROW, Sharding.VOCABULARY)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One use of a module's parameters.
+
+    Attributes:
+        name: the module's path in the model.
+        kind: ``linear``, ``bias``, ``embedding`` or ``norm``.
+        sharding: see :class:`Sharding`.
+        batch_dim: the dimension of the activation that counts the rows of the microbatch.
+        tp_rank, tp_size: place in the tensor-parallel group that the shards belong to.
+    """
+
+    name: str
+    kind: str
+    sharding: Sharding
+    batch_dim: int
+    tp_rank: int = 0
+    tp_size: int = 1
+
+    @property
+    def counts_here(self) -> bool:
+        """False where another rank of the tensor-parallel group counts the same (replicated) gradient."""
+        return self.sharding is not Sharding.REPLICATED or self.tp_rank == 0
+
+
+@dataclass
+class Emission:
+    """A layer's buffers in one backward call; no copies are made.
+
+    Attributes:
+        site: which layer, and what the buffers are shards of.
+        run: the pass that the forward belonged to (captured at forward time).
+        weight: the parameter (its ``.data`` is gathered here under ZeRO-3); for ``norm`` the scale, for ``bias`` the bias.
+        output_grad: gradient of the loss with respect to the layer's output, ``[s, b, out]`` or ``[b, s, h]``.
+        activation: ``linear``: the input ``[s, b, in]``; ``norm``: the normalised input ``[s, b, h]``;
+            ``embedding``: local row ids, int64 ``[b, s]``; ``bias``: None.
+        bias: ``norm``: the shift, if there is one.
+        weight_grad: set by a consumer that computed the weight gradient on its way (``linear`` only); the tap computes it otherwise.
+    """
+
+    site: Site
+    run: Pass
+    weight: Parameter
+    output_grad: Tensor
+    activation: Tensor | None = None
+    bias: Parameter | None = None
+    weight_grad: Tensor | None = None
+
+
+Consumer = Callable[[Emission], None]
+
+
+@dataclass(eq=False)
+class Pass:
+    """One forward and its backward, as the taps see it.
+
+    A tap keeps the pass that was current at *forward* time; backward never reads global state.
+
+    Attributes:
+        consumers: called with every emission of this pass, in order.
+        detached: parameters take no part in autograd, so that no ``AccumulateGrad`` node runs and the
+            engine's gradient hooks stay silent; gradient flows from a dummy leaf.
+        microbatch: index of the microbatch within the step.
+    """
+
+    consumers: Sequence[Consumer] = ()
+    detached: bool = False
+    microbatch: int = 0
+    anchor: Tensor | None = field(default=None, repr=False)
+
+    def anchor_on(self, device: torch.device) -> Tensor | None:
+        """The dummy leaf that makes outputs require a gradient where parameters are detached."""
+        if not self.detached:
+            return None
+        if self.anchor is None or self.anchor.device != device:
+            self.anchor = torch.zeros((), device=device, requires_grad=True)
+        return self.anchor
+
+
+@dataclass
+class Call:
+    """What one call of a tapped module hands to its autograd function."""
+
+    site: Site
+    run: Pass | None
+    weight: Parameter
+    bias: Parameter | None = None
+
+    @property
+    def emits(self) -> bool:
+        return self.run is not None and bool(self.run.consumers)
+
+    @property
+    def detached(self) -> bool:
+        return self.run is not None and self.run.detached
+
+    def attached(self, parameter: Parameter | None) -> Parameter | None:
+        """The parameter as an autograd input, or None in a detached pass.
+
+        The Parameter itself, never a detached alias: under ZeRO-3 an alias of the gathered weight would
+        keep the gathered storage alive after DeepSpeed has let go of it.
+        """
+        return None if self.detached else parameter
+
+    def anchor(self, like: Tensor) -> Tensor | None:
+        return None if self.run is None else self.run.anchor_on(like.device)
+
+    def emit(
+        self, output_grad: Tensor, activation: Tensor | None = None, bias: Parameter | None = None
+    ) -> Emission:
+        assert self.run is not None
+        emission = Emission(self.site, self.run, self.weight, output_grad, activation, bias)
+        for consumer in self.run.consumers:
+            consumer(emission)
+        return emission

@@ -1,0 +1,96 @@
+"""The norm taps: LayerNorm and RMSNorm with per-token gradients of scale and shift.
+
+    LayerNorm:  y = w * xhat + c,   xhat = (x - mean) * rstd
+    RMSNorm:    y = w * xhat,       xhat = x * rstd
+
+Only x and the per-token statistics are saved, as torch does; xhat is recomputed in backward, where the
+per-row gradients ``sum_t B_t * xhat_t`` need it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .emission import Call
+
+
+@dataclass
+class NormCall(Call):
+    """A norm over the last dimension; ``rms`` chooses RMSNorm. ``weight`` is the scale, ``bias`` the shift."""
+
+    eps: float = 1e-5
+    rms: bool = False
+
+
+class NormTap(torch.autograd.Function):
+    """``apply(x [s, b, h], weight | None, bias | None, anchor | None, call) -> [s, b, h]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, anchor: Tensor | None, call: NormCall
+    ) -> Tensor:
+        ctx.call = call
+        scale = call.weight.data
+        if call.rms:
+            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + call.eps)
+            ctx.save_for_backward(x, rstd)
+            return (wide * rstd * scale).to(x.dtype)
+        shift = None if call.bias is None else call.bias.data
+        output, mean, rstd = torch.native_layer_norm(x, scale.shape, scale, shift, call.eps)
+        ctx.save_for_backward(x, rstd, mean)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (output_grad,) = grad_outputs
+        call: NormCall = ctx.call
+        x, rstd, *mean = ctx.saved_tensors
+        needs_weight, needs_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        scale = call.weight.data
+        weight_grad: Tensor | None = None
+        bias_grad: Tensor | None = None
+
+        normalised: Tensor | None = None
+        if call.rms or call.emits:
+            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            normalised = (wide - mean[0]) * rstd if mean else wide * rstd
+
+        if call.rms:
+            assert normalised is not None
+            upstream = output_grad.to(normalised.dtype)
+            scaled = upstream * scale
+            projection = (scaled * normalised).mean(-1, keepdim=True)
+            input_grad = ((scaled - normalised * projection) * rstd).to(x.dtype)
+            if needs_weight:
+                weight_grad = (upstream * normalised).flatten(0, -2).sum(0).to(scale.dtype)
+        else:
+            shift = None if call.bias is None else call.bias.data
+            input_grad, weight_grad, bias_grad = torch.ops.aten.native_layer_norm_backward(
+                output_grad.contiguous(),
+                x,
+                list(scale.shape),
+                mean[0],
+                rstd,
+                scale,
+                shift,
+                [True, needs_weight, needs_bias],
+            )
+        if call.emits:
+            call.emit(output_grad, activation=normalised, bias=call.bias)
+        return (
+            input_grad,
+            weight_grad if needs_weight else None,
+            bias_grad if needs_bias else None,
+            None,
+            None,
+        )
+
+
+def norm(x: Tensor, call: NormCall) -> Tensor:
+    """The norm of ``x`` over its last dimension, scaled by ``call.weight`` and shifted by ``call.bias``."""
+    return NormTap.apply(x, call.attached(call.weight), call.attached(call.bias), call.anchor(x), call)

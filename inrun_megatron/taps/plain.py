@@ -1,0 +1,108 @@
+"""Taps for plain torch layers: nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .attach import Taps, register
+from .bias import bias as tapped_bias
+from .embedding import EmbeddingCall, embedding
+from .emission import Call, Sharding, Site
+from .linear import LinearCall, linear
+from .norm import NormCall, norm
+
+
+def place(parameter: nn.Parameter) -> Sharding:
+    """A parameter of a plain layer: Megatron marks those that see sequence shards."""
+    return Sharding.SEQUENCE if getattr(parameter, "sequence_parallel", False) else Sharding.REPLICATED
+
+
+def tensor_parallel_place() -> tuple[int, int]:
+    """(rank, size) in Megatron's tensor-parallel group, (0, 1) without one."""
+    try:
+        from megatron.core import parallel_state
+    except ImportError:
+        return 0, 1
+    if not parallel_state.model_parallel_is_initialized():
+        return 0, 1
+    return (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+
+
+@register(nn.Linear)
+def _linear(taps: Taps, module: Any, name: str) -> None:
+    if not module.weight.requires_grad:
+        return
+    rank, size = tensor_parallel_place()
+    batch_dim = 1 if taps.sequence_first else 0
+    weight_site = Site(name, "linear", place(module.weight), batch_dim, rank, size)
+    bias_site = Site(name, "bias", place(module.weight), batch_dim, rank, size)
+
+    def forward(input: Tensor) -> Tensor:
+        run = taps.current
+        output = linear(input, LinearCall(weight_site, run, module.weight))
+        if module.bias is None:
+            return output
+        if not module.bias.requires_grad:
+            return output + module.bias
+        return output + tapped_bias(Call(bias_site, run, module.bias), output)
+
+    module.forward = forward
+    taps.cover(weight_site.sharding, module.weight, module.bias)
+
+
+@register(nn.Embedding)
+def _embedding(taps: Taps, module: Any, name: str) -> None:
+    if not module.weight.requires_grad:
+        return
+    if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
+        raise UserError(
+            f"embedding {name} uses max_norm, sparse or scale_grad_by_freq, which make gradients depend on "
+            f"other samples; switch them off"
+        )
+    rank, size = tensor_parallel_place()
+    # Ids are [b, s] in Megatron too, and its position embedding is summed in full before the scatter:
+    # replicated even under sequence parallelism (models/common/embeddings/language_model_embedding.py).
+    site = Site(name, "embedding", Sharding.REPLICATED, 0, rank, size)
+
+    def forward(ids: Tensor) -> Tensor:
+        call = EmbeddingCall(site, taps.current, module.weight, padding_idx=module.padding_idx)
+        return embedding(ids, None, call)
+
+    module.forward = forward
+    taps.cover(site.sharding, module.weight)
+
+
+def _norm(taps: Taps, module: Any, name: str, eps: float, rms: bool) -> None:
+    weight: nn.Parameter | None = module.weight
+    shift: nn.Parameter | None = getattr(module, "bias", None)
+    if weight is None or not weight.requires_grad:
+        return
+    if weight.dim() != 1:
+        raise UserError(f"norm {name} is over {weight.dim()} dimensions; only the last one is supported")
+    rank, size = tensor_parallel_place()
+    site = Site(name, "norm", place(weight), 1 if taps.sequence_first else 0, rank, size)
+
+    def forward(x: Tensor) -> Tensor:
+        return norm(x, NormCall(site, taps.current, weight, shift, eps=eps, rms=rms))
+
+    module.forward = forward
+    taps.cover(site.sharding, weight, shift)
+
+
+@register(nn.LayerNorm)
+def _layer_norm(taps: Taps, module: Any, name: str) -> None:
+    _norm(taps, module, name, module.eps, rms=False)
+
+
+@register(nn.RMSNorm)
+def _rms_norm(taps: Taps, module: Any, name: str) -> None:
+    dtype = torch.float32 if module.weight is None else module.weight.dtype
+    eps = torch.finfo(dtype).eps if module.eps is None else module.eps
+    _norm(taps, module, name, eps, rms=True)
