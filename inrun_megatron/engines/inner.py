@@ -1,0 +1,94 @@
+"""Reading the coming step of the inner optimizer (torch's or DeepSpeed's SGD, Adam and AdamW)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..estimators import AdamStep, ProxyStep, SGDStep, Step
+
+ADAM_NAMES = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}
+SGD_NAMES = {"SGD"}
+
+
+def require_known(optimizer: torch.optim.Optimizer) -> None:
+    """Raise UserError where the optimizer's step has no known Jacobian."""
+    name = type(optimizer).__name__
+    if name not in ADAM_NAMES | SGD_NAMES:
+        raise UserError(
+            f"optimizer {name} has no known Jacobian (known: {', '.join(sorted(ADAM_NAMES | SGD_NAMES))}); "
+            f"use one of these, or the paper's SGD proxy with --shapley-optimizer sgd"
+        )
+    for group in optimizer.param_groups:
+        for flag in ("amsgrad", "maximize"):
+            if group.get(flag):
+                raise UserError(f"optimizer {name} with {flag}=True has no known Jacobian; set {flag}=False")
+
+
+def is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).__name__ in ADAM_NAMES
+
+
+def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """AdamW's decay? torch's Adam says so per group, DeepSpeed's by a mode of the optimizer."""
+    if "decoupled_weight_decay" in group:
+        return bool(group["decoupled_weight_decay"])
+    mode = getattr(optimizer, "adam_w_mode", None)  # FusedAdam: 0 or 1; DeepSpeedCPUAdam: bool
+    return type(optimizer).__name__ == "AdamW" if mode is None else bool(mode)
+
+
+def coming_step(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: Tensor, proxy: bool = False
+) -> Step:
+    """The step that the inner optimizer will take on ``tensor`` (a flat fp32 shard or a parameter).
+
+    Args:
+        optimizer: the inner optimizer, not DeepSpeed's wrapper.
+        group: the parameter group that holds the hyperparameters of ``tensor``.
+        tensor: the key of the optimizer's state.
+        proxy: the paper's SGD proxy instead of what the optimizer does.
+    """
+    lr = float(group["lr"])
+    weights = tensor.detach().reshape(-1)
+    if proxy:
+        return ProxyStep(lr, weights)
+    state = optimizer.state.get(tensor, {})
+    if not is_adam(optimizer):
+        return SGDStep(
+            lr=lr,
+            weights=weights,
+            momentum=float(group.get("momentum", 0.0)),
+            dampening=float(group.get("dampening", 0.0)),
+            nesterov=bool(group.get("nesterov", False)),
+            weight_decay=float(group.get("weight_decay", 0.0)),
+            momentum_buffer=None
+            if state.get("momentum_buffer") is None
+            else state["momentum_buffer"].reshape(-1),
+        )
+    # torch and DeepSpeedCPUAdam count steps per tensor, FusedAdam per group.
+    done = state.get("step", group.get("step", 0))
+    beta1, beta2 = group["betas"]
+    return AdamStep(
+        lr=lr,
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(group["eps"]),
+        weight_decay=float(group.get("weight_decay", 0.0)),
+        decoupled=_decoupled(optimizer, group),
+        bias_correction=bool(group.get("bias_correction", True)),
+        t=int(done) + 1,
+        weights=weights,
+        exp_avg=_moment(state, "exp_avg", weights),
+        exp_avg_sq=_moment(state, "exp_avg_sq", weights),
+    )
+
+
+def _moment(state: dict[str, Any], name: str, weights: Tensor) -> Tensor:
+    """A moment in fp32 (fp64 in fp64 runs); zeros before the first step, when there is no state yet."""
+    if name not in state:
+        return torch.zeros_like(weights)
+    moment: Tensor = state[name].reshape(-1)
+    return moment if moment.dtype == torch.float64 else moment.float()

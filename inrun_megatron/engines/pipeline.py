@@ -1,0 +1,191 @@
+"""DeepSpeed's 1F1B schedule with further microbatches in front of the training ones.
+
+    stage 0     F0 F1 B0 F2 B1 F3 B2 ...        microbatches 0 ... V-1 are validation, the others train
+    stage 1        F0 B0 F1 B1 F2 B2 ...
+
+Every stage runs forwards in the order of the microbatches, and backwards too: counting them tells a stage which
+microbatch it holds, and after backward V-1 no more validation comes.
+
+Everything of DeepSpeed's PipelineEngine that is not public is touched in this file only; ``tests/test_canary.py`` fails
+when one of these names moves. Upstream (deepspeed 0.19): runtime/pipe/engine.py, runtime/pipe/schedule.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from deepspeed.runtime.pipe.schedule import TrainSchedule
+
+
+class Stream(Protocol):
+    """What happens around the forwards and backwards of one ``train_batch`` on this stage."""
+
+    prepended: int
+
+    def forward(self, index: int) -> AbstractContextManager[None]:
+        """Around the forward of microbatch ``index``; the prepended ones come first."""
+        ...
+
+    def backward(self, index: int) -> AbstractContextManager[None]:
+        """Around its backward."""
+        ...
+
+
+def unpartitioned(config: dict[str, Any]) -> dict[str, Any]:
+    """A DeepSpeed configuration whose pipeline sends each rank's own tensors, as sequence parallelism needs.
+
+    By default PipelineEngine splits what stages exchange over the tensor-parallel ranks and puts it together again,
+    which is right only where all of them hold the same. Sequence shards would be mixed up without a word.
+
+    Raises:
+        UserError: the configuration asks for the split.
+    """
+    section = dict(config.get("pipeline") or {})
+    for key in ("pipe_partitioned", "grad_partitioned"):
+        if section.get(key):
+            raise UserError(
+                f'"pipeline.{key}" is true in the DeepSpeed configuration, but with sequence parallelism every rank '
+                f"sends other tokens: remove it or leave --sequence-parallel out"
+            )
+        section[key] = False
+    return {**config, "pipeline": section}
+
+
+class PipelineAdapter:
+    """Lets a ``Stream`` watch a PipelineEngine's ``train_batch`` and put microbatches in front of it."""
+
+    def __init__(self, engine: PipelineEngine) -> None:
+        # Here, so that the package can be imported (by the command line, say) without DeepSpeed's seconds.
+        from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
+
+        sharded = any(getattr(p, "sequence_parallel", False) for p in engine.module.parameters())
+        if sharded and (engine.is_pipe_partitioned or engine.is_grad_partitioned):
+            raise UserError(
+                "the pipeline partitions what its stages exchange, which mixes up sequence shards; pass the DeepSpeed "
+                "configuration through inrun_megatron.engines.pipeline.unpartitioned"
+            )
+        self.engine = engine
+        self._stream: Stream | None = None
+        self._forwards = self._backwards = 0
+        # The map binds functions when the class is created: replacing the methods would do nothing.
+        original: dict[type, Callable[..., None]] = dict(engine._INSTRUCTION_MAP)
+        self._run_forward = original[ForwardPass]
+        self._run_backward = original[BackwardPass]
+        engine._INSTRUCTION_MAP = {
+            **original,
+            ForwardPass: self._forward,
+            BackwardPass: self._backward,
+        }
+        engine._train_schedule = self._train_schedule
+
+    def remove(self) -> None:
+        """Give the engine its own instructions and schedule back."""
+        del self.engine._INSTRUCTION_MAP, self.engine._train_schedule
+
+    def train_batch(
+        self,
+        stream: Stream | None,
+        microbatches: Sequence[tuple[Any, Any]],
+        prepended: Sequence[tuple[Any, Any]],
+    ) -> Tensor:
+        """``engine.train_batch`` over (inputs, labels) pairs; returns the mean training loss."""
+        expected = int(self.engine.gradient_accumulation_steps())
+        if len(microbatches) != expected:
+            raise UserError(
+                f"a step was given {len(microbatches)} microbatches, but the engine accumulates {expected}"
+            )
+        self._stream = stream
+        self._forwards = self._backwards = 0
+        try:
+            loss: Tensor = self.engine.train_batch(data_iter=iter([*prepended, *microbatches]))
+        finally:
+            self._stream = None
+            self.engine.set_dataiterator(None)
+        return loss
+
+    def _train_schedule(self) -> TrainSchedule:
+        from deepspeed.runtime.pipe.schedule import TrainSchedule
+
+        engine = self.engine
+        extra = 0 if self._stream is None else self._stream.prepended
+        return TrainSchedule(
+            micro_batches=engine.micro_batches + extra, stages=engine.num_stages, stage_id=engine.stage_id
+        )
+
+    def _forward(self, engine: PipelineEngine, **instruction: Any) -> None:
+        stream, index = self._stream, self._forwards
+        self._forwards += 1
+        if stream is None:
+            self._run_forward(engine, **instruction)
+            return
+        with stream.forward(index):
+            self._run_forward(engine, **instruction)
+
+    def _backward(self, engine: PipelineEngine, **instruction: Any) -> None:
+        stream, index = self._stream, self._backwards
+        self._backwards += 1
+        if stream is None:
+            self._run_backward(engine, **instruction)
+            return
+        with stream.backward(index):
+            self._run_backward(engine, **instruction)
+
+    @contextmanager
+    def validation_forward(self, loss: Callable[[Any, Any], Tensor]) -> Iterator[None]:
+        """A forward in evaluation mode whose loss (on the last stage) is ``loss(outputs, labels)``.
+
+        The loss is taken times the accumulation steps, by which the engine divides every loss, and stays out of the
+        engine's sum of training losses.
+        """
+        engine, module = self.engine, self.engine.module
+        own, total = module.loss_fn, engine.total_loss
+        training = [m for m in module.modules() if m.training]
+        module.eval()  # dropout off
+        steps = int(engine.gradient_accumulation_steps())
+        module.loss_fn = lambda outputs, labels: loss(outputs, labels) * steps
+        try:
+            yield
+        finally:
+            module.loss_fn, engine.total_loss = own, total
+            for m in training:
+                m.training = True
+
+    def tied(self) -> list[tuple[Parameter, dist.ProcessGroup]]:
+        """Weights of this stage that another stage holds too, and the group of their replicas."""
+        return list(self.engine.module.get_tied_weights_and_groups())
+
+
+def evaluate(
+    engine: PipelineEngine, microbatches: Sequence[tuple[Any, Any]], loss: Callable[[Any, Any], Tensor]
+) -> Tensor:
+    """Sum of ``loss(outputs, labels)`` ([2]) over (inputs, labels) pairs, in evaluation mode without gradients.
+
+    Returns:
+        fp64; zeros on all stages but the last.
+    """
+    module = engine.module
+    own, training = module.loss_fn, [m for m in module.modules() if m.training]
+    module.loss_fn = loss
+    engine.total_loss = None  # of the training losses; train_batch starts it anew
+    try:
+        losses = engine.eval_batch(
+            iter(microbatches), reduce_output=None, bcast_loss=False, num_micro_batches=len(microbatches)
+        )
+    finally:
+        module.loss_fn = own
+        for m in training:
+            m.training = True
+    if not engine.is_last_stage():
+        return torch.zeros(2, dtype=torch.float64, device=engine.device)
+    return torch.stack(losses).double().sum(0)

@@ -1,0 +1,267 @@
+"""The step protocol of shapley.py through DeepSpeed's pipeline, where a step is one ``train_batch``.
+
+The validation microbatches of all targets run at the front of the 1F1B stream. Backwards run in order, so after its
+last validation backward a stage has its part of every grad L_k, and must have its part of every direction before its
+first training backward. Two figures have to cross stages in between, both as collectives that no stage waits for
+earlier than it has to:
+
+    tied embeddings   the halves of the first and the last stage are added before anything else is done with them
+    norms             |grad L_k| over all stages, where the Jacobian clips by it (Adam; models without clipping and SGD
+                      need none): started after the last validation backward, waited for at the first training backward
+
+Both wait for stage 0, which runs its last validation backward P - 2 half-steps of the schedule after the moment when
+the last stage could start its first training backward (a half-step is a forward or a backward): nothing at P = 2, and
+never the whole pipeline's flush of 2 (P - 1). No stage waits inside its validation part, so none holds up another.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .engines.pipeline import PipelineAdapter
+from .errors import UserError
+from .scoring import DirectionFiller, RowScorer
+from .shapley import InRunShapley, Microbatch, ScoredStep, ShapleyTarget
+from .taps import Pass
+
+
+class StageLoss(Protocol):
+    """How microbatches enter a pipeline and what its last stage makes of them (models/stages.py: PipelineLoss)."""
+
+    def split(self, microbatch: Mapping[str, Tensor]) -> tuple[Any, Any]:
+        """(inputs of the first stage, labels for the last one)."""
+        ...
+
+    def token_losses(self, outputs: Any, labels: Any) -> Tensor:
+        """Losses per token ``[b, s]``, neither masked nor reduced."""
+        ...
+
+
+class PipelineShapley(InRunShapley):
+    """``InRunShapley`` for an engine around a DeepSpeed ``PipelineModule``.
+
+    Args:
+        engine: from ``deepspeed.initialize``; ZeRO 0 or 1.
+        targets: as for InRunShapley, on every rank of the pipeline; microbatches have the engine's micro batch size,
+            because stages exchange tensors of one shape (fill up with rows whose ``loss_mask`` is 0).
+        loss: see StageLoss.
+        options: the keywords of InRunShapley.
+
+    Raises:
+        UserError: as InRunShapley; microbatches of another size than the training ones.
+    """
+
+    def __init__(
+        self, engine: Any, targets: Sequence[ShapleyTarget], loss: StageLoss, **options: Any
+    ) -> None:
+        size = int(engine.train_micro_batch_size_per_gpu())
+        for target in targets:
+            for microbatch in target.microbatches:
+                rows = len(microbatch["loss_mask"])
+                if rows != size:
+                    raise UserError(
+                        f"target {target.name} has a microbatch of {rows} rows, but the pipeline's are of {size}: "
+                        f"stages exchange tensors of one shape; fill up with rows whose loss_mask is 0"
+                    )
+        super().__init__(engine, targets, _no_module, **options)
+        self.loss = loss
+        self.pipeline = PipelineAdapter(engine)
+
+    @contextmanager
+    def step(self, iteration: int) -> Iterator[PipelineStep]:  # type: ignore[override]
+        """One optimizer step: ``step.train_batch(microbatches)`` inside.
+
+        Args:
+            iteration: number of the step, from 1.
+        """
+        step = PipelineStep(self, iteration)
+        if iteration % self.interval == 0:
+            step.prepare()
+        yield step
+        step.settle()
+
+    def close(self) -> None:
+        """Take taps, hooks and the schedule out of the engine."""
+        self.pipeline.remove()
+        super().close()
+
+
+def _no_module(module: Any, microbatch: Any) -> Tensor:
+    raise AssertionError("under a pipeline no rank holds a module that computes losses")
+
+
+class PipelineStep(ScoredStep):
+    """One ``train_batch``; made by ``PipelineShapley.step``."""
+
+    owner: PipelineShapley
+
+    def prepare(self) -> None:
+        """Score the coming ``train_batch``; the directions are filled on its way."""
+        self.result.status = "scored"
+        self._loss_scale = self.owner.adapter.loss_scale()
+        self.owner._probe.arm()
+
+    def samples(self, dataset: Any, sample: Any, tokens: Any) -> Any:
+        raise UserError(
+            "under a pipeline the engine runs the microbatches: call step.train_batch(microbatches)"
+        )
+
+    def train_batch(self, microbatches: Sequence[Microbatch]) -> float:
+        """Forward, backward and optimizer step of all microbatches of this data-parallel replica.
+
+        Args:
+            microbatches: the same ones on every rank of the replica; each has ``dataset``, ``sample`` and
+                ``loss_mask`` beside what ``loss.split`` reads.
+
+        Returns:
+            The mean training loss over microbatches and replicas.
+        """
+        owner = self.owner
+        stream = ScoringStream(self, microbatches) if self.result.scored or owner.consumers else None
+        prepended = [] if stream is None else [owner.loss.split(m) for _, m in stream.validation]
+        loss = owner.pipeline.train_batch(stream, [owner.loss.split(m) for m in microbatches], prepended)
+        if stream is not None and self.result.scored:
+            dist.all_reduce(stream.losses)  # held by the last stage, one share per replica
+            self.result.target_losses = stream.losses.tolist()
+            self._terms = stream.terms
+            self._dots = stream.dots
+            self._rows = [
+                (m["dataset"], m["sample"], m["loss_mask"].sum(-1).round().long()) for m in microbatches
+            ]
+            self.result.seconds_scoring += stream.seconds
+        return float(loss)
+
+
+class ScoringStream:
+    """What this stage does around the forwards and backwards of one scored ``train_batch``.
+
+    Attributes:
+        validation: (target, microbatch) of every prepended microbatch.
+        prepended: how many there are.
+        losses: this rank's share of L_k(w_t) ``[K]``.
+        dots: partial dots ``[b, K]`` of every training microbatch.
+        terms: this rank's part of the momentum and decay terms.
+        seconds: time spent on the validation microbatches and the directions.
+    """
+
+    def __init__(self, step: PipelineStep, microbatches: Sequence[Microbatch]) -> None:
+        owner = step.owner
+        self.owner, self._scale = owner, step._loss_scale
+        self.validation = [
+            (k, microbatch)
+            for k, target in enumerate(owner.targets)
+            for microbatch in (target.microbatches if step.result.scored else ())
+        ]
+        self.prepended = len(self.validation)
+        self.losses = torch.zeros(len(owner.targets), dtype=torch.float64, device=owner.device)
+        self.dots: list[Tensor] = []
+        self.terms: tuple[Tensor, Tensor] | None = None
+        self.seconds = 0.0
+        fillers = [DirectionFiller(owner.directions, k) for k in range(len(owner.targets))]
+        self._passes = [Pass(consumers=(fillers[k],), detached=True) for k, _ in self.validation]
+        for index, microbatch in enumerate(microbatches):
+            consumers = owner.consumers
+            if step.result.scored:
+                shape = (len(microbatch["loss_mask"]), len(owner.targets))
+                self.dots.append(torch.zeros(shape, dtype=torch.float64, device=owner.device))
+                consumers = (RowScorer(owner.directions, self.dots[-1]), *consumers)
+            self._passes.append(Pass(consumers=consumers, microbatch=index))
+        self._tied: list[tuple[list[Tensor], Tensor, dist.Work]] = []
+        self._reduced = False
+        self._squares: tuple[Tensor, dist.Work] | None = None
+        if self.prepended:
+            owner.directions.zero()
+
+    # -- around the engine's instructions --------------------------------------------------------------
+
+    @contextmanager
+    def forward(self, index: int) -> Iterator[None]:
+        with self.owner.taps.during(self._passes[index]):
+            if index >= self.prepended:
+                yield
+                return
+            with self._timed(), self.owner.pipeline.validation_forward(self._validation_loss(index)):
+                yield
+
+    @contextmanager
+    def backward(self, index: int) -> Iterator[None]:
+        if index >= self.prepended:
+            if index == self.prepended and self.prepended:
+                with self._timed():
+                    self._finish_directions()
+            yield
+            return
+        with self._timed():
+            yield
+            if index == self.prepended - 1:
+                self._start_directions()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+    def _validation_loss(self, index: int) -> Any:
+        """Loss of validation microbatch ``index`` on the last stage: its share of L_k."""
+        owner = self.owner
+        k, microbatch = self.validation[index]
+
+        def share(outputs: Any, labels: Any) -> Tensor:
+            losses = owner.loss.token_losses(outputs, labels).float()
+            total = (losses * microbatch["loss_mask"].to(losses.device)).sum() / owner.targets[k].num_tokens
+            if owner.layout.tp_rank == 0:  # all tensor-parallel ranks compute the same loss
+                self.losses[k] += total.detach()
+            return total
+
+        return share
+
+    # -- from gradients to directions ------------------------------------------------------------------
+
+    def _start_directions(self) -> None:
+        """After this stage's last validation backward: start what crosses stages; wait for no later stage."""
+        owner = self.owner
+        for weight, group in owner.pipeline.tied():
+            halves = owner.directions.of(weight)
+            both = torch.stack(halves)
+            self._tied.append((halves, both, dist.all_reduce(both, group=group, async_op=True)))
+        # The other half of a tied weight comes from an earlier stage, which may still be waiting for this one's
+        # gradients; from a later stage it has come already.
+        if not self._tied or owner.layout.pp_rank == 0:
+            self._reduce()
+
+    def _reduce(self) -> None:
+        """Add the halves of tied weights, sum over this stage's ranks, start summing the norms."""
+        owner, layout = self.owner, self.owner.layout
+        for halves, both, work in self._tied:
+            work.wait()
+            for half, whole in zip(halves, both, strict=True):
+                half.copy_(whole)
+        owner.reduce_directions(self._scale)
+        self._reduced = True
+        if owner.needs_norms:
+            squares = owner.directions.squares()
+            if layout.dp_size > 1:
+                dist.all_reduce(squares, group=layout.dp_group)
+            work = dist.all_reduce(squares, group=layout.mp_group, async_op=True)
+            self._squares = (squares, work)
+
+    def _finish_directions(self) -> None:
+        """Before this stage's first training backward."""
+        if not self._reduced:
+            self._reduce()
+        norms = [0.0] * len(self.owner.targets)
+        if self._squares is not None:
+            squares, work = self._squares
+            work.wait()
+            norms = squares.sqrt().tolist()
+        self.terms = self.owner.precondition(norms)

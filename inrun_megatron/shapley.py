@@ -1,0 +1,370 @@
+"""InRunShapley: the step protocol. One scored step reads as the algorithm in docs/algorithm.md.
+
+1. direction     validation forward and backward of every target at w_t, parameters detached
+2. reduce        over data- and tensor-parallel ranks; times the optimizer's Jacobian on its shards
+3. score         the training microbatches run as usual, the taps add up per-row partial dots
+4. sum           one all-reduce of [samples, targets] over the ranks of a replica of the model
+5. settle        times the clip coefficient c_t; rows are dropped if the step was skipped
+6. audit         <d, G_t> from the optimizer's own gradient; momentum and decay terms
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .audit import AdditivityProbe
+from .direction import Directions
+from .engines import ZeroAdapter
+from .engines.inner import coming_step, is_adam, require_known
+from .errors import UserError
+from .estimators import precondition
+from .ledger.schema import StepRecord
+from .parallel import Layout
+from .scoring import DirectionFiller, RowScorer
+from .taps import Consumer, Pass, Taps, attach_taps
+
+Microbatch = Mapping[str, Tensor]
+TokenLoss = Callable[[nn.Module, Microbatch], Tensor]
+"""``(module, microbatch) -> token losses [b, s]``, unreduced; masked tokens are weighted by ``loss_mask``."""
+
+
+@dataclass(frozen=True)
+class ShapleyTarget:
+    """A validation target.
+
+    Attributes:
+        name: as it appears in the ledger.
+        microbatches: this data-parallel rank's share of the sequences; the same number on every rank. Each has
+            ``loss_mask [b, s]`` and what the loss function reads.
+        num_tokens: loss tokens of *all* the target's sequences over all ranks, the denominator of L_k.
+    """
+
+    name: str
+    microbatches: Sequence[Microbatch]
+    num_tokens: float
+
+
+@dataclass
+class StepResult:
+    """What a step came to; sequences are over the K targets. None where the step was not scored."""
+
+    status: str = "off"
+    target_losses: list[float] | None = None
+    sums: list[float] | None = None
+    values: Tensor | None = None  # [rows of this data-parallel rank, K], fp64, on the CPU
+    additivity_lhs: list[float] | None = None
+    additivity_rhs: list[float] | None = None
+    momentum_terms: list[float] | None = None
+    decay_terms: list[float] | None = None
+    clip_coefficient: float | None = None
+    gradient_norm: float | None = None
+    seconds_scoring: float = 0.0
+
+    @property
+    def scored(self) -> bool:
+        return self.status == "scored"
+
+
+class InRunShapley:
+    """In-Run Data Shapley values of every training sample, while a DeepSpeed engine trains.
+
+    Args:
+        engine: from ``deepspeed.initialize``; ZeRO 0-3, SGD, Adam or AdamW.
+        targets: the validation targets.
+        loss_fn: ``(module, microbatch) -> token losses [b, s]``.
+        layout: process groups; default: Megatron's where initialised, else data parallel.
+        optimizer: ``auto`` (the step that is taken) or ``sgd`` (the paper's proxy).
+        interval: score every ``interval``-th iteration.
+        ledger: a ``LedgerWriter`` on ranks that write (``layout.writes_ledger``), else None.
+        consumers: further consumers of the training passes' emissions, called after scoring.
+        taps: taps that are in the model already; default: attach them.
+
+    Raises:
+        UserError: no target, an optimizer without a known Jacobian, a trainable parameter without a tap.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        targets: Sequence[ShapleyTarget],
+        loss_fn: TokenLoss,
+        *,
+        layout: Layout | None = None,
+        optimizer: str = "auto",
+        interval: int = 1,
+        ledger: Any | None = None,
+        consumers: Sequence[Consumer] = (),
+        taps: Taps | None = None,
+    ) -> None:
+        if not targets:
+            raise UserError("no target given; pass at least one --shapley-target NAME=PATH")
+        if optimizer not in ("auto", "sgd"):
+            raise UserError(f"optimizer {optimizer!r} is neither auto nor sgd")
+        if interval < 1:
+            raise UserError(f"interval {interval} is not a positive number of steps")
+        self.engine = engine
+        self.targets = tuple(targets)
+        self.loss_fn = loss_fn
+        self.layout = layout or Layout.current()
+        self.proxy = optimizer == "sgd"
+        self.interval = interval
+        self.ledger = ledger
+        self.consumers = tuple(consumers)
+        self.adapter = ZeroAdapter(engine, self.layout)
+        if not self.proxy:
+            require_known(self.adapter.inner)
+        self.taps = taps or attach_taps(engine.module)
+        precise = any(p.dtype == torch.float64 for p in engine.module.parameters())
+        self.directions = Directions(
+            self.adapter.groups,
+            self.taps.sharding,
+            self.layout,
+            len(self.targets),
+            dtype=torch.float64 if precise else torch.float32,
+        )
+        self._probe = AdditivityProbe(self.adapter, self.directions)
+
+    @property
+    def device(self) -> torch.device:
+        return self.adapter.groups[0].device
+
+    @contextmanager
+    def step(self, iteration: int) -> Iterator[ScoredStep]:
+        """Everything of one optimizer step: its microbatches go through ``step.samples`` inside.
+
+        Args:
+            iteration: number of the step, from 1.
+        """
+        step = ScoredStep(self, iteration)
+        if iteration % self.interval == 0:
+            step.prepare()
+        yield step
+        step.settle()
+
+    @property
+    def needs_norms(self) -> bool:
+        """Does the Jacobian depend on the norm of a target's gradient? Adam's does, through the clipped stand-in h."""
+        clips = float(self.engine.gradient_clipping()) > 0.0
+        return clips and not self.proxy and is_adam(self.adapter.inner)
+
+    def fill_directions(self) -> list[float]:
+        """Steps 1 and 2 up to the sums: the gradient of every L_k in the directions' shards.
+
+        Returns:
+            L_k(w_t), nats per token, one per target.
+        """
+        module: nn.Module = self.engine.module
+        training = [m for m in module.modules() if m.training]
+        module.eval()  # dropout off
+        scale = self.adapter.loss_scale()
+        sums = torch.zeros(len(self.targets), dtype=torch.float64, device=self.device)
+        self.directions.zero()
+        try:
+            for k, target in enumerate(self.targets):
+                run = Pass(consumers=(DirectionFiller(self.directions, k),), detached=True)
+                for microbatch in target.microbatches:
+                    with self.taps.during(run):
+                        losses = self.loss_fn(module, microbatch).float()
+                        total = (losses * microbatch["loss_mask"]).sum()
+                        (total * (scale / target.num_tokens)).backward()
+                    sums[k] += total.detach() / target.num_tokens
+        finally:
+            for m in training:
+                m.training = True
+            self.adapter.release_gathered_weights()
+        self.reduce_directions(scale)
+        if self.layout.dp_size > 1:
+            dist.all_reduce(sums, group=self.layout.dp_group)
+        return sums.tolist()
+
+    def reduce_directions(self, scale: float) -> None:
+        """Sum the directions over ranks and take the loss scale out."""
+        self.directions.reduce()
+        if scale != 1.0:
+            for shard in self.directions.shards():
+                shard.div_(scale)
+
+    def precondition(self, norms: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
+        """Step 2, the rest: times the Jacobian, on the shards; then to where the layers read it.
+
+        Args:
+            norms: of the targets' gradients over all ranks; default: computed here if they are needed.
+
+        Returns:
+            This rank's part of the momentum and decay terms, ``[K]`` each: the loss change that the step
+            would make to first order if the batch's gradient were zero.
+        """
+        momentum_terms = torch.zeros(len(self.targets), dtype=torch.float64, device=self.device)
+        decay_terms = torch.zeros_like(momentum_terms)
+        if norms is None:
+            norms = self.directions.norms() if self.needs_norms else [0.0] * len(self.targets)
+        clips = self.adapter.clip_coefficients(norms)
+        for index, (group, shard) in enumerate(
+            zip(self.adapter.groups, self.directions.shards(), strict=True)
+        ):
+            for piece in group.pieces:
+                coming = coming_step(
+                    self.adapter.inner, self.adapter.param_group(piece), piece.tensor, self.proxy
+                )
+                stop = piece.start + piece.numel
+                momentum, decay = precondition(
+                    coming,
+                    [row[piece.start : stop] for row in shard],
+                    clips,
+                    self.directions.counted(index, piece.start, piece.numel),
+                )
+                momentum_terms += momentum
+                decay_terms += decay
+        self.directions.publish()
+        return momentum_terms, decay_terms
+
+    def close(self) -> None:
+        """Take taps and hooks out of the model and the optimizer."""
+        self._probe.remove()
+        self.taps.detach()
+
+
+class ScoredStep:
+    """One optimizer step; made by ``InRunShapley.step``.
+
+    Attributes:
+        result: what the step came to; complete after the ``with`` block.
+        train_loss, consumed_samples: set by the loop if the ledger should know them.
+    """
+
+    def __init__(self, owner: InRunShapley, iteration: int) -> None:
+        self.owner = owner
+        self.iteration = iteration
+        self.result = StepResult()
+        self.train_loss: float | None = None
+        self.consumed_samples: int | None = None
+        self._started = time.perf_counter()
+        self._rows: list[tuple[Any, Any, Any]] = []  # (dataset, sample, tokens) per microbatch
+        self._dots: list[Tensor] = []  # [b, K] per microbatch
+        self._terms: tuple[Tensor, Tensor] | None = None
+        self._loss_scale = 1.0
+        # Read before engine.step(), which may move the schedule on.
+        self._lr = float(owner.adapter.inner.param_groups[0]["lr"])
+
+    def prepare(self) -> None:
+        """Steps 1 and 2."""
+        owner, started = self.owner, time.perf_counter()
+        self.result.status = "scored"
+        self.result.target_losses = owner.fill_directions()
+        self._terms = owner.precondition()
+        self._loss_scale = owner.adapter.loss_scale()
+        owner._probe.arm()
+        self.result.seconds_scoring += time.perf_counter() - started
+
+    @contextmanager
+    def samples(self, dataset: Any, sample: Any, tokens: Any) -> Iterator[None]:
+        """Forward and backward of one microbatch happen inside.
+
+        Args:
+            dataset, sample: identity of each row, ``[b]``.
+            tokens: loss tokens of each row, ``[b]``.
+        """
+        owner = self.owner
+        consumers: tuple[Consumer, ...] = owner.consumers
+        if self.result.scored:
+            dots = torch.zeros(len(sample), len(owner.targets), dtype=torch.float64, device=owner.device)
+            consumers = (RowScorer(owner.directions, dots), *consumers)
+            self._rows.append((dataset, sample, tokens))
+            self._dots.append(dots)
+        run = Pass(consumers=consumers, microbatch=len(self._dots) - 1) if consumers else None
+        with owner.taps.during(run):
+            yield
+
+    def settle(self) -> None:
+        """Steps 4 to 6, after ``engine.step()``."""
+        owner, result = self.owner, self.result
+        started = time.perf_counter()
+        result.gradient_norm = owner.adapter.gradient_norm()
+        result.clip_coefficient = owner.adapter.clip_coefficient()
+        if result.scored and not owner.adapter.step_applied():
+            result.status = "skipped: overflow"
+        if result.scored:
+            self._settle_scores()
+        else:
+            owner._probe.disarm()
+        result.seconds_scoring += time.perf_counter() - started
+        self._append()
+
+    def _settle_scores(self) -> None:
+        owner, result = self.owner, self.result
+        layout, expected = owner.layout, owner.adapter.gradient_accumulation_steps
+        if len(self._dots) != expected:
+            raise UserError(
+                f"step {self.iteration} saw {len(self._dots)} microbatches, but the engine accumulates {expected}; "
+                f"put all microbatches of one optimizer step inside one `with shapley.step(...)`"
+            )
+        clip = result.clip_coefficient
+        assert clip is not None and self._terms is not None
+        scores = torch.cat(self._dots)
+        if layout.mp_size > 1:
+            dist.all_reduce(scores, group=layout.mp_group)
+        # DeepSpeed averages gradients over data-parallel ranks: g_i carries the 1/DP.
+        scores *= clip / (layout.dp_size * self._loss_scale)
+        # Additivity and the drift terms need sums over all ranks; one small all-reduce for both.
+        figures = torch.stack(
+            [
+                scores.sum(0) if layout.writes_ledger else torch.zeros_like(scores[0]),
+                owner._probe.collect(),
+                *self._terms,
+            ]
+        )
+        dist.all_reduce(figures)
+        sums, optimizer_side, momentum, decay = figures.tolist()
+        if not all(math.isfinite(x) for x in sums):
+            result.status = "skipped: values are not finite"  # a NaN loss in fp32 or bf16
+            return
+        result.values = scores.cpu()
+        result.sums = sums
+        result.additivity_lhs = [x / clip for x in sums]
+        result.additivity_rhs = [x / clip for x in optimizer_side]
+        result.momentum_terms, result.decay_terms = momentum, decay
+
+    def _append(self) -> None:
+        owner, result = self.owner, self.result
+        if owner.ledger is None or result.status == "off":
+            return
+        rows = 0
+        if result.scored:
+            assert result.values is not None
+            dataset, sample, tokens = (
+                torch.cat([torch.as_tensor(r[i]).cpu() for r in self._rows]) for i in range(3)
+            )
+            owner.ledger.append(
+                self.iteration, dataset.numpy(), sample.numpy(), tokens.numpy(), result.values.numpy()
+            )
+            rows = len(sample) * owner.layout.dp_size
+        if owner.ledger.writer == 0:
+            owner.ledger.append_step(
+                StepRecord(
+                    step=self.iteration,
+                    status=result.status,
+                    consumed_samples=self.consumed_samples,
+                    samples=rows,
+                    lr=self._lr,
+                    train_loss=self.train_loss,
+                    grad_norm=result.gradient_norm,
+                    clip_coefficient=result.clip_coefficient,
+                    target_loss=result.target_losses,
+                    sum_values=result.sums,
+                    momentum_term=result.momentum_terms,
+                    decay_term=result.decay_terms,
+                    additivity_lhs=result.additivity_lhs,
+                    additivity_rhs=result.additivity_rhs,
+                    seconds_total=time.perf_counter() - self._started,
+                    seconds_scoring=result.seconds_scoring,
+                )
+            )
