@@ -1,0 +1,98 @@
+"""Samples with their identity: items of a GPTDataset or a blend that say where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from inrun_megatron.data.megatron import BlendedDataset, GPTDataset
+from inrun_megatron.data.sampler import DataSampler
+
+
+@dataclass(frozen=True)
+class DatasetDescription:
+    """One component dataset: all that is needed to find a sample's documents again, and to see that it is the same."""
+
+    name: str
+    index: int
+    """Its number in the blend: `dataset` of an item."""
+    path_prefix: str
+    """Absolute path without .bin/.idx."""
+    idx_sha256: str
+    bin_bytes: int
+    documents: int
+    weight: float | None
+    """Its weight in the blend as given; None for a plain list."""
+    samples: int
+    """Items that GPTDataset can give."""
+    unique_description_hash: str
+    """megatron-core's key of the cached indices."""
+    description: dict[str, Any]
+    """megatron-core's unique description of the GPTDataset: seed, sequence length, split, samples asked for, ..."""
+    cache_files: dict[str, str]
+    """Paths of GPTDataset's document_index, sample_index and shuffle_index."""
+    index_sha256: dict[str, str]
+    """sha256 of the content of each of those arrays."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return asdict(self)
+
+
+class IdentifiedDataset(Dataset[dict[str, torch.Tensor]]):
+    """A GPTDataset or a BlendedDataset whose items say where they come from.
+
+    Item k: tokens, labels, position_ids [s] int64, loss_mask [s] float32 (and attention_mask [1, s, s] bool with
+    reset_attention_mask), dataset and sample, int64 scalars.
+    """
+
+    def __init__(self, dataset: GPTDataset | BlendedDataset, table: list[DatasetDescription]) -> None:
+        self._dataset = dataset
+        self._components = components(dataset)
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def locate(self, k: int) -> tuple[int, int]:
+        """(dataset, sample) of item k, without reading it."""
+        if not 0 <= k < len(self):
+            raise IndexError(f"item {k} of a dataset of {len(self)} samples")
+        if isinstance(self._dataset, BlendedDataset):
+            return int(self._dataset.dataset_index[k]), int(self._dataset.dataset_sample_index[k])
+        return 0, k
+
+    def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
+        dataset, sample = self.locate(k)
+        item = self._components[dataset][sample]
+        return {**item, "dataset": torch.tensor(dataset), "sample": torch.tensor(sample)}
+
+    def microbatch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The items `indices` stacked along a first dimension b."""
+        return default_collate([self[k] for k in indices])
+
+
+def microbatch_loader(
+    dataset: IdentifiedDataset, sampler: DataSampler, *, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader[dict[str, torch.Tensor]]:
+    """Microbatches of one data-parallel rank in the order of `sampler`.
+
+    Its generator is its own: a DataLoader without one draws from torch's global stream each time it is iterated, and a
+    resumed run would then continue with other dropout masks than an uninterrupted one.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def components(dataset: GPTDataset | BlendedDataset) -> list[GPTDataset]:
+    """The GPTDatasets of a blend, or the one itself."""
+    return list(dataset.datasets) if isinstance(dataset, BlendedDataset) else [dataset]  # type: ignore[arg-type]
