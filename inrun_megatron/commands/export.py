@@ -1,0 +1,127 @@
+"""`inrun export`: the ledger, or values by sample, document or dataset, as one CSV, JSONL or Parquet file."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from inrun_megatron.commands.options import (
+    DataOption,
+    JsonOption,
+    PhaseOption,
+    RunArgument,
+    StepsOption,
+    TargetOption,
+)
+from inrun_megatron.commands.targets import chosen_targets
+from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.read import Ledger
+from inrun_megatron.report.documents import Documents, parse_moved
+from inrun_megatron.report.phases import choose_steps
+from inrun_megatron.report.query import Query, quoted
+from inrun_megatron.report.ranking import KEYS, Level, create_figures
+from inrun_megatron.report.tables import print_json
+
+
+class Format(StrEnum):
+    csv = "csv"
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+class Rows(StrEnum):
+    """What a row of the export is."""
+
+    row = "row"
+    sample = "sample"
+    document = "document"
+    dataset = "dataset"
+
+
+_COPY_OPTIONS = {
+    Format.csv: "FORMAT csv, HEADER",
+    Format.jsonl: "FORMAT json",
+    Format.parquet: "FORMAT parquet, COMPRESSION zstd",
+}
+
+
+def export(
+    run: RunArgument,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="File to write.")],
+    format: Annotated[
+        Format | None, typer.Option("--format", help="Default: by the suffix of --output.")
+    ] = None,
+    by: Annotated[
+        Rows, typer.Option(help="row: the ledger's rows; or values added up by sample, document or dataset.")
+    ] = Rows.row,
+    target: TargetOption = None,
+    steps: StepsOption = None,
+    phase: PhaseOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    data: DataOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write values to one file.
+
+    Example: inrun export runs/demo --by document --phase 3/3 --output values.csv
+
+    Document values come from sample values: a sample's value is shared among its documents in proportion to their tokens
+    in it. Rows come out ordered; the ledger's own Parquet files can also be read directly (docs/ledger.md).
+    """
+    path = Path(output).expanduser()
+    kind = format or _format_of(path)
+    ledger = Ledger(run)
+    chosen = choose_steps(steps, phase, ledger.last_step)
+    chosen_targets(ledger, target)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists; choose another --output, or give --overwrite")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path.absolute().parent} is no directory; create it, or choose another --output")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"{path.absolute().parent} is not writable; choose another --output")
+    with Query(ledger) as query:
+        if by is Rows.row:
+            where = f"s.step BETWEEN {chosen.first} AND {chosen.last}"
+            if target is not None:
+                where += f" AND s.target = {quoted(target)}"
+            selection = (
+                "SELECT s.step, s.dataset, d.name AS dataset_name, s.sample, s.target, s.tokens, s.value, s.normalised "
+                f"FROM scored s JOIN datasets d ON s.dataset = d.dataset WHERE {where} "
+                "ORDER BY s.step, s.dataset, s.sample, s.target"
+            )
+        else:
+            level = Level(by.value)
+            documents = Documents(ledger, parse_moved(ledger, data or ())) if by is Rows.document else None
+            create_figures(query, level, chosen, documents, target)
+            selection = f"SELECT * FROM figures ORDER BY {', '.join(KEYS[level])}, target"
+        rows = _copy(query, selection, path, kind)
+    if json:
+        print_json(
+            {"run": ledger.run_id, "file": str(path), "format": kind.value, "by": by.value, "rows": rows}
+        )
+    else:
+        typer.echo(f"{path}: {rows:,} rows by {by.value}, steps {chosen.first}-{chosen.last}")
+
+
+def _format_of(path: Path) -> Format:
+    suffix = path.suffix.lower().lstrip(".")
+    if suffix in Format.__members__:
+        return Format(suffix)
+    raise UserError(f"--output {path} has no suffix .csv, .jsonl or .parquet; give --format")
+
+
+def _copy(query: Query, selection: str, path: Path, kind: Format) -> int:
+    """Write under a temporary name and rename, so that a broken export leaves no half of a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        rows = query.copy(f"COPY ({selection}) TO {quoted(str(temporary))} ({_COPY_OPTIONS[kind]})")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return rows

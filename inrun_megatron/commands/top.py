@@ -1,0 +1,132 @@
+"""`inrun top`: the samples, documents or datasets with the highest or lowest values."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from inrun_megatron.commands.options import (
+    DataOption,
+    JsonOption,
+    PhaseOption,
+    RunArgument,
+    StepsOption,
+    TargetOption,
+)
+from inrun_megatron.commands.targets import chosen_targets
+from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.read import Ledger
+from inrun_megatron.report.documents import Documents, parse_moved, shorten
+from inrun_megatron.report.phases import Phase, choose_steps
+from inrun_megatron.report.query import Query
+from inrun_megatron.report.ranking import Level, Measure, create_figures, ranked
+from inrun_megatron.report.summary import SNIPPET_CHARACTERS, with_text
+from inrun_megatron.report.tables import console, print_json, scale_of, signed, table
+
+
+def top(
+    run: RunArgument,
+    target: TargetOption = None,
+    by: Annotated[Level, typer.Option(help="What values are added up by.")] = Level.document,
+    rank: Annotated[
+        Measure,
+        typer.Option(help="What ranks: the sum, per sample, per token, or the sum of normalised values."),
+    ] = Measure.value,
+    worst: Annotated[bool, typer.Option("--worst", help="The lowest first.")] = False,
+    n: Annotated[int, typer.Option("-n", help="How many.")] = 10,
+    steps: StepsOption = None,
+    phase: PhaseOption = None,
+    data: DataOption = None,
+    json: JsonOption = False,
+) -> None:
+    """The most valuable samples, documents or datasets; with --worst the most harmful.
+
+    Example: inrun top runs/demo --target code --by document --worst --phase 3/3
+
+    Document values come from sample values: a sample's value is shared among its documents in proportion to their tokens
+    in it. Early steps rule sums over a whole run; look at a late phase (--phase 3/3), or --rank normalised.
+    """
+    if n < 1:
+        raise UserError(f"-n {n} shows nothing; give 1 or more")
+    ledger = Ledger(run)
+    targets = chosen_targets(ledger, target)
+    chosen = choose_steps(steps, phase, ledger.last_step)
+    documents = Documents(ledger, parse_moved(ledger, data or ()))
+    with Query(ledger) as query:
+        create_figures(query, by, chosen, documents if by is Level.document else None, target)
+        found = {
+            name: [_with_text(documents, by, row) for row in ranked(query, by, name, rank, worst, n)]
+            for name in targets
+        }
+    if json:
+        print_json(
+            {
+                "run": ledger.run_id,
+                "by": by.value,
+                "rank": rank.value,
+                "worst": worst,
+                "first_step": chosen.first,
+                "last_step": chosen.last,
+                "targets": found,
+            }
+        )
+        return
+    out = console()
+    for name, rows in found.items():
+        _print(out, rows, f"{'Worst' if worst else 'Best'} {by.value}s for target {name}", by, rank, chosen)
+
+
+def _with_text(documents: Documents, by: Level, row: dict[str, Any]) -> dict[str, Any]:
+    if by is Level.document:
+        return with_text(documents, row)
+    if by is Level.sample:
+        try:
+            span = documents.spans(row["dataset"], row["sample"])[0]
+            text = documents.snippet(row["dataset"], span.document, SNIPPET_CHARACTERS, span.start, span.end)
+            return row | {"source": documents.source(row["dataset"], span.document), "snippet": text}
+        except UserError:
+            # The figures of samples need no data files; without them there is no text to show.
+            return row | {"source": None, "snippet": None}
+    return row
+
+
+def _print(
+    out: Console, rows: list[dict[str, Any]], title: str, by: Level, rank: Measure, phase: Phase
+) -> None:
+    # A document is part of samples, so that "per sample" says little of it.
+    each, heading = ("per_token", "Per token") if by is Level.document else ("mean", "Per sample")
+    unit, name = scale_of([row["value"] for row in rows])
+    each_unit, each_name = scale_of([row[each] or 0.0 for row in rows])
+    columns: list[str | tuple[str, str]] = [
+        (by.value.capitalize(), "left"),
+        f"Value\n{name}",
+        f"{heading}\n{each_name}",
+        "Normalised",
+        "Tokens",
+    ]
+    with_source = by is not Level.dataset
+    if with_source:
+        columns += [("From", "left"), ("Text", "left")]
+    made = table(columns)
+    if with_source:
+        made.columns[-1].ratio, made.expand = 1, True
+    for row in rows:
+        key = shorten(row["dataset_name"], 20)
+        if with_source:
+            key += f":{row[by.value]}"
+        cells: list[str | Text] = [
+            Text(key),
+            signed(row["value"] / unit),
+            signed(None if row[each] is None else row[each] / each_unit),
+            signed(row["normalised"]),
+            f"{row['tokens']:,}",
+        ]
+        if with_source:
+            cells += [Text(shorten(row["source"] or "-", 22, keep_end=True)), Text(row["snippet"] or "-")]
+        made.add_row(*cells)
+    out.print(Text(f"{title}, steps {phase.first}-{phase.last}, by {rank.value}", style="bold"))
+    out.print(made)
+    out.print()

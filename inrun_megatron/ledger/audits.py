@@ -1,0 +1,210 @@
+"""The three audits (design: additivity, efficiency, coverage), judged from what the run recorded.
+
+additivity   sum_i <d, g_i> = <d, G_t>       taps, reductions and scaling are complete
+efficiency   sum_i phi_i + momentum + decay  against  L_k(w_t) - L_k(w_{t+1})
+coverage     every trainable parameter has a tap
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from inrun_megatron.ledger.checks import Check, setting
+from inrun_megatron.ledger.schema import SCORED
+
+ADDITIVITY_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
+"""Largest |lhs - rhs| of a step, relative to sum_i |<d, g_i>|, by the precision of the weights' gradients.
+
+The two sides are the same sum in another order, so the difference is rounding: about 2^-24 per addition in
+fp32, and 2^-9 (bf16) or 2^-12 (fp16) per rounding of the gradient that the optimizer receives. A lost tap,
+rank, microbatch or factor shows as a share of the whole, far above these."""
+
+EFFICIENCY_RANGE = (1 / 20, 20.0)
+"""Explained fraction outside which the scale is absurd.
+
+First-order values leave out curvature, so their sum exceeds what was realised, several times over where the
+learning rate is large (and the gradient at w_t turns within the step). A lost factor (accumulation steps,
+replicas, loss scale) or a wrong sign on the whole run is what this audit is to catch; everything finer is
+reported and left to the reader."""
+
+EFFICIENCY_MINIMUM_STEPS = 20
+"""Fewer steps with a known realised change are reported, not judged."""
+
+EFFICIENCY_TREND = 0.25
+"""The sign and scale are judged only when |sum realised| is at least this share of sum |realised|: where
+losses go up and down about equally, the ratio of the two sums says nothing."""
+
+
+def precision_of(run: Mapping[str, Any]) -> str:
+    """`fp32`, `bf16` or `fp16`, from the configuration: `precision`, else the switches `bf16` and `fp16`."""
+    named = setting(run, "precision")
+    if named in ADDITIVITY_TOLERANCE:
+        return str(named)
+    for name in ("bf16", "fp16"):
+        if setting(run, name):
+            return name
+    return "fp32"
+
+
+def check_coverage(run: Mapping[str, Any]) -> Check:
+    """Every trainable parameter had a tap."""
+    coverage = run.get("coverage")
+    if not coverage:
+        return Check("coverage", False, "not recorded in run.json", {})
+    parameters, tapped = int(coverage.get("parameters", 0)), int(coverage.get("tapped", 0))
+    missing = list(coverage.get("missing") or [])
+    figures = {"parameters": parameters, "tapped": tapped, "missing": missing}
+    detail = f"{tapped:,} of {parameters:,} trainable parameters have a tap"
+    if missing:
+        detail += f"; without: {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}"
+    return Check("coverage", parameters > 0 and tapped == parameters and not missing, detail, figures)
+
+
+def check_additivity(
+    run: Mapping[str, Any], steps: list[dict[str, Any]], absolute: Mapping[tuple[int, str], float]
+) -> Check:
+    """Worst step of |lhs - rhs| / (sum_i |phi_i| / c_t), within the tolerance of the run's precision.
+
+    steps: rows of steps/. absolute: sum of |values| of each (step, target); lhs and rhs are before clipping,
+    the values after it, hence the clip coefficient c_t.
+    """
+    precision = precision_of(run)
+    tolerance = ADDITIVITY_TOLERANCE[precision]
+    worst: dict[str, dict[str, Any]] = {}
+    scored = judged = 0
+    failed: list[int] = []
+    for row in steps:
+        if row["status"] != SCORED:
+            continue
+        scored += 1
+        lhs, rhs = row["additivity_lhs"], row["additivity_rhs"]
+        if lhs is None or rhs is None:
+            continue
+        judged += 1
+        scale = absolute.get((row["step"], row["target"]), 0.0) / (row["clip_coefficient"] or 1.0)
+        error = _ratio(abs(lhs - rhs), scale if scale > 0 else max(abs(lhs), abs(rhs)))
+        if not error <= tolerance:
+            failed.append(row["step"])
+        known = worst.get(row["target"])
+        if known is None or (
+            (error > known["error"] or math.isnan(error)) and not math.isnan(known["error"])
+        ):
+            worst[row["target"]] = {"error": error, "step": row["step"]}
+    figures = {
+        "tolerance": tolerance,
+        "precision": precision,
+        "scored": scored,
+        "judged": judged,
+        "failed_steps": sorted(set(failed)),
+        "worst": {
+            target: {"error": _finite(entry["error"]), "step": entry["step"]}
+            for target, entry in worst.items()
+        },
+    }
+    if scored == 0:
+        return Check("additivity", True, "no scored step to judge", figures)
+    if judged == 0:
+        return Check(
+            "additivity", False, f"no figures recorded for {scored:,} scored (step, target)", figures
+        )
+    story = ", ".join(
+        f"{target} {entry['error']:.1e} (step {entry['step']})" for target, entry in worst.items()
+    )
+    detail = f"largest gap {story}; tolerance {tolerance:.0e} of sum |values| ({precision})"
+    if failed:
+        detail = f"{len(set(failed)):,} steps beyond the tolerance; " + detail
+    return Check("additivity", not failed, detail, figures)
+
+
+def check_efficiency(run: Mapping[str, Any], steps: list[dict[str, Any]]) -> Check:
+    """Predicted against realised loss change over all scored steps where both are known, per target.
+
+    Explained fraction = sum_t (sum_values + momentum_term + decay_term) / sum_t realised. Fails on figures
+    that are not finite, and, where it can be judged (see the constants), on a wrong sign or an absurd scale.
+    Values of the SGD proxy under another optimizer are not meant to add up to the realised change: reported
+    only.
+    """
+    proxy = _is_proxy(run)
+    figures: dict[str, Any] = {"proxy": proxy, "targets": {}}
+    story, faults = [], []
+    targets = list(dict.fromkeys(row["target"] for row in steps))
+    for target in targets:
+        rows = [
+            row
+            for row in steps
+            if row["target"] == target
+            and row["status"] == SCORED
+            and row["realised"] is not None
+            and row["sum_values"] is not None
+        ]
+        predicted = np.array(
+            [row["sum_values"] + (row["momentum_term"] or 0.0) + (row["decay_term"] or 0.0) for row in rows]
+        )
+        realised = np.array([row["realised"] for row in rows])
+        entry, fault = judge_efficiency(predicted, realised, proxy)
+        figures["targets"][target] = entry
+        if fault:
+            faults.append(f"{target}: {fault}")
+        fraction = entry["explained_fraction"]
+        story.append(f"{target} {'unknown' if fraction is None else f'{fraction:.2f}'}")
+    if not targets:
+        return Check("efficiency", True, "no scored step to judge", figures)
+    detail = f"predicted / realised loss change: {', '.join(story)}"
+    if proxy:
+        detail += " (SGD proxy: reported, not judged)"
+    if faults:
+        detail = f"{'; '.join(faults)}; {detail}"
+    return Check("efficiency", not faults, detail, figures)
+
+
+def judge_efficiency(
+    predicted: np.ndarray, realised: np.ndarray, proxy: bool
+) -> tuple[dict[str, Any], str | None]:
+    """Figures of one target and the fault, if any. predicted, realised: [steps], nats per token."""
+    entry: dict[str, Any] = {
+        "steps": len(predicted),
+        "predicted": _finite(float(predicted.sum())),
+        "realised": _finite(float(realised.sum())),
+        "explained_fraction": None,
+        "correlation": None,
+    }
+    if len(predicted) == 0:
+        return entry, None
+    if not (np.isfinite(predicted).all() and np.isfinite(realised).all()):
+        return entry, "figures are not finite"
+    if realised.sum() != 0:
+        entry["explained_fraction"] = float(predicted.sum() / realised.sum())
+    if len(predicted) > 2 and predicted.std() > 0 and realised.std() > 0:
+        entry["correlation"] = float(np.corrcoef(predicted, realised)[0, 1])
+    trend = abs(realised.sum()) >= EFFICIENCY_TREND * np.abs(realised).sum() > 0
+    if proxy or len(predicted) < EFFICIENCY_MINIMUM_STEPS or not trend:
+        return entry, None
+    fraction = entry["explained_fraction"]
+    if fraction < 0:
+        return entry, f"predicted and realised loss change have opposite signs ({fraction:.2f})"
+    low, high = EFFICIENCY_RANGE
+    if not low <= fraction <= high:
+        return entry, f"explained fraction {fraction:.3g} outside {low:g} to {high:g}"
+    return entry, None
+
+
+def _is_proxy(run: Mapping[str, Any]) -> bool:
+    chosen = setting(run, "optimizer", group="shapley")
+    if chosen is None:
+        chosen = setting(run, "shapley_optimizer")
+    trained = setting(run, "optimizer", group="training")
+    return chosen == "sgd" and trained != "sgd"
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    if denominator > 0:
+        return numerator / denominator
+    return 0.0 if numerator == 0 else math.nan if math.isnan(numerator) else math.inf
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

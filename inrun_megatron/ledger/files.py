@@ -1,0 +1,91 @@
+"""Durable file operations: after each of these returns, a crash or power cut cannot undo what it did."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from inrun_megatron.errors import UserError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make renames and removals in `directory` durable (fsync of a file does not cover its name)."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems refuse fsync on a directory; their renames are synchronous on the server.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(directory: Path) -> None:
+    """Create `directory` and its parents, each durably."""
+    missing = []
+    current = directory
+    while not current.exists():
+        missing.append(current)
+        current = current.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write `content` under a temporary name, fsync, rename onto `path`, fsync the directory.
+
+    A reader sees the old file or the whole new one, never a part. Raises UserError, with the temporary file
+    removed, when the file system refuses (full, read-only, quota).
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; what was committed before is intact: "
+            "free or repair the file system, then resume from the last checkpoint with --load"
+        ) from error
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """`write_atomically` for one JSON object; paths and other non-JSON leaves are written as their text."""
+    write_atomically(path, (json.dumps(record, indent=1, default=str) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object. Raises UserError naming the file when it is missing, unreadable or not an
+    object."""
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); restore it from a copy") from error
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{path} holds a JSON {type(record).__name__}, expected an object; restore it from a copy"
+        )
+    return record
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in pieces of 4 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,133 @@
+"""One run per ledger directory: an advisory lock that the kernel drops when the process dies, however it
+dies."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import weakref
+from pathlib import Path
+from typing import Any
+
+from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.schema import LOCK_FILE, now
+
+_HELD: dict[Path, DirectoryLock] = {}
+"""Locks of this process by resolved directory: a lock lives until close() or the end of the process."""
+
+_WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class DirectoryLock:
+    """Exclusive hold of a ledger directory through flock(2) on its `LOCK` file.
+
+    The file names the holder (host, process id, time) for the error message only; the lock itself is the
+    kernel's, so a killed run leaves nothing to clean up. On a file system without flock (Lustre mounted so)
+    the holder's name in the file is all there is: a holder on this host that no longer lives is taken over,
+    one on another host is refused.
+
+    Raises UserError, one line, when another run holds the directory.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.resolve()
+        if self.directory in _HELD:
+            raise UserError(f"{directory} is already open for writing in this process; close it first")
+        self.path = self.directory / LOCK_FILE
+        self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._acquire()
+        except BaseException:
+            os.close(self._descriptor)
+            self._descriptor = None
+            raise
+        self._write_holder()
+        _HELD[self.directory] = self
+        _OPEN_LOCKS.add(self)
+
+    def _acquire(self) -> None:
+        assert self._descriptor is not None
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise self._refusal("stop that run") from error
+            if error.errno not in _WITHOUT_FLOCK:
+                raise
+            self._check_named_holder()
+
+    def _check_named_holder(self) -> None:
+        holder = self._holder()
+        if holder.get("host") is None:
+            return
+        if holder["host"] != socket.gethostname():
+            raise self._refusal(
+                f"stop that run, or remove {self.path} if it is dead (no flock on this file system)"
+            )
+        pid = int(holder.get("pid") or 0)
+        if pid != os.getpid() and pid > 0 and _alive(pid):
+            raise self._refusal("stop that run")
+
+    def _refusal(self, remedy: str) -> UserError:
+        holder = self._holder()
+        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')} since {holder.get('created', '?')}"
+        return UserError(
+            f"{self.directory} is being written by another run ({who}); {remedy}, or choose another --shapley-dir"
+        )
+
+    def _holder(self) -> dict[str, Any]:
+        try:
+            record = json.loads(self.path.read_text() or "{}")
+        except (OSError, ValueError):
+            return {}
+        return record if isinstance(record, dict) else {}
+
+    def _write_holder(self) -> None:
+        assert self._descriptor is not None
+        record = {"host": socket.gethostname(), "pid": os.getpid(), "created": now()}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(record).encode(), 0)
+
+    def close(self) -> None:
+        """Give the directory up; closing twice is harmless."""
+        if self._descriptor is None:
+            return
+        os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._descriptor = None
+        _HELD.pop(self.directory, None)
+        _OPEN_LOCKS.discard(self)
+
+    def _close_in_child(self) -> None:
+        # A flock belongs to the open file, which fork shares: without this a data-loader worker that outlives
+        # a killed run would keep the directory locked. Closing one copy does not unlock the other.
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._forget()
+
+
+_OPEN_LOCKS: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
+
+
+def _close_locks_in_child() -> None:
+    for lock in list(_OPEN_LOCKS):
+        lock._close_in_child()
+
+
+os.register_at_fork(after_in_child=_close_locks_in_child)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,141 @@
+"""Reading a ledger: the committed parts, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.files import read_json
+from inrun_megatron.ledger.run import read_commit
+from inrun_megatron.ledger.schema import (
+    COMMITS,
+    DEFAULT_SUBDIRECTORY,
+    RUN_FILE,
+    STEPS,
+    STEPS_SCHEMA,
+    VALUES,
+    VALUES_SCHEMA,
+    PartInfo,
+    check_version,
+)
+from inrun_megatron.ledger.step_table import with_realised
+
+if TYPE_CHECKING:
+    from inrun_megatron.ledger.checks import Check
+
+
+def locate(run: Path | str) -> Path:
+    """The ledger directory of `run`, which is that directory or a run directory with `shapley/` in it."""
+    path = Path(run)
+    for directory in (path, path / DEFAULT_SUBDIRECTORY):
+        if (directory / RUN_FILE).is_file():
+            return directory
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a run directory or its ledger directory")
+    raise UserError(
+        f"{path} holds no ledger (no {RUN_FILE} in it or in its {DEFAULT_SUBDIRECTORY}/); give the run directory, "
+        "or the run's --shapley-dir"
+    )
+
+
+class Ledger:
+    """A snapshot of a ledger: what was committed when it was opened. Safe beside a run that is writing.
+
+    run: the run directory or the ledger directory.
+
+    Attributes: `directory`; `run`, the content of run.json; `commits`, (step, parts) in order; `damaged`,
+    commit records that cannot be read with the reason. Raises UserError when there is no ledger or its schema
+    is another one.
+    """
+
+    def __init__(self, run: Path | str) -> None:
+        self.directory = locate(run)
+        self.run: dict[str, Any] = read_json(self.directory / RUN_FILE)
+        check_version(self.run.get("schema_version"), self.directory / RUN_FILE)
+        self.commits: list[tuple[int, list[PartInfo]]] = []
+        self.damaged: dict[str, str] = {}
+        for path in sorted((self.directory / COMMITS).glob("*.json")):
+            try:
+                self.commits.append(read_commit(path))
+            except UserError as error:
+                self.damaged[f"{COMMITS}/{path.name}"] = str(error)
+
+    @property
+    def run_id(self) -> str:
+        return str(self.run["run_id"])
+
+    @property
+    def targets(self) -> list[dict[str, Any]]:
+        """The targets' descriptions, in order; each has `name`."""
+        return list(self.run["targets"])
+
+    @property
+    def target_names(self) -> list[str]:
+        return [str(target["name"]) for target in self.run["targets"]]
+
+    @property
+    def datasets(self) -> list[dict[str, Any]]:
+        """The dataset table; entry d describes the rows with dataset = d."""
+        return list(self.run["datasets"])
+
+    @property
+    def dataset_names(self) -> list[str]:
+        return [str(dataset.get("name", index)) for index, dataset in enumerate(self.run["datasets"])]
+
+    @property
+    def last_step(self) -> int:
+        """The last committed step, 0 when nothing is committed."""
+        return max((part.last_step for _, parts in self.commits for part in parts), default=0)
+
+    def parts(self, table: str | None = None) -> list[PartInfo]:
+        """Committed parts, of `values` or `steps` or both, in the order of their commits.
+
+        Raises UserError when a commit record is damaged: its parts would be missing without a word.
+        """
+        if self.damaged:
+            raise UserError(next(iter(self.damaged.values())))
+        return [part for _, parts in self.commits for part in parts if table in (None, part.table)]
+
+    def paths(self, table: str) -> list[str]:
+        """Absolute paths of the committed parts of `values` or `steps`, for any Parquet reader."""
+        return [str((self.directory / part.file).resolve()) for part in self.parts(table)]
+
+    def values(self) -> ds.Dataset:
+        """All committed rows of `values/`, as a dataset that reads lazily."""
+        paths = self.paths(VALUES)
+        if not paths:
+            return ds.dataset(VALUES_SCHEMA.empty_table())
+        return ds.dataset(paths, schema=VALUES_SCHEMA, format="parquet")
+
+    def steps(self) -> pa.Table:
+        """All committed rows of `steps/`, ordered by step and target.
+
+        `realised` is filled in where the next step's `target_loss` is there: L_k(w_t) - L_k(w_{t+1}).
+        """
+        paths = self.paths(STEPS)
+        if not paths:
+            return STEPS_SCHEMA.empty_table()
+        try:
+            tables = [pq.read_table(path, partitioning=None) for path in paths]
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(
+                f"a part of {self.directory / STEPS} cannot be read: {one_line(error)}; run inrun verify"
+            ) from error
+        table = pa.concat_tables(table.cast(STEPS_SCHEMA) for table in tables).unify_dictionaries()
+        return with_realised(table, self.target_names)
+
+    def verify(self) -> list[Check]:
+        """Integrity checks and audits; `inrun verify` prints them. See inrun_megatron/ledger/verify.py."""
+        from inrun_megatron.ledger.verify import verify_ledger
+
+        return verify_ledger(self)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's text on one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,191 @@
+"""Checks of the rows: contents, duplicates, agreement with the step records.
+
+Memory is bounded: rows are read part by part, duplicates are sought in ranges of steps.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from inrun_megatron.ledger.checks import NAMED, Check, name_some, setting
+from inrun_megatron.ledger.schema import SCHEMAS, SCORED, STEPS, VALUES, PartInfo
+from inrun_megatron.ledger.step_table import with_realised
+
+if TYPE_CHECKING:
+    from inrun_megatron.ledger.read import Ledger
+
+SUM_TOLERANCE = 1e-6
+"""Sum of a step's rows against its recorded sum_values, relative to the sum of |values|: both are fp64
+sums."""
+
+DUPLICATE_RANGE_ROWS = 1 << 21
+"""Rows that the search for duplicates holds in memory at a time."""
+
+
+@dataclass
+class StepTotals:
+    """Rows, sum of values and sum of |values| of each (step, target), from the rows themselves."""
+
+    rows: Counter[tuple[int, str]] = field(default_factory=Counter)
+    total: Counter[tuple[int, str]] = field(default_factory=Counter)
+    absolute: Counter[tuple[int, str]] = field(default_factory=Counter)
+
+
+def check_contents(ledger: Ledger, parts: list[PartInfo]) -> tuple[StepTotals, Check]:
+    """Values finite, names and indices known, steps inside the part's range."""
+    totals, bad = StepTotals(), []
+    rows = not_finite = 0
+    datasets = len(ledger.run["datasets"])
+    targets = pa.array(ledger.target_names)
+    for part in parts:
+        faults: Counter[str] = Counter()
+        for batch in pq.ParquetFile(ledger.directory / part.file).iter_batches(1 << 20):
+            table = pa.table(batch)
+            value = table["value"]
+            finite = pc.is_finite(value)
+            inside = pc.and_(
+                pc.greater_equal(table["step"], part.first_step), pc.less_equal(table["step"], part.last_step)
+            )
+            known = pc.and_(pc.greater_equal(table["dataset"], 0), pc.less(table["dataset"], datasets))
+            names = pc.cast(table["target"], pa.string())
+            for what, good in (
+                ("values that are not finite", finite),
+                ("steps outside the part's range", inside),
+                ("unknown dataset indices", known),
+                ("unknown targets", pc.is_in(names, targets)),
+                ("negative sample indices", pc.greater_equal(table["sample"], 0)),
+            ):
+                faults[what] += table.num_rows - (pc.sum(good).as_py() or 0)
+            rows += table.num_rows
+            _add_totals(totals, table["step"], names, pc.if_else(finite, value, 0.0))
+        not_finite += faults["values that are not finite"]
+        bad += [f"{part.file}: {count:,} {what}" for what, count in faults.items() if count]
+    figures = {"rows": rows, "not_finite": not_finite, "bad": bad}
+    if bad:
+        return totals, Check("rows", False, name_some("bad rows:", bad), figures)
+    return totals, Check("rows", True, f"{rows:,} rows, all finite, all names and indices known", figures)
+
+
+def _add_totals(
+    totals: StepTotals, step: pa.ChunkedArray, target: pa.ChunkedArray, value: pa.ChunkedArray
+) -> None:
+    table = pa.table({"step": step, "target": target, "value": value, "absolute": pc.abs(value)})
+    grouped = table.group_by(["step", "target"]).aggregate(
+        [("value", "count"), ("value", "sum"), ("absolute", "sum")]
+    )
+    for row in grouped.to_pylist():
+        key = (row["step"], row["target"])
+        totals.rows[key] += row["value_count"]
+        totals.total[key] += row["value_sum"]
+        totals.absolute[key] += row["absolute_sum"]
+
+
+def check_duplicates(ledger: Ledger, parts: list[PartInfo], totals: StepTotals) -> Check:
+    """No (step, dataset, sample, target) twice: the last defence against a resume that kept what it
+    repeats."""
+    keys = ["step", "dataset", "sample", "target"]
+    count, named = 0, []
+    if parts:
+        paths = [str(ledger.directory / part.file) for part in parts]
+        rows = ds.dataset(paths, schema=SCHEMAS[VALUES], format="parquet")
+        for first, last in _step_ranges(totals):
+            table = rows.to_table(
+                columns=keys, filter=(ds.field("step") >= first) & (ds.field("step") <= last)
+            ).unify_dictionaries()
+            table = table.set_column(3, "target", pc.cast(table["target"], pa.string()))
+            grouped = table.append_column("n", pa.array(np.ones(table.num_rows, np.int64)))
+            grouped = grouped.group_by(keys).aggregate([("n", "sum")])
+            twice = grouped.filter(pc.greater(grouped["n_sum"], 1))
+            count += twice.num_rows
+            named += [
+                f"step {row['step']} dataset {row['dataset']} sample {row['sample']} target {row['target']} "
+                f"({row['n_sum']} times)"
+                for row in twice.slice(0, NAMED).to_pylist()
+            ]
+    figures = {"duplicates": count, "first": named[:NAMED]}
+    if count:
+        return Check(
+            "duplicates", False, f"{count:,} keys more than once: {'; '.join(named[:NAMED])}", figures
+        )
+    return Check("duplicates", True, "every (step, dataset, sample, target) once", figures)
+
+
+def _step_ranges(totals: StepTotals) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of steps with at most DUPLICATE_RANGE_ROWS rows each (or one step)."""
+    per_step: Counter[int] = Counter()
+    for (step, _), rows in totals.rows.items():
+        per_step[step] += rows
+    first: int | None = None
+    last = held = 0
+    for step in sorted(per_step):
+        if first is not None and held + per_step[step] > DUPLICATE_RANGE_ROWS:
+            yield first, last
+            first, held = None, 0
+        first = step if first is None else first
+        last = step
+        held += per_step[step]
+    if first is not None:
+        yield first, last
+
+
+def steps_of(ledger: Ledger, whole: list[PartInfo]) -> list[dict[str, Any]]:
+    """Rows of steps/, from the whole parts only."""
+    tables = [
+        pq.read_table(ledger.directory / part.file, partitioning=None)
+        for part in whole
+        if part.table == STEPS
+    ]
+    if not tables:
+        return []
+    table = pa.concat_tables(table.cast(SCHEMAS[STEPS]) for table in tables).unify_dictionaries()
+    return with_realised(table, ledger.target_names).to_pylist()
+
+
+def check_steps(ledger: Ledger, steps: list[dict[str, Any]], totals: StepTotals, complete: bool) -> Check:
+    """Step records and rows tell the same story; no step is missing."""
+    bad: list[str] = []
+    statuses: dict[int, str] = {}
+    seen: Counter[tuple[int, str]] = Counter()
+    for row in steps:
+        key = (row["step"], row["target"])
+        seen[key] += 1
+        statuses[row["step"]] = row["status"]
+        expected = row["samples"] if row["status"] == SCORED else 0
+        if totals.rows[key] != expected:
+            bad.append(f"step {key[0]} target {key[1]}: {totals.rows[key]} rows, {expected} recorded")
+        elif row["status"] == SCORED and row["sum_values"] is not None:
+            gap = abs(totals.total[key] - row["sum_values"])
+            if not gap <= SUM_TOLERANCE * totals.absolute[key]:  # "not within", so that a NaN fails
+                bad.append(
+                    f"step {key[0]} target {key[1]}: rows sum to {totals.total[key]}, recorded {row['sum_values']}"
+                )
+    bad += [f"step {key[0]} target {key[1]}: {count} records" for key, count in seen.items() if count > 1]
+    bad += [
+        f"step {key[0]} target {key[1]}: rows without a step record" for key in totals.rows if key not in seen
+    ]
+    interval = int(setting(ledger.run, "interval", 0, group="shapley") or 0)
+    # From the first record on: a run that continues another one's checkpoint begins in the middle.
+    recorded = range(min(statuses), max(statuses) + 1) if statuses and interval else range(0)
+    expected_steps = {step for step in recorded if step % interval == 0}
+    missing = sorted(expected_steps - set(statuses))
+    if missing:
+        bad.append(f"no record of {len(missing)} steps (first: {missing[0]})")
+    kinds = Counter(status for status in statuses.values())
+    figures = {"statuses": dict(kinds), "missing_steps": missing, "bad": bad}
+    story = ", ".join(f"{count:,} {status}" for status, count in kinds.most_common()) or "no steps"
+    if bad and not complete:
+        return Check(
+            "steps", False, f"parts are damaged, so {len(bad):,} records do not match ({story})", figures
+        )
+    if bad:
+        return Check("steps", False, name_some("records do not match rows:", bad), figures)
+    return Check("steps", True, f"{story}; rows and sums match", figures)

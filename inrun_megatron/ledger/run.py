@@ -1,0 +1,249 @@
+"""A run's ledger as a whole: create, open for a resume, commit, roll back. Called by rank 0 only.
+
+docs/ledger.md gives the protocol and what a crash at any instant leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.files import fsync_directory, make_directory, read_json, write_json
+from inrun_megatron.ledger.lock import DirectoryLock
+from inrun_megatron.ledger.schema import (
+    COMMITS,
+    RUN_FILE,
+    STEPS,
+    VALUES,
+    PartInfo,
+    RunDescription,
+    check_version,
+    commit_name,
+    now,
+)
+
+# What must be the same before and after a resume, because rows refer to it.
+_TARGET_IDENTITY = ("name", "idx_sha256", "sequences")
+_DATASET_IDENTITY = ("name", "index", "idx_sha256", "unique_description_hash")
+
+VISIBILITY_SECONDS = 10.0
+"""How long `commit` waits for another node's part to appear on a network file system that caches names."""
+
+
+class OpenLedger:
+    """A ledger directory held for writing; holds the lock until `close()` or the end of the process.
+
+    Attributes: `directory`, `run` (run.json as a dict). A context manager.
+    """
+
+    def __init__(self, directory: Path, run: dict[str, Any], lock: DirectoryLock) -> None:
+        self.directory = directory
+        self.run = run
+        self._lock = lock
+
+    @property
+    def run_id(self) -> str:
+        return str(self.run["run_id"])
+
+    def close(self) -> None:
+        """Release the directory for another run."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def create_ledger(directory: Path | str, description: RunDescription) -> OpenLedger:
+    """Start a ledger in `directory` (made if missing), write run.json, take the lock. Rank 0 only.
+
+    Raises UserError when the directory holds a run already, is being written by one, or holds parts without
+    run.json.
+    """
+    directory = Path(directory)
+    record = description.to_dict()
+    _make_ledger_directory(directory)
+    lock = DirectoryLock(directory)
+    try:
+        if (directory / RUN_FILE).exists():
+            holder = read_json(directory / RUN_FILE).get("run_id", "unknown")
+            raise UserError(
+                f"{directory} holds the ledger of run {holder}; continue that run with --load, "
+                "or choose another --shapley-dir"
+            )
+        orphans = [path for table in (VALUES, STEPS, COMMITS) for path in (directory / table).glob("*")]
+        if orphans:
+            raise UserError(
+                f"{directory} holds {len(orphans)} ledger files but no {RUN_FILE} (first: {orphans[0].name}); "
+                f"restore {RUN_FILE}, or choose another --shapley-dir"
+            )
+        for table in (VALUES, STEPS, COMMITS):
+            make_directory(directory / table)
+        write_json(directory / RUN_FILE, record)
+    except BaseException:
+        lock.close()
+        raise
+    return OpenLedger(directory, record, lock)
+
+
+def open_ledger(directory: Path | str, description: RunDescription | None = None) -> OpenLedger:
+    """Open an existing ledger to continue its run, take the lock. Rank 0 only; call `rollback` next.
+
+    With `description` (of the resumed run) targets and datasets must be those of run.json, since rows refer
+    to them by name and index; layout, versions and other configuration may differ.
+
+    Raises UserError when there is no ledger, its schema is another, a run is writing it, or the description
+    differs.
+    """
+    directory = Path(directory)
+    if not (directory / RUN_FILE).exists():
+        raise UserError(f"{directory} holds no ledger ({RUN_FILE} is missing); check --shapley-dir")
+    lock = DirectoryLock(directory)
+    try:
+        run = read_json(directory / RUN_FILE)
+        check_version(run.get("schema_version"), directory / RUN_FILE)
+        if description is not None:
+            resumed = description.to_dict()
+            _check_same("target", run["targets"], resumed["targets"], _TARGET_IDENTITY, run["run_id"])
+            _check_same("dataset", run["datasets"], resumed["datasets"], _DATASET_IDENTITY, run["run_id"])
+    except BaseException:
+        lock.close()
+        raise
+    return OpenLedger(directory, run, lock)
+
+
+def commit(
+    directory: Path | str, step: int, parts: Iterable[PartInfo], checkpoint: str | None = None
+) -> Path:
+    """Make `parts` (of all writers, since the last commit) part of the ledger, up to and including `step`.
+    Rank 0 only.
+
+    Every part is durable before this is called; the commit itself is one atomic rename of
+    commits/<step>.json. Call it before the checkpoint of `step` is saved. A second commit of the same step
+    adds to the first.
+
+    Raises UserError when a part is not visible from this host (a --shapley-dir that the nodes do not share),
+    belongs to later steps than `step`, or the file system refuses.
+    """
+    directory = Path(directory)
+    new = list(parts)
+    for part in new:
+        if part.last_step > step:
+            raise UserError(
+                f"{part.file} holds step {part.last_step}, after step {step} that is being committed"
+            )
+        _wait_for(directory / part.file, part.bytes)
+    path = directory / commit_name(step)
+    previous: dict[str, Any] = read_json(path) if path.exists() else {}
+    known = {part["file"] for part in previous.get("parts", [])}
+    record = {
+        "step": step,
+        "created": now(),
+        "parts": previous.get("parts", []) + [part.to_dict() for part in new if part.file not in known],
+        "checkpoint": checkpoint if checkpoint is not None else previous.get("checkpoint"),
+    }
+    write_json(path, record)
+    return path
+
+
+def rollback(directory: Path | str, step: int) -> list[str]:
+    """Take the ledger back to the checkpoint of `step` (0: to its beginning). Rank 0 only, on resume.
+
+    Removes the commits after `step`, newest first, then every part and temporary file that no remaining
+    commit names; interrupted at any instant, calling it again finishes the work. Returns the removed files,
+    relative to `directory`.
+
+    Raises UserError, with nothing removed, when a commit after `step` also holds rows up to `step` that no
+    earlier commit holds: dropping it would lose them.
+    """
+    directory = Path(directory)
+    records = {path: read_commit(path) for path in sorted((directory / COMMITS).glob("*.json"))}
+    kept = {path: record for path, record in records.items() if record[0] <= step}
+    later = {path: record for path, record in records.items() if record[0] > step}
+    for _, parts in later.values():
+        straddling = [part for part in parts if part.first_step <= step]
+        if straddling:
+            steps = sorted(record[0] for record in records.values())
+            raise UserError(
+                f"{directory} has no commit for the checkpoint of step {step}: {straddling[0].file} holds its rows together "
+                f"with later ones; load the checkpoint of one of steps {steps}, or choose another --shapley-dir"
+            )
+    removed = []
+    for path in sorted(later, reverse=True):
+        path.unlink()
+        removed.append(path)
+    fsync_directory(directory / COMMITS)
+    named = {part.file for _, parts in kept.values() for part in parts}
+    for table in (VALUES, STEPS, COMMITS):
+        for path in sorted((directory / table).iterdir()):
+            if path in kept or (table != COMMITS and f"{table}/{path.name}" in named):
+                continue
+            path.unlink()
+            removed.append(path)
+        fsync_directory(directory / table)
+    return [path.relative_to(directory).as_posix() for path in removed]
+
+
+def read_commit(path: Path) -> tuple[int, list[PartInfo]]:
+    """A commit record's step and parts. Raises UserError naming the file when it is damaged."""
+    record = read_json(path)
+    try:
+        return int(record["step"]), [PartInfo.from_dict(part) for part in record["parts"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a commit record ({error!r}); restore it from a copy") from error
+
+
+def _make_ledger_directory(directory: Path) -> None:
+    try:
+        make_directory(directory)
+    except OSError as error:
+        raise UserError(
+            f"cannot create the ledger directory {directory}: {error.strerror or error}"
+        ) from error
+
+
+def _check_same(
+    what: str,
+    old: Sequence[dict[str, Any]],
+    new: Sequence[dict[str, Any]],
+    keys: tuple[str, ...],
+    run_id: str,
+) -> None:
+    if len(old) != len(new):
+        raise UserError(
+            f"the ledger of run {run_id} has {len(old)} {what}s, the resumed run {len(new)}; "
+            f"resume with the same {what}s, or choose another --shapley-dir"
+        )
+    for position, (before, after) in enumerate(zip(old, new, strict=True)):
+        for key in keys:
+            if key in before and key in after and before[key] != after[key]:
+                raise UserError(
+                    f"{what} {position} ({before.get('name')}) of run {run_id} had {key} {before[key]!r}, the resumed "
+                    f"run has {after[key]!r}; resume with the same {what}s, or choose another --shapley-dir"
+                )
+
+
+def _wait_for(path: Path, size: int) -> None:
+    deadline = time.monotonic() + VISIBILITY_SECONDS
+    while True:
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            found = -1
+        if found == size:
+            return
+        if time.monotonic() > deadline:
+            state = "is not visible" if found < 0 else f"has {found} of {size} bytes as seen"
+            raise UserError(
+                f"{path} {state} from {os.uname().nodename}; --shapley-dir must be on a file system that all nodes share"
+            )
+        # Listing the directory makes NFS clients look the name up again instead of answering from their
+        # cache.
+        os.listdir(path.parent)
+        time.sleep(0.05)

@@ -1,0 +1,126 @@
+"""Documents behind ledger rows: where they come from and a line of their text."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from inrun_megatron.data.identity import SampleResolver, Span
+from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.read import Ledger
+
+_SHORT_ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+class Documents:
+    """Samples and documents of one run, by dataset index.
+
+    moved: new .bin/.idx prefixes of datasets that no longer lie where the run read them, by index. Methods raise
+    UserError when data files are missing or are not those of the run.
+    """
+
+    def __init__(self, ledger: Ledger, moved: Mapping[int, str] | None = None) -> None:
+        self.resolver = SampleResolver(ledger.datasets, moved)
+
+    def shares(self, dataset: int, samples: np.ndarray) -> pa.Table:
+        """Which documents make up each sample: columns dataset, sample, document, tokens (of the document in the
+        sample) and share (of the sample's tokens; a sample's shares add up to 1)."""
+        row, document, tokens = self.resolver.resolve_many(dataset, samples)
+        # A document comes up twice in one sample where an epoch ends with it and the next begins with it.
+        spans = pa.table({"row": row, "document": document, "tokens": tokens})
+        spans = spans.group_by(["row", "document"], use_threads=False).aggregate([("tokens", "sum")])
+        row, tokens = spans["row"].to_numpy(), spans["tokens_sum"].to_numpy()
+        per_sample = np.bincount(row, weights=tokens, minlength=len(samples))
+        return pa.table(
+            {
+                "dataset": np.full(len(row), dataset, dtype=np.int16),
+                "sample": np.asarray(samples, dtype=np.int64)[row],
+                "document": spans["document"],
+                "tokens": tokens,
+                "share": tokens / per_sample[row],
+            }
+        )
+
+    def spans(self, dataset: int, sample: int) -> list[Span]:
+        """The spans that a sample reads, in order."""
+        return self.resolver.resolve(dataset, sample)
+
+    def metadata(self, dataset: int, document: int) -> dict[str, Any]:
+        """What `inrun prepare` kept of a document."""
+        return self.resolver.document_metadata(dataset, document)
+
+    def source(self, dataset: int, document: int) -> str:
+        """Where a document comes from, in a few words: its own source field, else file and line."""
+        metadata = self.metadata(dataset, document)
+        source, file, line = metadata.get("source"), metadata.get("file"), metadata.get("line")
+        if file is None or (source is not None and source != file):
+            return str(source)
+        return f"{file}:{line}" if line is not None and line > 1 else str(file)
+
+    def text(self, dataset: int, document: int, start: int = 0, end: int | None = None) -> str:
+        """Text of tokens [start, end) of a document; token ids where its tokenizer is not known."""
+        text = self.resolver.document_text(dataset, document, start, end)
+        if text is None:
+            ids = self.resolver.document_tokens(dataset, document)[start:end]
+            return "tokens " + " ".join(map(str, ids))
+        return text
+
+    def snippet(
+        self, dataset: int, document: int, characters: int = 80, start: int = 0, end: int | None = None
+    ) -> str:
+        """The beginning of tokens [start, end) as one printable line."""
+        # At least a character per 4 tokens, and blank lines at the start are passed over.
+        wanted = start + 4 * characters + 64
+        text = self.text(dataset, document, start, wanted if end is None else min(end, wanted))
+        return shorten(printable(text.strip()), characters)
+
+
+def printable(text: str) -> str:
+    """`text` on one line: control, format and other invisible characters as escapes, so that no text from the data
+    can steer the terminal or hide."""
+    return "".join(_SHORT_ESCAPES.get(character) or _escape(character) for character in text)
+
+
+def _escape(character: str) -> str:
+    # C*: control, format (bidi overrides), surrogate, private, unassigned. Zl, Zp: line and paragraph separators.
+    category = unicodedata.category(character)
+    if category[0] != "C" and category not in ("Zl", "Zp"):
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def shorten(text: str, characters: int, keep_end: bool = False) -> str:
+    """Cut to `characters` with "..." at the cut; `keep_end` cuts the beginning (paths)."""
+    if len(text) <= characters:
+        return text
+    return "..." + text[len(text) - characters + 3 :] if keep_end else text[: characters - 3] + "..."
+
+
+def parse_moved(ledger: Ledger, entries: Sequence[str]) -> dict[int, str]:
+    """`NAME=PREFIX` (or INDEX=PREFIX) of --data -> prefix by dataset index. Raises UserError on unknown names."""
+    moved = {}
+    for entry in entries:
+        name, equals, prefix = entry.partition("=")
+        if not equals or not prefix:
+            raise UserError(
+                f"--data {entry!r} is not NAME=PREFIX, such as {ledger.dataset_names[0]}=data/prefix"
+            )
+        moved[dataset_index(ledger, name)] = str(Path(prefix).expanduser())
+    return moved
+
+
+def dataset_index(ledger: Ledger, name: str) -> int:
+    """Index of a dataset given by name or number. Raises UserError with the known ones."""
+    names = ledger.dataset_names
+    if name in names:
+        return names.index(name)
+    if name.isdecimal() and int(name) < len(names):
+        return int(name)
+    known = ", ".join(f"{index} ({known})" for index, known in enumerate(names))
+    raise UserError(f"the run has no dataset {name!r}; it has {known}")

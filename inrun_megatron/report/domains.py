@@ -1,0 +1,96 @@
+"""Value per domain (dataset) and target, by phase.
+
+Standard errors treat training steps, not samples, as the independent draws: the samples of one step share its direction
+and its learning rate, so that they move together. With S_t the sum and n_t the number of a domain's samples in step t,
+m = sum S_t / sum n_t and T steps (the usual error of a ratio of totals of T clusters):
+
+    se^2 = T / (T - 1) * sum_t (S_t - n_t m)^2 / (sum n_t)^2
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from inrun_megatron.report.phases import Phase
+from inrun_megatron.report.query import Query
+
+
+@dataclass(frozen=True)
+class DomainFigures:
+    """One dataset towards one target in one phase. Values in nats per token of the target; `normalised_*` as defined in
+    report/query.py, without unit."""
+
+    phase: str
+    first_step: int
+    last_step: int
+    target: str
+    dataset: int
+    name: str
+    steps: int
+    samples: int
+    tokens: int
+    sum: float
+    mean: float
+    """Per sample."""
+    standard_error: float | None
+    """Of `mean`; None with fewer than two steps."""
+    negative_share: float
+    """Share of samples with a value below 0."""
+    normalised_mean: float
+    normalised_standard_error: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def domain_figures(query: Query, phases: Sequence[Phase]) -> list[DomainFigures]:
+    """Figures of every phase, target and dataset that has samples there; in run.json's order of targets and datasets."""
+    return [figures for phase in phases for figures in _of_phase(query, phase)]
+
+
+def _of_phase(query: Query, phase: Phase) -> list[DomainFigures]:
+    rows = query.rows(f"""
+        SELECT c.target, c.dataset, d.name, count(*) AS steps,
+               CAST(sum(c.n) AS BIGINT) AS n, CAST(sum(c.tokens) AS BIGINT) AS tokens,
+               CAST(sum(c.negatives) AS BIGINT) AS negatives, sum(CAST(c.n AS DOUBLE) * c.n) AS n_squared,
+               sum(c.total) AS total, sum(c.total * c.total) AS total_squared, sum(c.total * c.n) AS total_n,
+               sum(c.total * s.factor) AS norm, sum(c.total * s.factor * c.total * s.factor) AS norm_squared,
+               sum(c.total * s.factor * c.n) AS norm_n
+        FROM cells c JOIN scales s ON c.step = s.step AND c.target = s.target
+        JOIN datasets d ON c.dataset = d.dataset JOIN targets t ON c.target = t.target
+        WHERE c.step BETWEEN {phase.first} AND {phase.last}
+        GROUP BY c.target, c.dataset, d.name, t.position ORDER BY t.position, c.dataset
+    """)
+    return [
+        DomainFigures(
+            phase=phase.name,
+            first_step=phase.first,
+            last_step=phase.last,
+            target=row["target"],
+            dataset=row["dataset"],
+            name=row["name"],
+            steps=row["steps"],
+            samples=row["n"],
+            tokens=row["tokens"],
+            sum=row["total"],
+            mean=row["total"] / row["n"],
+            standard_error=_standard_error(row, "total"),
+            negative_share=row["negatives"] / row["n"],
+            normalised_mean=row["norm"] / row["n"],
+            normalised_standard_error=_standard_error(row, "norm"),
+        )
+        for row in rows
+    ]
+
+
+def _standard_error(row: dict[str, Any], name: str) -> float | None:
+    steps, n = row["steps"], row["n"]
+    if steps < 2:
+        return None
+    mean = row[name] / n
+    # sum_t (S_t - n_t m)^2, expanded; rounding may take it slightly below 0
+    squares = row[f"{name}_squared"] - 2 * mean * row[f"{name}_n"] + mean * mean * row["n_squared"]
+    return math.sqrt(max(squares, 0.0) * steps / (steps - 1)) / n

@@ -1,0 +1,126 @@
+"""What was trained, in words, and how each target's loss went."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+
+from inrun_megatron.ledger.audits import precision_of
+from inrun_megatron.ledger.checks import setting
+from inrun_megatron.ledger.read import Ledger
+from inrun_megatron.ledger.schema import SCORED
+
+
+def describe_run(ledger: Ledger) -> dict[str, Any]:
+    """Identity, and one line each on model, training and layout; lines name only what run.json says."""
+    run, layout = ledger.run, ledger.run.get("layout") or {}
+    model = _joined(
+        _count(setting(run, "num_layers"), "layer"),
+        _named("hidden", setting(run, "hidden_size")),
+        _count(setting(run, "num_attention_heads"), "head"),
+        _named("", setting(run, "normalization")),
+        _named("positions", setting(run, "position_embedding_type")),
+        _named("sequence", setting(run, "seq_length")),
+    )
+    training = _joined(
+        _named("optimizer", setting(run, "optimizer", group="training") or setting(run, "optimizer")),
+        _named("lr", setting(run, "lr")),
+        _named("global batch", setting(run, "global_batch_size")),
+        _named("micro batch", setting(run, "micro_batch_size", group="training")),
+        _named("clipping at", setting(run, "clip_grad")),
+        precision_of(run),
+    )
+    spread = _joined(
+        *(f"{name.upper()} {size}" for name, size in layout.items() if isinstance(size, int)),
+        _named("ZeRO", setting(run, "zero_stage")),
+        "sequence parallel" if setting(run, "sequence_parallel") else None,
+    )
+    scoring = _joined(
+        setting(run, "estimator"),
+        "SGD proxy" if setting(run, "optimizer", group="shapley") == "sgd" else None,
+        _every(setting(run, "interval", group="shapley")),
+    )
+    return {
+        "id": ledger.run_id,
+        "directory": str(ledger.directory),
+        "created": run.get("created"),
+        "model": model,
+        "training": training,
+        "layout": spread,
+        "scoring": scoring,
+        "versions": run.get("versions") or {},
+    }
+
+
+def describe_steps(ledger: Ledger, steps: pa.Table) -> dict[str, Any]:
+    """Counts of steps by status, samples and time. steps: `Ledger.steps()`."""
+    rows = [row for row in steps.to_pylist() if row["target"] == ledger.target_names[0]]
+    total = sum(row["seconds_total"] or 0.0 for row in rows)
+    scoring = sum(row["seconds_scoring"] or 0.0 for row in rows)
+    consumed = [row["consumed_samples"] for row in rows if row["consumed_samples"] is not None]
+    return {
+        "last": ledger.last_step,
+        "statuses": dict(Counter(row["status"] for row in rows)),
+        "samples_scored": sum(row["samples"] for row in rows),
+        "samples_consumed": max(consumed, default=None),
+        "seconds_total": total,
+        "seconds_scoring": scoring,
+        "scoring_share": scoring / total if total else None,
+    }
+
+
+def describe_targets(ledger: Ledger, steps: pa.Table) -> list[dict[str, Any]]:
+    """First and last loss of each target, the loss change of the scored steps, and what the values explain of it.
+
+    explained_fraction = sum(sum_values + momentum_term + decay_term) / sum(realised) over scored steps that have both.
+    """
+    rows = steps.to_pylist()
+    described = []
+    for target in ledger.targets:
+        own = [row for row in rows if row["target"] == target["name"] and row["target_loss"] is not None]
+        known = [
+            row
+            for row in own
+            if row["status"] == SCORED and row["realised"] is not None and row["sum_values"] is not None
+        ]
+        realised = sum(row["realised"] for row in known)
+        values = sum(row["sum_values"] for row in known)
+        momentum = sum(row["momentum_term"] or 0.0 for row in known)
+        decay = sum(row["decay_term"] or 0.0 for row in known)
+        described.append(
+            {
+                "name": target["name"],
+                "sequences": target.get("sequences") or target.get("n"),
+                "first_step": own[0]["step"] if own else None,
+                "first_loss": own[0]["target_loss"] if own else None,
+                "last_step": own[-1]["step"] if own else None,
+                "last_loss": own[-1]["target_loss"] if own else None,
+                "steps_judged": len(known),
+                "realised": realised if known else None,
+                "sum_values": values if known else None,
+                "momentum_term": momentum if known else None,
+                "decay_term": decay if known else None,
+                "explained_fraction": (values + momentum + decay) / realised if realised else None,
+            }
+        )
+    return described
+
+
+def _joined(*pieces: Any) -> str:
+    return ", ".join(str(piece) for piece in pieces if piece)
+
+
+def _named(name: str, value: Any) -> str | None:
+    return None if value is None else f"{name} {value}".strip()
+
+
+def _count(number: Any, noun: str) -> str | None:
+    return None if number is None else f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _every(interval: Any) -> str | None:
+    if interval is None:
+        return None
+    return "every step" if interval == 1 else f"every {interval} steps"

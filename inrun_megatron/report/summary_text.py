@@ -1,0 +1,228 @@
+"""The printed form of `inrun summary`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from inrun_megatron.ledger.checks import Check
+from inrun_megatron.ledger.schema import SCORED
+from inrun_megatron.report.documents import shorten
+from inrun_megatron.report.tables import scale_of, signed, table, with_error
+
+LARGE_SHARE = 0.05
+"""A sample with more than this share of a phase's sum of |values| is named."""
+
+
+def render(summary: dict[str, Any], audits: Sequence[Check], out: Console) -> None:
+    """Print `build_summary`'s figures."""
+    _run(summary, out)
+    _targets(summary["targets"], out)
+    _heading("Value per sample, by domain", out)
+    _say(
+        "Positive: the samples lowered the target's loss. Values in nats per token of the target, ± standard error over "
+        "training steps. Normalised: each value divided by the mean |value| of its step, so that every step weighs the "
+        "same.",
+        out,
+    )
+    for target in summary["targets"]:
+        _domains(summary, target["name"], out)
+    _documents(summary, out)
+    _heading("Audits", out)
+    out.print(checks_table(audits, out.width))
+    not_finite = summary["rows"]["not_finite"] or 0
+    if not_finite:
+        _say(f"{not_finite:,} rows have values that are not finite and are left out of every figure.", out)
+    _say(f"Files and rows of the ledger are checked by: inrun verify {summary['run']['directory']}", out)
+
+
+def checks_table(checks: Sequence[Check], width: int) -> Table:
+    """Checks or audits with their verdict in words."""
+    made = table([("Check", "left"), ("Verdict", "left"), ("Detail", "left")])
+    made.columns[2].no_wrap = False
+    made.columns[2].overflow = "fold"
+    for check in checks:
+        verdict = Text("ok", style="green") if check.ok else Text("FAILED", style="bold red")
+        made.add_row(Text(check.name), verdict, Text(check.detail))
+    return made
+
+
+def _run(summary: dict[str, Any], out: Console) -> None:
+    run, steps = summary["run"], summary["steps"]
+    _heading(f"Run {run['id']}", out)
+    lines = [(name, run[name]) for name in ("model", "training", "layout", "scoring") if run[name]]
+    scored = steps["statuses"].get(SCORED, 0)
+    others = [f"{count:,} {status}" for status, count in steps["statuses"].items() if status != SCORED]
+    story = f"{steps['last']:,}, of which {scored:,} scored"
+    if others:
+        story += f" ({'; '.join(others)})"
+    story += f"; {steps['samples_scored']:,} samples scored"
+    lines.append(("steps", story))
+    if steps["seconds_total"]:
+        share = steps["scoring_share"]
+        lines.append(("time", f"{steps['seconds_total']:,.0f} s in steps, {share:.0%} of it for scoring"))
+    made = Table.grid(padding=(0, 2))
+    for name, text in lines:
+        made.add_row(Text(name, style="dim"), Text(text))
+    out.print(made)
+
+
+def _targets(targets: Sequence[dict[str, Any]], out: Console) -> None:
+    _heading("Loss of each target", out)
+    made = table(
+        [
+            ("Target", "left"),
+            "First",
+            "Last",
+            "Change",
+            "By samples",
+            "By momentum",
+            "By decay",
+            "Explained",
+        ]
+    )
+    for target in targets:
+        change = None if target["realised"] is None else -target["realised"]
+        explained = target["explained_fraction"]
+        # The ledger's terms are loss reductions; beside the change of the loss they carry its sign.
+        terms = [target[name] for name in ("sum_values", "momentum_term", "decay_term")]
+        made.add_row(
+            Text(target["name"]),
+            "-" if target["first_loss"] is None else f"{target['first_loss']:.4f}",
+            "-" if target["last_loss"] is None else f"{target['last_loss']:.4f}",
+            "-" if change is None else f"{change:+.4f}",
+            *("-" if term is None else f"{-term:+.4f}" for term in terms),
+            "-" if explained is None else f"{explained:.0%}",
+        )
+    out.print(made)
+    _say(
+        "Nats per token. Change: over the scored steps whose next loss is known; by samples, momentum and decay: what "
+        "each predicts for it to the order of the estimator; explained: their sum / change.",
+        out,
+    )
+
+
+def _domains(summary: dict[str, Any], target: str, out: Console) -> None:
+    rows = [row for row in summary["domains"] if row["target"] == target]
+    unit, name = scale_of([row["mean"] for row in rows])
+    made = table(
+        [
+            ("Phase", "left"),
+            ("Domain", "left"),
+            "Samples",
+            f"Mean ± s.e.\n{name}",
+            "Sum",
+            "Negative",
+            "Normalised\nmean ± s.e.",
+        ]
+    )
+    for phase in dict.fromkeys((row["phase"], row["first_step"], row["last_step"]) for row in rows):
+        group = [row for row in rows if (row["phase"], row["first_step"], row["last_step"]) == phase]
+        labels = [phase[0], f"{phase[1]}-{phase[2]}"] + [""] * len(group)
+        if len(group) == 1:
+            labels = [" ".join(labels[:2])]
+        for label, row in zip(labels, group, strict=False):
+            made.add_row(
+                Text(label),
+                Text(shorten(row["name"], 22)),
+                f"{row['samples']:,}",
+                with_error(row["mean"], row["standard_error"], unit),
+                f"{row['sum']:+#.3g}",
+                f"{row['negative_share']:.0%}",
+                with_error(row["normalised_mean"], row["normalised_standard_error"], 1.0),
+            )
+        made.add_section()
+    _subheading(f"Target {target}", out)
+    out.print(made)
+    _say(_in_words(summary, target), out)
+
+
+def _in_words(summary: dict[str, Any], target: str) -> str:
+    """The last phase in a sentence, by normalised means: no single sample can rule those."""
+    phase = summary["phases"][-1]
+    rows = [
+        row
+        for row in summary["domains"]
+        if row["target"] == target
+        and row["first_step"] == phase["first"]
+        and row["last_step"] == phase["last"]
+    ]
+    if not rows:
+        return f"Steps {phase['first']}-{phase['last']}: no scored samples."
+    best = max(rows, key=lambda row: row["normalised_mean"])
+    harmful = [
+        f"{row['name']} ({row['negative_share']:.0%} of its samples negative)"
+        for row in rows
+        if row["normalised_standard_error"] is not None
+        and row["normalised_mean"] + 2 * row["normalised_standard_error"] < 0
+    ]
+    text = f"Steps {phase['first']}-{phase['last']}: {best['name']} has the highest normalised mean"
+    if best["normalised_mean"] <= 0:
+        text += ", and even that is not positive"
+    text += f"; below zero by more than two standard errors: {', '.join(harmful) or 'none'}."
+    largest = summary["largest"].get(target)
+    if largest is not None and largest["share"] > LARGE_SHARE:
+        text += (
+            f" One sample, {largest['dataset_name']}:{largest['sample']} in step {largest['step']}, has "
+            f"{largest['value']:+.3g}: {largest['share']:.0%} of the sum of |values| of these steps. Mind it when you "
+            f"read raw means and sums (inrun show --sample {largest['dataset_name']}:{largest['sample']})."
+        )
+    return text
+
+
+def _documents(summary: dict[str, Any], out: Console) -> None:
+    documents, error = summary["documents"], summary["documents_error"]
+    if documents is None and error is None:
+        return
+    phase = summary["phases"][-1]
+    _heading(f"Best and worst documents, steps {phase['first']}-{phase['last']}", out)
+    if documents is None:
+        _say(f"Documents cannot be shown: {error}", out)
+        return
+    _say(
+        "Sum of the document's share in its samples' values: a sample's value is shared among its documents in "
+        "proportion to their tokens in it. More: inrun top, inrun show --document NAME:NUMBER.",
+        out,
+    )
+    for target, found in documents.items():
+        unit, name = scale_of([row["value"] for kind in ("best", "worst") for row in found[kind]])
+        made = table(
+            [
+                ("", "left"),
+                f"Value\n{name}",
+                "Tokens",
+                ("Document", "left"),
+                ("From", "left"),
+                ("Text", "left"),
+            ]
+        )
+        made.columns[-1].ratio, made.expand = 1, True
+        for kind in ("best", "worst"):
+            for position, row in enumerate(found[kind]):
+                made.add_row(
+                    kind if position == 0 else "",
+                    signed(row["value"] / unit),
+                    f"{row['tokens']:,}",
+                    Text(f"{shorten(row['dataset_name'], 16)}:{row['document']}"),
+                    Text(shorten(row["source"], 24, keep_end=True)),
+                    Text(row["snippet"]),
+                )
+            made.add_section()
+        _subheading(f"Target {target}", out)
+        out.print(made)
+
+
+def _heading(text: str, out: Console) -> None:
+    out.print(Text(f"\n{text}", style="bold underline"))
+
+
+def _subheading(text: str, out: Console) -> None:
+    out.print(Text(f"\n{text}", style="bold"))
+
+
+def _say(text: str, out: Console) -> None:
+    out.print(Text(text))
