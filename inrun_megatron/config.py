@@ -1,0 +1,263 @@
+"""The configuration of a run: frozen dataclasses whose field docstrings are the help of the command line.
+
+Flags are Megatron-LM's names (megatron/training/arguments.py) wherever Megatron-LM has the setting. Parsing and the
+replayable YAML are in training/arguments.py, checks in training/validation.py, the merge with a DeepSpeed JSON in
+training/deepspeed_config.py. A field that is None is decided there, in the order stated in its help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The GPT: GPT-2-shaped by default; the flags marked (Llama) make it Llama-shaped."""
+
+    num_layers: int
+    """Transformer layers."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_attention_heads: int
+    """Attention heads."""
+    ffn_hidden_size: int | None = None
+    """Width of the feed-forward layer. Default: 4 x hidden size; with --swiglu 8/3 x hidden size, in steps of 64."""
+    kv_channels: int | None = None
+    """Width of one attention head. Default: hidden size / attention heads."""
+    group_query_attention: bool = False
+    """(Llama) Share keys and values between the heads of a query group."""
+    num_query_groups: int = 1
+    """(Llama) Query groups; read with --group-query-attention only."""
+    max_position_embeddings: int | None = None
+    """Rows of the learned position embedding. Default: the sequence length."""
+    position_embedding_type: Literal["learned_absolute", "rope"] = "learned_absolute"
+    """Positions: learned vectors, or (Llama) rotary."""
+    rotary_base: int = 10000
+    """Base period of rotary positions."""
+    rotary_percent: float = 1.0
+    """Share of a head's width that rotary positions turn."""
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    """Norm: LayerNorm or (Llama) RMSNorm."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance in the norm."""
+    swiglu: bool = False
+    """(Llama) Gated feed-forward layer with SiLU instead of GELU."""
+    disable_bias_linear: bool = False
+    """(Llama) No biases in linear layers."""
+    add_qkv_bias: bool = False
+    """Bias in the query/key/value projection although --disable-bias-linear is set."""
+    untie_embeddings_and_output_weights: bool = False
+    """(Llama) Output layer with weights of its own."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size. Padding changes no value."""
+    init_method_std: float = 0.02
+    """Standard deviation of initial weights; output projections of the layers are scaled by 1/sqrt(2 x layers)."""
+    attention_dropout: float = 0.1
+    """Dropout probability of attention weights."""
+    hidden_dropout: float = 0.1
+    """Dropout probability of the embeddings and of each layer's two outputs."""
+
+    @property
+    def resolved_ffn_hidden_size(self) -> int:
+        """Megatron-LM's default where the flag is not given."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        return int(4 * self.hidden_size * 2 / 3) // 64 * 64 if self.swiglu else 4 * self.hidden_size
+
+    @property
+    def resolved_kv_channels(self) -> int:
+        """Width of one attention head."""
+        return (
+            self.kv_channels if self.kv_channels is not None else self.hidden_size // self.num_attention_heads
+        )
+
+    @property
+    def query_groups(self) -> int:
+        """Number of key/value heads."""
+        return self.num_query_groups if self.group_query_attention else self.num_attention_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Training data: Megatron indexed datasets (`inrun prepare` writes them)."""
+
+    data_path: tuple[str, ...]
+    """Prefixes of .bin/.idx pairs: one, several, or weights and prefixes in turn (`0.7 a_document 0.3 b_document`)."""
+    seq_length: int
+    """Tokens per sample."""
+    split: str = "969,30,1"
+    """Shares of the documents for training, validation and test."""
+    tokenizer_type: str = "auto"
+    """Tokenizer: auto (what the data was prepared with), bytes, or HuggingFaceTokenizer."""
+    tokenizer_model: str | None = None
+    """Path of the tokenizer.json of --tokenizer-type HuggingFaceTokenizer."""
+    vocab_size: int | None = None
+    """Vocabulary before padding. Default: the tokenizer's."""
+    eod_mask_loss: bool = False
+    """No loss on end-of-document tokens."""
+    reset_position_ids: bool = False
+    """Positions start at 0 after each end of document."""
+    reset_attention_mask: bool = False
+    """Attention limited to the own document. Not supported: the attention is causal over the whole row."""
+    data_cache_path: str | None = None
+    """Directory of the document, sample and shuffle indices. Default: beside the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimisation."""
+
+    micro_batch_size: int
+    """Samples per forward pass on one data-parallel rank."""
+    train_iters: int
+    """Optimizer steps of the whole run."""
+    lr: float
+    """Peak learning rate."""
+    global_batch_size: int | None = None
+    """Samples per optimizer step over all ranks. Default: micro batch size x data-parallel size."""
+    min_lr: float = 0.0
+    """Lowest learning rate of the schedule."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "linear"
+    """Shape of the schedule after the warm-up."""
+    lr_decay_iters: int | None = None
+    """Steps until --min-lr is reached. Default: --train-iters."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up. As in Megatron-LM the first step then has learning rate 0."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a share of --lr-decay-iters, instead of --lr-warmup-iters."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam is AdamW (decoupled weight decay)."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices; biases, norms and other vectors have none."""
+    clip_grad: float | None = None
+    """Largest global gradient norm; 0 switches clipping off. Default: the DeepSpeed JSON's, else 1.0."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    sgd_momentum: float = 0.9
+    """Momentum of --optimizer sgd."""
+    bf16: bool = False
+    """Train in bfloat16 with fp32 master weights."""
+    fp16: bool = False
+    """Train in float16 with fp32 master weights and loss scaling."""
+    loss_scale: float | None = None
+    """Fixed loss scale of --fp16. Default: dynamic."""
+    initial_loss_scale: float | None = None
+    """First dynamic loss scale, a power of 2. Default: 65536."""
+    min_loss_scale: float | None = None
+    """Smallest dynamic loss scale. Default: 1."""
+    loss_scale_window: int | None = None
+    """Steps without overflow after which the dynamic loss scale doubles. Default: 1000."""
+    hysteresis: int | None = None
+    """Overflows before the dynamic loss scale halves. Default: 2."""
+    seed: int = 1234
+    """Of parameters, dropout and the order of the data."""
+    recompute_granularity: Literal["full"] | None = None
+    """full: keep only the input of each chunk of layers and compute the rest again in the backward pass."""
+    recompute_method: Literal["uniform"] = "uniform"
+    """uniform: chunks of equal size; read with --recompute-granularity only."""
+    recompute_num_layers: int = 1
+    """Layers per chunk; read with --recompute-granularity only."""
+    eval_interval: int = 1000
+    """Steps between evaluations on the validation split; 0 switches them off."""
+    eval_iters: int = 100
+    """Global batches of the validation split per evaluation, the same ones each time; 0 switches it off."""
+    exit_interval: int | None = None
+    """Save and stop after the first step that is a multiple of this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over ranks."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer (TP)."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages (PP), each with the same number of layers; with ZeRO stage 0 or 1."""
+    sequence_parallel: bool = False
+    """Shard the sequence over the tensor-parallel ranks outside the linear layers."""
+    zero_stage: int | None = None
+    """DeepSpeed ZeRO stage 0-3. Default: the DeepSpeed JSON's, else 0."""
+    distributed_backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """auto: nccl with a GPU, gloo without."""
+    distributed_timeout_minutes: float = 10.0
+    """How long a collective waits for a rank before the run fails."""
+    deepspeed: bool = False
+    """Accepted for compatibility; DeepSpeed is always used."""
+    deepspeed_config: str | None = None
+    """DeepSpeed JSON. "auto" values are filled from the flags; a value that contradicts a flag is an error."""
+    local_rank: int = -1
+    """Set by the deepspeed launcher."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """The run directory and its checkpoints."""
+
+    save: str | None = None
+    """Run directory: config.yaml, checkpoints/, shapley/ (the ledger), monitor/."""
+    load: str | None = None
+    """Run directory to resume from. The same as --save: start there if it has no checkpoint yet."""
+    save_interval: int | None = None
+    """Steps between checkpoints. Default: only at the end (none with 0)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Progress bar and monitors."""
+
+    log_interval: int = 10
+    """Steps between lines on a stderr that is no terminal, and between points in the monitors."""
+    tensorboard_dir: str | None = None
+    """Write TensorBoard events there."""
+    csv_dir: str | None = None
+    """Write one CSV file per figure there."""
+    wandb_project: str | None = None
+    """Log to this project of Weights & Biases."""
+    wandb_exp_name: str | None = None
+    """Name of the run in Weights & Biases."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapleyConfig:
+    """In-Run Data Shapley: the value of every training sample towards validation targets."""
+
+    enabled: Annotated[bool, tyro.conf.arg(name="shapley")] = True
+    """Score samples. --no-shapley trains without."""
+    target: Annotated[Repeated, tyro.conf.arg(name="shapley-target", metavar="NAME=PATH[:SEQUENCES]")] = ()
+    """Validation target: a name, the prefix of its .bin/.idx pair, and how many sequences to use (default: all)."""
+    estimator: Annotated[Literal["first_order"], tyro.conf.arg(name="shapley-estimator")] = "first_order"
+    """first_order: the optimizer's step linearised at the current weights."""
+    optimizer: Annotated[Literal["auto", "sgd"], tyro.conf.arg(name="shapley-optimizer")] = "auto"
+    """auto: values for the optimizer that trains. sgd: the paper's SGD proxy under any optimizer."""
+    interval: Annotated[int, tyro.conf.arg(name="shapley-interval")] = 1
+    """Score every n-th step."""
+    dir: Annotated[str | None, tyro.conf.arg(name="shapley-dir")] = None
+    """Ledger directory. Default: shapley/ in the run directory (--save)."""
+    micro_batch_size: Annotated[int | None, tyro.conf.arg(name="shapley-micro-batch-size")] = None
+    """Sequences per forward pass of the validation targets. Default: --micro-batch-size."""
+    audit_interval: Annotated[int, tyro.conf.arg(name="shapley-audit-interval")] = 50
+    """Steps between audits in the log and the monitors."""
+    commit_interval: Annotated[int, tyro.conf.arg(name="shapley-commit-interval")] = 100
+    """Steps between commits of the ledger apart from those at checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Pretrain a GPT with megatron-core layers under DeepSpeed and value every training sample in the same run."""
+
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    shapley: ShapleyConfig = field(default_factory=ShapleyConfig)

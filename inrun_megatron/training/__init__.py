@@ -1,0 +1,1 @@
+"""The training run around the model: arguments, engine, loop, checkpoints, monitors."""

@@ -1,0 +1,102 @@
+"""Microbatches of training steps, read ahead by a thread, and their loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from inrun_megatron.training.deepspeed_config import Batch
+
+Microbatch = dict[str, torch.Tensor]
+Indices = Callable[[int, int, int, int], Sequence[int]]
+"""(consumed samples, micro batch size, data-parallel rank, data-parallel size) -> sample numbers of one microbatch."""
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> Microbatch:
+    """Samples of the dataset as one microbatch: every entry with a leading row dimension b."""
+    return {key: torch.stack([torch.as_tensor(sample[key]) for sample in samples]) for key in samples[0]}
+
+
+def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
+    """The microbatch on `device`; itself on CPU."""
+    if device.type == "cpu":
+        return microbatch
+    return {key: tensor.pin_memory().to(device, non_blocking=True) for key, tensor in microbatch.items()}
+
+
+class StepLoader:
+    """The microbatches of consecutive optimizer steps of one data-parallel rank.
+
+    The order of samples is that of the dataset (which is shuffled), so the position is one number: the samples
+    consumed by the whole run. While a step computes, a thread reads the next one.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch: Batch,
+        *,
+        dp_rank: int,
+        consumed_samples: int,
+        indices: Indices,
+        ahead: bool = True,
+    ) -> None:
+        self._dataset, self._batch, self._dp_rank, self._indices = dataset, batch, dp_rank, indices
+        self._position = consumed_samples
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") if ahead else None
+        self._next: Future[list[Microbatch]] | None = None
+
+    def _read(self, consumed: int) -> list[Microbatch]:
+        batch = self._batch
+        per_pass = batch.micro * batch.data_parallel
+        return [
+            collate(
+                [
+                    self._dataset[int(k)]
+                    for k in self._indices(
+                        consumed + step * per_pass, batch.micro, self._dp_rank, batch.data_parallel
+                    )
+                ]
+            )
+            for step in range(batch.accumulation)
+        ]
+
+    def next_step(self, more: bool = True) -> list[Microbatch]:
+        """The microbatches of the next step; `more` says whether another will be asked for."""
+        microbatches = self._read(self._position) if self._next is None else self._next.result()
+        self._next = None
+        self._position += self._batch.size
+        if more and self._pool is not None:
+            self._next = self._pool.submit(self._read, self._position)
+        return microbatches
+
+    def close(self) -> None:
+        """Stop the reading thread."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def microbatch_loss(losses: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    """Mean loss over the microbatch's unmasked tokens: Megatron's default convention.
+
+    losses, loss_mask [b, s] -> scalar. A microbatch without any loss token has loss 0.
+    """
+    mask = loss_mask.float()
+    return (losses.float() * mask).sum() / mask.sum().clamp(min=1.0)
+
+
+def loss_tokens(microbatch: Microbatch) -> torch.Tensor:
+    """Loss tokens of each row [b], int64."""
+    return microbatch["loss_mask"].sum(-1).round().to(torch.int64)
+
+
+def evaluation_batches(
+    dataset: Any, batch: Batch, iterations: int, dp_rank: int, indices: Indices
+) -> Iterator[Microbatch]:
+    """This rank's microbatches of the first `iterations` global batches of `dataset`."""
+    loader = StepLoader(dataset, batch, dp_rank=dp_rank, consumed_samples=0, indices=indices, ahead=False)
+    for _ in range(iterations):
+        yield from loader.next_step(more=False)

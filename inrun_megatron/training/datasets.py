@@ -1,0 +1,105 @@
+"""Vocabulary, validation targets and training data of a run: the glue to inrun_megatron.data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from inrun_megatron.config import Config
+from inrun_megatron.data.blend import parse_blend, parse_split
+from inrun_megatron.data.documents import read_summary
+from inrun_megatron.data.sampler import microbatch_indices
+from inrun_megatron.data.targets import Target, load_target, parse_targets
+from inrun_megatron.data.tokenizers import NullTokenizer, Tokenizer, build_tokenizer, prepared_tokenizer
+from inrun_megatron.data.train import build_datasets
+from inrun_megatron.errors import UserError
+from inrun_megatron.training.deepspeed_config import Batch
+from inrun_megatron.training.distributed import AgreedError
+
+indices = microbatch_indices
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training and validation datasets and the table that says what their samples refer to."""
+
+    train: Any
+    validation: Any | None
+    table: list[dict[str, Any]]
+
+
+def check_arguments(config: Config) -> None:
+    """UserError when --data-path, --split or --shapley-target cannot be read. Opens no file."""
+    parse_blend(config.data.data_path)
+    parse_split(config.data.split)
+    if config.shapley.enabled:
+        parse_targets(config.shapley.target)
+
+
+def vocabulary(config: Config) -> Tokenizer:
+    """The tokenizer of --tokenizer-type; with `auto` the one that all the data was prepared with.
+
+    UserError: the data's tokenizers differ or are unknown, or --vocab-size is not the tokenizer's.
+    """
+    data = config.data
+    prefixes = parse_blend(data.data_path).prefixes
+    if data.tokenizer_type == "bytes":
+        tokenizer = build_tokenizer("bytes")
+    elif data.tokenizer_type == "HuggingFaceTokenizer":
+        assert data.tokenizer_model is not None  # training/validation.py
+        tokenizer = build_tokenizer(data.tokenizer_model)
+    elif data.vocab_size is not None and any(read_summary(prefix) is None for prefix in prefixes):
+        # Data that was tokenized elsewhere: the flag states the vocabulary.
+        if data.eod_mask_loss or data.reset_position_ids:
+            raise UserError(
+                "--eod-mask-loss and --reset-position-ids need to know the end-of-document token: give --tokenizer-type"
+            )
+        return NullTokenizer(data.vocab_size)
+    else:
+        tokenizer = prepared_tokenizer(prefixes)
+    if data.vocab_size is not None and data.vocab_size != tokenizer.vocab_size:
+        raise UserError(
+            f"--vocab-size is {data.vocab_size} but the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens: "
+            f"leave --vocab-size out"
+        )
+    return tokenizer
+
+
+def targets(config: Config, tokenizer: Tokenizer) -> list[Target]:
+    """The validation targets of --shapley-target; none under --no-shapley."""
+    if not config.shapley.enabled:
+        return []
+    return [
+        load_target(
+            spec,
+            seq_length=config.data.seq_length,
+            eod=tokenizer.eod,
+            eod_mask_loss=config.data.eod_mask_loss,
+            vocab_size=tokenizer.vocab_size,
+            reset_position_ids=config.data.reset_position_ids,
+        )
+        for spec in parse_targets(config.shapley.target)
+    ]
+
+
+def build(config: Config, batch: Batch, tokenizer: Tokenizer) -> Data:
+    """Training samples for the whole run and validation samples for one evaluation. Collective over the world."""
+    training = config.training
+    evaluated = training.eval_iters * batch.size if training.eval_interval else 0
+    try:
+        train, validation = build_datasets(
+            data_path=config.data.data_path,
+            split=config.data.split,
+            seq_length=config.data.seq_length,
+            train_samples=training.train_iters * batch.size,
+            valid_samples=evaluated,
+            seed=training.seed,
+            tokenizer=tokenizer,
+            eod_mask_loss=config.data.eod_mask_loss,
+            reset_position_ids=config.data.reset_position_ids,
+            cache_dir=config.data.data_cache_path,
+        )
+    except UserError as error:  # `build_datasets` raises on all ranks what is wrong on one
+        raise AgreedError(str(error)) from error
+    table = [description.to_dict() for description in train.table]
+    return Data(train=train, validation=validation, table=table)

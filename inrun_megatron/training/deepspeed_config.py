@@ -1,0 +1,182 @@
+"""The DeepSpeed configuration: `--deepspeed_config FILE.json` with the flags' values in the place of "auto".
+
+A setting may be given by the flags, by the JSON, or by both with the same value. Both with different values is a
+UserError that names the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from inrun_megatron.config import Config
+from inrun_megatron.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """How a global batch is made: micro batch x accumulation x data-parallel size."""
+
+    micro: int
+    accumulation: int
+    data_parallel: int
+
+    @property
+    def size(self) -> int:
+        """Samples per optimizer step."""
+        return self.micro * self.accumulation * self.data_parallel
+
+
+def read_json(path: str | None) -> dict[str, Any]:
+    """The user's JSON; empty without one."""
+    if path is None:
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--deepspeed_config {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"--deepspeed_config {path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--deepspeed_config {path} holds no JSON object")
+    return content
+
+
+class _Merge:
+    """Settles one setting after the other between flags and JSON."""
+
+    def __init__(self, path: str | None, content: dict[str, Any]) -> None:
+        self.path = path
+        self.merged: dict[str, Any] = json.loads(json.dumps(content))
+
+    def settle(self, key: str, flag: str, given: Any, default: Any = None) -> Any:
+        """The value of the dotted `key`, written into the result. given: the flag's value, None where not given."""
+        section = self.merged
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise UserError(f'"{parent}" in {self.path} is {section!r}, not an object')
+        stated = section.get(last)
+        if stated in (None, "auto"):
+            value = default if given is None else given
+        elif given is None or stated == given:
+            value = stated
+        else:
+            raise UserError(
+                f'{flag} is {given} but "{key}" in {self.path} is {json.dumps(stated)}: '
+                f'make them equal or write "auto" in the JSON'
+            )
+        section[last] = value
+        return value
+
+
+def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], Batch]:
+    """Settle flags and JSON.
+
+    Returns the configuration with nothing left to the JSON, the complete DeepSpeed configuration, and the batch.
+    UserError: contradictions, a global batch that the ranks cannot share equally, sections this program owns.
+    """
+    path, training = config.parallel.deepspeed_config, config.training
+    content = read_json(path)
+    for section, flag in (("optimizer", "--optimizer"), ("scheduler", "--lr-decay-style")):
+        if section in content:
+            raise UserError(f'"{section}" in {path} is not used: give {flag} and remove the section')
+    merge_ = _Merge(path, content)
+    batch = _batch(merge_, config, data_parallel)
+    clip = merge_.settle("gradient_clipping", "--clip-grad", training.clip_grad, 1.0)
+    bf16 = merge_.settle("bf16.enabled", "--bf16", training.bf16 or None, False)
+    fp16 = merge_.settle("fp16.enabled", "--fp16", training.fp16 or None, False)
+    if bf16 and fp16:
+        raise UserError("both bf16 and fp16 are on (flags and DeepSpeed JSON together): choose one")
+    stage = merge_.settle("zero_optimization.stage", "--zero-stage", config.parallel.zero_stage, 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"ZeRO stage {stage} does not exist: --zero-stage takes 0, 1, 2 or 3")
+    scaling = _loss_scaling(merge_, config) if fp16 else _no_loss_scaling(config)
+    _monitors(merge_, config)
+    # DeepSpeed's own progress lines would break the progress bar.
+    merge_.merged.setdefault("steps_per_print", 10**9)
+    # torch's SGD and AdamW are right under ZeRO but not on DeepSpeed's list of tested ones.
+    merge_.merged.setdefault("zero_allow_untested_optimizer", True)
+    _no_auto_left(merge_.merged, path)
+    settled = dataclasses.replace(
+        config,
+        training=dataclasses.replace(
+            training, global_batch_size=batch.size, clip_grad=float(clip), bf16=bf16, fp16=fp16, **scaling
+        ),
+        parallel=dataclasses.replace(config.parallel, zero_stage=stage),
+    )
+    return settled, merge_.merged, batch
+
+
+def _batch(merge_: _Merge, config: Config, data_parallel: int) -> Batch:
+    training = config.training
+    micro = training.micro_batch_size
+    per_pass = micro * data_parallel
+    size = per_pass if training.global_batch_size is None else training.global_batch_size
+    if micro < 1 or size < 1 or size % per_pass:
+        raise UserError(
+            f"--global-batch-size {size} is no multiple of --micro-batch-size {micro} x {data_parallel} "
+            f"data-parallel ranks = {per_pass}"
+        )
+    accumulation = size // per_pass
+    merge_.settle("train_micro_batch_size_per_gpu", "--micro-batch-size", micro)
+    steps = f"--global-batch-size {size} / (--micro-batch-size {micro} x {data_parallel} data-parallel ranks)"
+    merge_.settle("gradient_accumulation_steps", steps, accumulation)
+    merge_.settle("train_batch_size", "--global-batch-size", size)
+    return Batch(micro=micro, accumulation=accumulation, data_parallel=data_parallel)
+
+
+def _loss_scaling(merge_: _Merge, config: Config) -> dict[str, Any]:
+    training = config.training
+    power = None
+    if training.initial_loss_scale is not None:
+        power = math.log2(training.initial_loss_scale) if training.initial_loss_scale > 0 else 0.5
+        if power != int(power):
+            raise UserError(f"--initial-loss-scale {training.initial_loss_scale} is no power of 2")
+        power = int(power)
+    return {
+        "loss_scale": float(merge_.settle("fp16.loss_scale", "--loss-scale", training.loss_scale, 0)),
+        "initial_loss_scale": 2.0
+        ** merge_.settle("fp16.initial_scale_power", "log2 of --initial-loss-scale", power, 16),
+        "min_loss_scale": float(
+            merge_.settle("fp16.min_loss_scale", "--min-loss-scale", training.min_loss_scale, 1)
+        ),
+        "loss_scale_window": merge_.settle(
+            "fp16.loss_scale_window", "--loss-scale-window", training.loss_scale_window, 1000
+        ),
+        "hysteresis": merge_.settle("fp16.hysteresis", "--hysteresis", training.hysteresis, 2),
+    }
+
+
+def _no_loss_scaling(config: Config) -> dict[str, Any]:
+    for name in ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
+        value = getattr(config.training, name)
+        if value is not None:
+            raise UserError(f"--{name.replace('_', '-')} {value} needs --fp16: nothing else scales the loss")
+    return {}
+
+
+def _monitors(merge_: _Merge, config: Config) -> None:
+    logging = config.logging
+    for section, directory in (("tensorboard", logging.tensorboard_dir), ("csv_monitor", logging.csv_dir)):
+        if directory is not None:
+            merge_.merged[section] = {"enabled": True, "output_path": directory, "job_name": "train"}
+    if logging.wandb_project is not None:
+        merge_.merged["wandb"] = {
+            "enabled": True,
+            "project": logging.wandb_project,
+            "group": logging.wandb_exp_name,
+        }
+
+
+def _no_auto_left(content: Mapping[str, Any], path: str | None, prefix: str = "") -> None:
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            _no_auto_left(value, path, f"{prefix}{key}.")
+        elif value == "auto":
+            raise UserError(f'"{prefix}{key}" in {path} is "auto", but no flag decides it: write a value')

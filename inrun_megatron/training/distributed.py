@@ -1,0 +1,155 @@
+"""Ranks: how many were launched, process groups, and agreeing on errors.
+
+Started by `deepspeed` or `torchrun` (RANK, WORLD_SIZE, ... in the environment), by `mpirun` (discovered through
+mpi4py), or alone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from inrun_megatron.config import ParallelConfig
+from inrun_megatron.errors import UserError
+
+T = TypeVar("T")
+_RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
+
+
+class AgreedError(UserError):
+    """A UserError that every rank raises at the same place; rank 0 reports it."""
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number of ranks) as the launcher promised them, before anything is initialised."""
+    for size, rank in (("WORLD_SIZE", "RANK"), *_MPI):
+        if size in os.environ:
+            return int(os.environ.get(rank, "0")), int(os.environ[size])
+    return 0, 1
+
+
+def _under_mpi() -> bool:
+    return not all(name in os.environ for name in _RENDEZVOUS) and any(size in os.environ for size, _ in _MPI)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _discover_mpi() -> None:
+    """Fill the rendezvous variables from MPI.
+
+    DeepSpeed's own `mpi_discovery` (deepspeed/comm/comm.py) needs the `hostname` program and uses a fixed port, on
+    which two runs on one machine collide.
+    """
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    hosts = world.allgather(MPI.Get_processor_name())
+    address = "127.0.0.1" if len(set(hosts)) == 1 else socket.gethostbyname(socket.gethostname())
+    rendezvous = (os.environ.get("MASTER_ADDR", address), os.environ.get("MASTER_PORT", str(_free_port())))
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = world.bcast(rendezvous, root=0)
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.size)
+    os.environ["LOCAL_RANK"] = str(hosts[: world.rank].count(hosts[world.rank]))
+
+
+def initialise(config: ParallelConfig) -> None:
+    """Start torch.distributed, DeepSpeed's view of it, and megatron-core's process groups.
+
+    UserError when fewer ranks meet than were launched, or when nccl is asked for without a GPU.
+    """
+    import deepspeed
+
+    _, promised = launched()
+    if _under_mpi():
+        _discover_mpi()
+    elif "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    cuda = torch.cuda.is_available()
+    backend = config.distributed_backend
+    if backend == "auto":
+        backend = "nccl" if cuda else "gloo"
+    if backend == "nccl" and not cuda:
+        raise UserError("--distributed-backend nccl needs a GPU and torch sees none: use gloo or auto")
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
+    if dist.get_world_size() != promised:
+        raise UserError(
+            f"the launcher started {promised} ranks but {dist.get_world_size()} met: check WORLD_SIZE and the hostfile"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
+        create_gloo_process_groups=False,
+    )
+
+
+def shut_down() -> None:
+    """Take the process groups down."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_ranks(check: Callable[[], T]) -> T:
+    """`check()` on every rank of the world; when it is a UserError on any, the same AgreedError on all.
+
+    Collective over the world. `check` itself must not wait for other ranks after it may have failed.
+    """
+    outcome: T | None = None
+    message: str | None = None
+    try:
+        outcome = check()
+    except UserError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    failed = [text for text in messages if text is not None]
+    if failed:
+        raise AgreedError(failed[0])
+    return outcome  # type: ignore[return-value]
+
+
+def rank0_then_all(check: Callable[[], T]) -> T:
+    """`check()` on rank 0 only; its result, or its UserError as AgreedError, on every rank."""
+    holder: list[T | None] = [all_ranks(lambda: check() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]  # type: ignore[return-value]
+
+
+class Mpu:
+    """megatron-core's parallel_state under the names DeepSpeed asks a model-parallel unit for.
+
+    For engines without a pipeline: DeepSpeed's pipeline brings its own. With one stage "model parallel" is tensor parallel (deepspeed/utils/bwc.py reads either name).
+    """
+
+    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+
+    @staticmethod
+    def get_data_parallel_group_ranks() -> list[int]:
+        """Global ranks of this rank's data-parallel group."""
+        return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())

@@ -1,0 +1,146 @@
+"""Model, optimizer and DeepSpeed engine of one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from inrun_megatron.config import Config
+from inrun_megatron.engines.gradients import (
+    mark_tensor_parallel_gradients,
+    sum_sequence_parallel_gradients,
+    watch_fp32_clipping,
+)
+from inrun_megatron.engines.pipeline import unpartitioned
+from inrun_megatron.models import GPT, build_gpt, cpu
+from inrun_megatron.models.pipeline import GPTPipeline, build_pipeline
+from inrun_megatron.models.recompute import Wrap, enable_recompute
+from inrun_megatron.training.deepspeed_config import Batch
+from inrun_megatron.training.distributed import Mpu
+from inrun_megatron.training.optimizer import build_optimizer, build_schedule
+
+MONITOR_SECTIONS = ("tensorboard", "csv_monitor", "wandb", "comet")
+
+
+@dataclass
+class Trainer:
+    """What the loop drives: `engine` (DeepSpeed), its `optimizer` and the `schedule` of learning rate and decay."""
+
+    engine: Any
+    optimizer: torch.optim.Optimizer
+    schedule: OptimizerParamScheduler
+    device: torch.device
+
+    @property
+    def model(self) -> GPT | GPTPipeline:
+        """The module inside the engine: the model, or this stage of it."""
+        return self.engine.module
+
+    def recompute(self, num_layers: int, wrap: Wrap | None = None) -> None:
+        """Keep only the input of every `num_layers` layers; wrap: see models/recompute.py."""
+        arguments = {} if wrap is None else {"wrap": wrap}
+        model = self.model
+        if isinstance(model, GPTPipeline):
+            model.recompute(**arguments)
+        else:
+            enable_recompute(model.decoder, num_layers, **arguments)
+
+
+def build_trainer(config: Config, deepspeed_config: dict[str, Any], batch: Batch, vocab_size: int) -> Trainer:
+    """Collective over all ranks. Process groups must be initialised (training/distributed.py)."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    cpu.install()
+    cpu.seed_everything(
+        config.training.seed,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+    )
+    # Monitors are ours (training/monitor.py): the engine would write a second set of figures.
+    engine_config = {key: value for key, value in deepspeed_config.items() if key not in MONITOR_SECTIONS}
+    pipeline = config.parallel.pipeline_model_parallel_size > 1
+    if pipeline and config.parallel.sequence_parallel:
+        engine_config = unpartitioned(engine_config)
+    model = (_build_pipeline if pipeline else _build_model)(config, engine_config, vocab_size)
+    optimizer = build_optimizer(model, config.training, engine_config)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config=engine_config,
+        mpu=None if pipeline else Mpu(),  # a PipelineModule brings its own
+        dist_init_required=False,
+    )
+    _keep_gradient_norm(engine)
+    if config.parallel.sequence_parallel:
+        sum_sequence_parallel_gradients(engine.module, parallel_state.get_tensor_model_parallel_group())
+    if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
+        mark_tensor_parallel_gradients(engine.module)
+    # Built after the engine, which may replace the optimizer's parameter groups.
+    schedule = build_schedule(optimizer, config.training, batch.size)
+    return Trainer(engine=engine, optimizer=optimizer, schedule=schedule, device=torch.device(engine.device))
+
+
+def _build_model(config: Config, deepspeed_config: dict[str, Any], vocab_size: int) -> GPT:
+    arguments: dict[str, Any] = {}
+    if config.parallel.zero_stage == 3:
+        # Every parameter is partitioned as soon as its module is built: no rank ever holds the whole model.
+        # The group must be named: by default zero.Init partitions over the world, tensor-parallel ranks included.
+        arguments["construction"] = deepspeed.zero.Init(
+            data_parallel_group=parallel_state.get_data_parallel_group(),
+            config_dict_or_path=deepspeed_config,
+            mpu=Mpu(),
+        )
+        arguments["gather"] = lambda parameter: deepspeed.zero.GatheredParameters(
+            [parameter], modifier_rank=0
+        )
+    model = build_gpt(
+        config.model,
+        vocab_size=vocab_size,
+        seq_length=config.data.seq_length,
+        seed=config.training.seed,
+        sequence_parallel=config.parallel.sequence_parallel,
+        **arguments,
+    )
+    if config.parallel.zero_stage == 3 and model.share_embeddings_and_output_weights:
+        # The output layer uses the embedding's weight, which belongs to another module: gather it there too.
+        deepspeed.zero.register_external_parameter(model.output_layer, model.embedding.word_embeddings.weight)
+    return model
+
+
+def _build_pipeline(config: Config, deepspeed_config: dict[str, Any], vocab_size: int) -> GPTPipeline:
+    return build_pipeline(
+        config.model,
+        vocab_size=vocab_size,
+        seq_length=config.data.seq_length,
+        seed=config.training.seed,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
+
+
+def _keep_gradient_norm(engine: Any) -> None:
+    """Let `engine.get_global_grad_norm()` answer in fp32 at ZeRO stage 0 too."""
+
+    def keep(norm: float) -> None:
+        engine._global_grad_norm = norm
+
+    watch_fp32_clipping(engine, keep)
+
+
+@contextlib.contextmanager
+def evaluating(module: torch.nn.Module) -> Any:
+    """Evaluation mode without gradients; every module's own flag is put back."""
+    training = [submodule for submodule in module.modules() if submodule.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for submodule in training:
+            submodule.training = True

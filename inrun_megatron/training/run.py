@@ -1,0 +1,106 @@
+"""One run: settle the configuration, set everything up, train."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from inrun_megatron.config import Config
+from inrun_megatron.errors import UserError
+from inrun_megatron.parallel import Layout
+from inrun_megatron.training import checkpoint, datasets, distributed
+from inrun_megatron.training.arguments import write_yaml
+from inrun_megatron.training.checkpoint import Progress
+from inrun_megatron.training.deepspeed_config import Batch, merge
+from inrun_megatron.training.distributed import all_ranks
+from inrun_megatron.training.engine import build_trainer
+from inrun_megatron.training.loop import Run
+from inrun_megatron.training.monitor import Monitor, check_available
+from inrun_megatron.training.validation import check_pipeline, validate
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A checked configuration: flags and DeepSpeed JSON agree, and the ranks can share the work."""
+
+    config: Config
+    deepspeed: dict[str, Any]
+    batch: Batch
+
+
+def prepare(config: Config, world_size: int) -> Settled:
+    """Everything that can be found wrong without other ranks, data or a model. UserError."""
+    data_parallel = validate(config, world_size)
+    settled, deepspeed, batch = merge(config, data_parallel)
+    check_available(deepspeed)
+    check_pipeline(settled)
+    datasets.check_arguments(config)
+    _check_precision(settled)
+    return Settled(config=settled, deepspeed=deepspeed, batch=batch)
+
+
+def _check_precision(config: Config) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    for name, wanted, supported in (
+        ("fp16", config.training.fp16, accelerator.is_fp16_supported),
+        ("bf16", config.training.bf16, accelerator.is_bf16_supported),
+    ):
+        if wanted and not supported():
+            raise UserError(
+                f"{name} is not supported by this machine's {accelerator.device_name()}: train without --{name} "
+                f"(or without it in the DeepSpeed JSON)"
+            )
+
+
+def run(settled: Settled) -> None:
+    """Train as configured, from a checkpoint where there is one. Collective over the world."""
+    config, batch = settled.config, settled.batch
+    distributed.initialise(config.parallel)
+    layout = Layout.from_megatron()
+    vocabulary = all_ranks(lambda: datasets.vocabulary(config))
+    targets = all_ranks(lambda: datasets.targets(config, vocabulary))
+    resume = checkpoint.to_resume(config)
+    data = datasets.build(config, batch, vocabulary)
+    trainer = build_trainer(config, settled.deepspeed, batch, vocabulary.vocab_size)
+
+    progress = Progress()
+    if resume is not None:
+        progress = checkpoint.load(trainer, resume)
+        _say(f"resumed from {resume} after step {progress.iteration}")
+    if config.checkpoint.save is not None and dist.get_rank() == 0:
+        write_yaml(config, Path(config.checkpoint.save) / "config.yaml")
+
+    scoring = None
+    if config.shapley.enabled:
+        # Imported here so that training without scoring does not depend on it.
+        from inrun_megatron.training.scoring import Scoring
+
+        scoring = Scoring(config, trainer, layout, targets=targets, datasets=data.table, progress=progress)
+    elif config.training.recompute_granularity is not None:
+        trainer.recompute(config.training.recompute_num_layers)
+
+    Run(
+        config=config,
+        batch=batch,
+        trainer=trainer,
+        layout=layout,
+        train_data=data.train,
+        validation_data=data.validation,
+        indices=datasets.indices,
+        monitor=Monitor(settled.deepspeed),
+        progress=progress,
+        scoring=scoring,
+    ).train()
+    if scoring is not None:
+        scoring.close()
+
+
+def _say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,230 @@
+"""Checks of a configuration that need nothing but its numbers: before any rank talks to another.
+
+Each failed check is a UserError with the values and the remedy in one line.
+"""
+
+from __future__ import annotations
+
+from inrun_megatron.config import Config
+from inrun_megatron.errors import UserError
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Replicas of the model on `world_size` ranks."""
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        stages = f" x --pipeline-model-parallel-size {pp}" if pp > 1 else ""
+        raise UserError(
+            f"{world_size} ranks are no multiple of --tensor-model-parallel-size {tp}{stages}: "
+            f"start a multiple of {tp * pp} ranks"
+        )
+    return world_size // (tp * pp)
+
+
+def validate(config: Config, world_size: int) -> int:
+    """All checks; returns the data-parallel size."""
+    _parallel(config)
+    data_parallel = data_parallel_size(config, world_size)
+    _model(config)
+    _training(config)
+    _data(config)
+    _run_directory(config)
+    return data_parallel
+
+
+def _positive(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be positive")
+
+
+def _parallel(config: Config) -> None:
+    parallel = config.parallel
+    _positive(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        raise UserError(
+            "--sequence-parallel needs --tensor-model-parallel-size of at least 2, not 1: the sequence is sharded "
+            "over the tensor-parallel ranks"
+        )
+    if parallel.zero_stage is not None and parallel.zero_stage not in (0, 1, 2, 3):
+        raise UserError(f"--zero-stage {parallel.zero_stage} does not exist: use 0, 1, 2 or 3")
+
+
+def check_pipeline(config: Config) -> None:
+    """What a pipeline cannot do; `config` is settled with its DeepSpeed JSON."""
+    stages = config.parallel.pipeline_model_parallel_size
+    if stages == 1:
+        return
+    flag = f"--pipeline-model-parallel-size {stages}"
+    if config.parallel.zero_stage not in (0, 1):
+        raise UserError(
+            f"ZeRO stage {config.parallel.zero_stage} does not work with {flag}: DeepSpeed's pipeline keeps gradients "
+            f"of all microbatches; use --zero-stage 0 or 1"
+        )
+    if config.parallel.zero_stage == 0 and config.training.fp16:
+        raise UserError(
+            f"--fp16 with {flag} at ZeRO stage 0 loses DeepSpeed's loss scale: use --zero-stage 1"
+        )
+    if config.parallel.zero_stage == 0 and config.training.bf16:
+        # BF16_Optimizer shards its state over data-parallel ranks even then, but the checkpoint holds one shard, which
+        # its load_state_dict refuses (deepspeed/runtime/bf16_optimizer.py).
+        raise UserError(
+            f"--bf16 with {flag} at ZeRO stage 0 writes checkpoints that DeepSpeed cannot load: use --zero-stage 1"
+        )
+    if config.model.num_layers % stages:
+        raise UserError(f"{flag} does not divide --num-layers {config.model.num_layers}")
+    micro = config.training.micro_batch_size
+    if config.shapley.enabled and config.shapley.micro_batch_size not in (None, micro):
+        raise UserError(
+            f"--shapley-micro-batch-size {config.shapley.micro_batch_size} is not --micro-batch-size {micro}: with "
+            f"{flag} stages exchange tensors of one shape; leave it out"
+        )
+    if config.training.recompute_granularity is not None and config.training.recompute_num_layers != 1:
+        raise UserError(
+            f"--recompute-num-layers {config.training.recompute_num_layers} is not supported with {flag}: use 1"
+        )
+
+
+def _divides(tp: int, name: str, value: int) -> None:
+    if value % tp:
+        raise UserError(f"--tensor-model-parallel-size {tp} does not divide {name} {value}")
+
+
+def _model(config: Config) -> None:
+    model, tp, sequence = config.model, config.parallel.tensor_model_parallel_size, config.data.seq_length
+    _positive(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        kv_channels=model.kv_channels,
+        num_query_groups=model.num_query_groups,
+        seq_length=sequence,
+        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+        init_method_std=model.init_method_std,
+    )
+    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
+        raise UserError(
+            f"--num-attention-heads {model.num_attention_heads} does not divide --hidden-size {model.hidden_size}: "
+            f"change one or give --kv-channels"
+        )
+    if model.num_attention_heads % model.query_groups:
+        raise UserError(
+            f"--num-query-groups {model.query_groups} does not divide --num-attention-heads "
+            f"{model.num_attention_heads}"
+        )
+    if model.num_query_groups != 1 and not model.group_query_attention:
+        raise UserError(f"--num-query-groups {model.num_query_groups} needs --group-query-attention")
+    _divides(tp, "--num-attention-heads", model.num_attention_heads)
+    if model.group_query_attention:
+        _divides(tp, "--num-query-groups", model.num_query_groups)
+    _divides(tp, "--hidden-size", model.hidden_size)
+    _divides(tp, "--ffn-hidden-size", model.resolved_ffn_hidden_size)
+    if model.resolved_ffn_hidden_size < 1:
+        raise UserError(
+            f"--swiglu with --hidden-size {model.hidden_size} gives a feed-forward width of 0: give --ffn-hidden-size"
+        )
+    if config.parallel.sequence_parallel:
+        _divides(tp, "--seq-length (needed by --sequence-parallel)", sequence)
+    positions = model.max_position_embeddings
+    if positions is not None and positions < sequence:
+        raise UserError(f"--max-position-embeddings {positions} is smaller than --seq-length {sequence}")
+    if model.position_embedding_type == "rope" and model.resolved_kv_channels % 2:
+        raise UserError(f"rotary positions need an even head width, not {model.resolved_kv_channels}")
+    if not 0.0 < model.rotary_percent <= 1.0:
+        raise UserError(f"--rotary-percent is {model.rotary_percent}: it must be in (0, 1]")
+    for name, dropout in (("attention", model.attention_dropout), ("hidden", model.hidden_dropout)):
+        if not 0.0 <= dropout < 1.0:
+            raise UserError(f"--{name}-dropout is {dropout}: it must be in [0, 1)")
+
+
+def _training(config: Config) -> None:
+    training = config.training
+    _positive(
+        micro_batch_size=training.micro_batch_size,
+        train_iters=training.train_iters,
+        global_batch_size=training.global_batch_size,
+        lr=training.lr,
+        lr_decay_iters=training.lr_decay_iters,
+        adam_eps=training.adam_eps,
+        recompute_num_layers=training.recompute_num_layers,
+        exit_interval=training.exit_interval,
+        log_interval=config.logging.log_interval,
+        shapley_interval=config.shapley.interval,
+        shapley_micro_batch_size=config.shapley.micro_batch_size,
+        shapley_audit_interval=config.shapley.audit_interval,
+        shapley_commit_interval=config.shapley.commit_interval,
+    )
+    if not 0.0 <= training.min_lr <= training.lr:
+        raise UserError(f"--min-lr {training.min_lr} is not between 0 and --lr {training.lr}")
+    for name in (
+        "lr_warmup_iters",
+        "weight_decay",
+        "clip_grad",
+        "eval_interval",
+        "eval_iters",
+        "sgd_momentum",
+    ):
+        value = getattr(training, name)
+        if value is not None and value < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: it must not be negative")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0.0 <= getattr(training, name) < 1.0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(training, name)}: it must be in [0, 1)")
+    if training.lr_warmup_fraction is not None:
+        if training.lr_warmup_iters:
+            raise UserError(
+                f"--lr-warmup-iters {training.lr_warmup_iters} and --lr-warmup-fraction "
+                f"{training.lr_warmup_fraction} are both given: use one"
+            )
+        if not 0.0 <= training.lr_warmup_fraction < 1.0:
+            raise UserError(f"--lr-warmup-fraction is {training.lr_warmup_fraction}: it must be in [0, 1)")
+    decay = training.lr_decay_iters or training.train_iters
+    if training.lr_warmup_iters >= decay:
+        raise UserError(
+            f"--lr-warmup-iters {training.lr_warmup_iters} is not smaller than the {decay} steps of the schedule"
+        )
+    if training.bf16 and training.fp16:
+        raise UserError("--bf16 and --fp16 are both given: choose one")
+
+
+def _data(config: Config) -> None:
+    data = config.data
+    if not data.data_path:
+        raise UserError("--data-path is empty: give the prefix of a .bin/.idx pair")
+    if data.reset_attention_mask:
+        raise UserError(
+            "--reset-attention-mask is not supported: attention is causal over the whole row; leave the flag out "
+            "(--reset-position-ids and --eod-mask-loss work without it)"
+        )
+    if data.tokenizer_type == "HuggingFaceTokenizer" and data.tokenizer_model is None:
+        raise UserError(
+            "--tokenizer-type HuggingFaceTokenizer needs --tokenizer-model PATH of a tokenizer.json"
+        )
+    if data.tokenizer_type not in ("auto", "bytes", "HuggingFaceTokenizer"):
+        raise UserError(
+            f"--tokenizer-type {data.tokenizer_type!r} is not known: use auto, bytes or HuggingFaceTokenizer"
+        )
+
+
+def _run_directory(config: Config) -> None:
+    save, interval, shapley = config.checkpoint.save, config.checkpoint.save_interval, config.shapley
+    if save is None and interval:
+        raise UserError(f"--save-interval {interval} needs --save DIRECTORY")
+    if interval is not None and interval < 0:
+        raise UserError(f"--save-interval is {interval}: it must not be negative")
+    if not shapley.enabled:
+        return
+    if not shapley.target:
+        raise UserError(
+            "no --shapley-target is given: name a validation set as NAME=PATH[:SEQUENCES], or train without scoring "
+            "with --no-shapley"
+        )
+    if save is None and shapley.dir is None:
+        raise UserError(
+            "scoring needs a place for its ledger: give --save DIRECTORY or --shapley-dir DIRECTORY"
+        )
