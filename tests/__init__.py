@@ -1,0 +1,1 @@
+"""Tests of inrun_megatron. Shared helpers: oracle, montecarlo, distributed."""

@@ -1,0 +1,339 @@
+"""The reference that every distributed layout must match: fp64, one process, one backward per sample.
+
+Nothing here is sharded, fused or batched. Sample i's gradient g_i is the gradient of its own share of the loss,
+so that sum_i g_i = G, the gradient the optimizer receives before clipping; its value towards target k is
+phi_i = c <d_k, g_i> with d_k = J * grad L_k(w) and c the step's clip coefficient.
+
+Legend: n samples of the global batch, K targets, b rows of a microbatch, s tokens. A global batch is
+[data-parallel rank][accumulation step] of microbatches, and its n samples are numbered in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.oracle_gpt import (
+    GPTShape,
+    Microbatch,
+    OracleGPT,
+    Parameters,
+    parameter_shapes,
+    random_parameters,
+    with_padded_vocab,
+)
+from tests.oracle_optimizer import (
+    OptimizerSpec,
+    OptimizerState,
+    global_norm,
+    jacobian_all,
+    step_all,
+)
+from tests.oracle_shards import merge_shards, split_parameters
+
+__all__ = [
+    "GPTShape",
+    "GlobalBatch",
+    "Microbatch",
+    "OptimizerSpec",
+    "OptimizerState",
+    "OracleGPT",
+    "OracleRun",
+    "OracleStep",
+    "OracleTarget",
+    "OracleTrainer",
+    "Parameters",
+    "SampleGradients",
+    "dot",
+    "merge_shards",
+    "parameter_shapes",
+    "random_parameters",
+    "random_rows",
+    "sample_gradients",
+    "split_batch",
+    "split_parameters",
+    "target_gradient",
+    "with_padded_vocab",
+]
+
+GlobalBatch = list[list[Microbatch]]
+
+
+@dataclass(frozen=True)
+class OracleTarget:
+    """A validation target: all its sequences [N, s] under the microbatch keys (tokens, labels, ...)."""
+
+    name: str
+    rows: Microbatch
+
+    @classmethod
+    def from_microbatches(cls, name: str, microbatches: Sequence[Microbatch]) -> OracleTarget:
+        """Join microbatches, of all data-parallel ranks; rows whose loss mask is all zero change nothing."""
+        keys = ("tokens", "labels", "loss_mask", "position_ids")
+        return cls(name, {key: torch.cat([batch[key] for batch in microbatches]) for key in keys})
+
+    @property
+    def num_tokens(self) -> float:
+        """Sum of the loss mask, the denominator of L_k."""
+        return float(self.rows["loss_mask"].double().sum())
+
+
+@dataclass(frozen=True)
+class SampleGradients:
+    """g_i of every sample of a global batch, before clipping, and who the samples are."""
+
+    stacked: Parameters  # name -> [n, *parameter shape]
+    dataset: Tensor  # [n]
+    sample: Tensor  # [n]
+    loss: float  # the training loss: mean over microbatches of their token means
+
+    def total(self) -> Parameters:
+        """G = sum_i g_i."""
+        return {name: stack.sum(0) for name, stack in self.stacked.items()}
+
+
+@dataclass(frozen=True)
+class OracleStep:
+    """What one training step gave. `values` is None where the step is not scored (see OracleTrainer, at_zero)."""
+
+    step: int  # counted from 1
+    train_loss: float
+    target_losses: Tensor  # [K], at the weights before the step
+    gradient_norm: float
+    clip_coefficient: float
+    values: Tensor | None  # [n, K]
+    drift: Tensor  # [K]: <grad L_k(w), w - Phi(0)>, the momentum and weight-decay terms together
+    dataset: Tensor  # [n]
+    sample: Tensor  # [n]
+    gradient: Parameters  # G, before clipping
+    directions: list[Parameters] | None  # K times d_k
+
+    def by_sample(self) -> dict[tuple[int, int], Tensor]:
+        """(dataset, sample) -> values [K]; a sample that occurs twice in the batch is an AssertionError."""
+        assert self.values is not None, f"step {self.step} is not scored"
+        keys = list(zip(self.dataset.tolist(), self.sample.tolist(), strict=True))
+        assert len(set(keys)) == len(keys), "the batch holds a sample twice"
+        return dict(zip(keys, self.values, strict=True))
+
+
+@dataclass(frozen=True)
+class OracleRun:
+    """T steps, the weights and the optimizer state after them."""
+
+    steps: list[OracleStep]
+    weights: Parameters
+    state: OptimizerState
+
+    @property
+    def values(self) -> list[Tensor | None]:
+        """[T] of [n, K]."""
+        return [step.values for step in self.steps]
+
+    @property
+    def losses(self) -> list[float]:
+        return [step.train_loss for step in self.steps]
+
+    @property
+    def clip_coefficients(self) -> list[float]:
+        return [step.clip_coefficient for step in self.steps]
+
+
+class OracleTrainer:
+    """Trains in fp64 and values every sample of every step.
+
+    Args:
+        shape, parameters: the model, by full parameters (copied to fp64).
+        optimizer, lr: hyperparameters; `lr` is a number or a function of the step, counted from 1.
+        targets: the K validation targets.
+        proxy: the paper's SGD proxy (arXiv 2406.11011, Theorem 3) under any optimizer: d = lr * grad L_k.
+        at_zero: take Adam's J at zero gradient, the exact derivative of the step, instead of at the validation
+            gradient (oracle_optimizer.py); Adam's first step is then not scored.
+    """
+
+    def __init__(
+        self,
+        shape: GPTShape,
+        parameters: Parameters,
+        optimizer: OptimizerSpec,
+        lr: float | Callable[[int], float],
+        targets: Sequence[OracleTarget],
+        *,
+        proxy: bool = False,
+        at_zero: bool = False,
+    ) -> None:
+        self.model = OracleGPT(shape)
+        self.weights = {name: value.detach().double().clone() for name, value in parameters.items()}
+        self.optimizer = optimizer
+        self.state = OptimizerState.initial(self.weights)
+        self.targets = list(targets)
+        self.proxy = proxy
+        self.at_zero = at_zero
+        self._lr = lr
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the coming step."""
+        return self._lr(self.state.steps + 1) if callable(self._lr) else self._lr
+
+    def run(self, batches: Sequence[GlobalBatch]) -> OracleRun:
+        steps = [self.step(batch) for batch in batches]
+        return OracleRun(steps, self.weights, self.state)
+
+    def step(self, batch: GlobalBatch) -> OracleStep:
+        """Value the samples of `batch` at the present weights, then take the step."""
+        samples = sample_gradients(self.model, self.weights, batch)
+        gradient = samples.total()
+        norm = global_norm(gradient)
+        clip = self.optimizer.clip_coefficient(norm)
+        losses, slopes = self.target_gradients()
+        directions = self.directions(slopes)
+        values = None if directions is None else first_order_values(directions, samples, clip)
+        zero = {name: torch.zeros_like(value) for name, value in gradient.items()}
+        resting, _ = step_all(self.optimizer, self.lr, self.weights, zero, self.state)
+        moved = {name: self.weights[name] - resting[name] for name in resting}
+        result = OracleStep(
+            step=self.state.steps + 1,
+            train_loss=samples.loss,
+            target_losses=losses,
+            gradient_norm=norm,
+            clip_coefficient=clip,
+            values=values,
+            drift=torch.stack([dot(slope, moved) for slope in slopes]) if slopes else torch.zeros(0),
+            dataset=samples.dataset,
+            sample=samples.sample,
+            gradient=gradient,
+            directions=directions,
+        )
+        clipped = {name: clip * value for name, value in gradient.items()}
+        self.weights, self.state = step_all(self.optimizer, self.lr, self.weights, clipped, self.state)
+        return result
+
+    def target_gradients(self) -> tuple[Tensor, list[Parameters]]:
+        """L_k [K] and grad L_k of every target at the present weights."""
+        pairs = [target_gradient(self.model, self.weights, target) for target in self.targets]
+        return torch.tensor([loss for loss, _ in pairs], dtype=torch.float64), [slope for _, slope in pairs]
+
+    def directions(
+        self, slopes: list[Parameters], *, proxy: bool | None = None, at_zero: bool | None = None
+    ) -> list[Parameters] | None:
+        """d_k of every target from its gradient; None where the step is not scored. Keywords override the trainer's."""
+        if self.proxy if proxy is None else proxy:
+            return [{name: self.lr * value for name, value in slope.items()} for slope in slopes]
+        zero = self.at_zero if at_zero is None else at_zero
+        directions = []
+        for slope in slopes:
+            at = None if zero else slope
+            jacobian = jacobian_all(self.optimizer, self.lr, self.weights, self.state, at)
+            if jacobian is None:
+                return None
+            directions.append({name: jacobian[name] * value for name, value in slope.items()})
+        return directions
+
+
+def sample_gradients(model: OracleGPT, parameters: Parameters, batch: GlobalBatch) -> SampleGradients:
+    """g_i of every sample, each by a forward and a backward of that sample alone.
+
+    The loss of a microbatch is the mean over its loss tokens; microbatches are averaged over accumulation steps and
+    data-parallel ranks. So sample i's share is sum_t(loss_it * mask_it) / (tokens of its microbatch * number of
+    microbatches).
+    """
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
+    microbatches = [microbatch for replica in batch for microbatch in replica]
+    columns: dict[str, list[Tensor]] = {name: [] for name in leaves}
+    dataset, sample, loss = [], [], 0.0
+    for microbatch in microbatches:
+        tokens = microbatch["loss_mask"].double().sum()
+        assert tokens > 0, "a microbatch without loss tokens has no loss"
+        rows = len(microbatch["tokens"])
+        for row in _rows(microbatch):
+            share = _masked_sum(model, leaves, row) / (tokens * len(microbatches))
+            loss += share.item()
+            for name, gradient in zip(leaves, _gradients(share, leaves), strict=True):
+                columns[name].append(gradient)
+        missing = torch.full((rows,), -1)
+        dataset.append(microbatch.get("dataset", missing))
+        sample.append(microbatch.get("sample", missing))
+    stacked = {name: torch.stack(column) for name, column in columns.items()}
+    return SampleGradients(stacked, torch.cat(dataset), torch.cat(sample), loss)
+
+
+def target_gradient(
+    model: OracleGPT, parameters: Parameters, target: OracleTarget
+) -> tuple[float, Parameters]:
+    """L_k and its gradient: the mean over all loss tokens of the target, added up sequence by sequence."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
+    total = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    loss = 0.0
+    for row in _rows(target.rows):
+        share = _masked_sum(model, leaves, row) / target.num_tokens
+        loss += share.item()
+        for name, gradient in zip(leaves, _gradients(share, leaves), strict=True):
+            total[name] += gradient
+    return loss, total
+
+
+def first_order_values(directions: list[Parameters], samples: SampleGradients, clip: float) -> Tensor:
+    """phi = c <d_k, g_i>, [n, K]."""
+    columns = []
+    for direction in directions:
+        parts = [samples.stacked[name].flatten(1) @ direction[name].flatten() for name in direction]
+        columns.append(clip * torch.stack(parts).sum(0))
+    return torch.stack(columns, dim=1) if columns else torch.zeros(len(samples.sample), 0)
+
+
+def dot(left: Parameters, right: Parameters) -> Tensor:
+    """<left, right> over all parameters, a scalar tensor."""
+    return torch.stack([(left[name] * right[name]).sum() for name in left]).sum()
+
+
+def split_batch(rows: Microbatch, dp_size: int, accumulation: int, micro_batch_size: int) -> GlobalBatch:
+    """Lay consecutive samples [n, ...] out as Megatron's sequential pretraining sampler does.
+
+    Accumulation step a, data-parallel rank r, row j is sample (a * dp_size + r) * micro_batch_size + j.
+    """
+    expected = dp_size * accumulation * micro_batch_size
+    assert len(rows["tokens"]) == expected, f"{len(rows['tokens'])} rows, {expected} expected"
+
+    def microbatch(replica: int, step: int) -> Microbatch:
+        first = (step * dp_size + replica) * micro_batch_size
+        return {key: value[first : first + micro_batch_size] for key, value in rows.items()}
+
+    return [[microbatch(replica, step) for step in range(accumulation)] for replica in range(dp_size)]
+
+
+def random_rows(
+    shape: GPTShape, count: int, seed: int, *, masked: bool = True, first_sample: int = 0, dataset: int = 0
+) -> Microbatch:
+    """`count` random sequences under all microbatch keys; with `masked`, loss masks of varying length."""
+    generator = torch.Generator().manual_seed(seed)
+    s = shape.seq_length
+    text = torch.randint(shape.vocab_size, (count, s + 1), generator=generator)
+    mask = torch.ones(count, s)
+    if masked:
+        lengths = torch.randint(1, s + 1, (count, 1), generator=generator)
+        mask = (torch.arange(s)[None] < lengths).float()
+    return {
+        "tokens": text[:, :-1].contiguous(),
+        "labels": text[:, 1:].contiguous(),
+        "loss_mask": mask,
+        "position_ids": torch.arange(s).repeat(count, 1),
+        "dataset": torch.full((count,), dataset),
+        "sample": torch.arange(first_sample, first_sample + count),
+    }
+
+
+def _rows(batch: Microbatch) -> list[Microbatch]:
+    """Microbatches of one row each."""
+    return [{key: value[i : i + 1] for key, value in batch.items()} for i in range(len(batch["tokens"]))]
+
+
+def _masked_sum(model: OracleGPT, parameters: Parameters, batch: Microbatch) -> Tensor:
+    losses = model.token_losses(parameters, batch)
+    return (losses * batch["loss_mask"].to(losses.dtype)).sum()
+
+
+def _gradients(loss: Tensor, leaves: Parameters) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, list(leaves.values()))

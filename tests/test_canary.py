@@ -1,0 +1,206 @@
+"""Private names of DeepSpeed and megatron-core that the adapters and taps use: fails when one moves.
+
+A patched name that was renamed upstream becomes a silent no-op; here it becomes a red test instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+
+def _source(thing: object) -> str:
+    return inspect.getsource(thing)  # type: ignore[arg-type]
+
+
+def test_parallel_linears_multiply_in_forward_impl() -> None:
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    for layer in (ColumnParallelLinear, RowParallelLinear):
+        source = _source(layer.forward)
+        assert "self._forward_impl(" in source
+        for keyword in ("input=", "weight=", "bias=", "allreduce_dgrad=", "sequence_parallel=", "tp_group="):
+            assert keyword in source, f"{layer.__name__}._forward_impl is no longer given {keyword}"
+        assert "self.skip_bias_add" in source
+    # The product must get no bias while skip_bias_add is set: the tap adds it.
+    assert "bias = self.bias if not self.skip_bias_add else None" in _source(ColumnParallelLinear.forward)
+    assert "bias=None," in _source(RowParallelLinear.forward)
+
+
+def test_vocabulary_embedding_is_what_the_tap_replaces() -> None:
+    from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+
+    source = _source(VocabParallelEmbedding.forward)
+    for name in ("vocab_start_index", "vocab_end_index", "reduce_scatter_embeddings", "tp_group"):
+        assert f"self.{name}" in source
+
+
+@pytest.mark.parametrize(
+    ("module", "owner", "names"),
+    [
+        (
+            "deepspeed.runtime.zero.stage_1_and_2",
+            "DeepSpeedZeroOptimizer",
+            ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups"),
+        ),
+        (
+            "deepspeed.runtime.zero.stage3",
+            "DeepSpeedZeroOptimizer_Stage3",
+            (
+                "fp16_groups",
+                "fp32_partitioned_groups_flat",
+                "grad_position",
+                "get_param_id",
+                "sub_group_to_group_id",
+                "_partition_all_parameters",
+            ),
+        ),
+        (
+            "deepspeed.runtime.bf16_optimizer",
+            "BF16_Optimizer",
+            ("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition"),
+        ),
+        (
+            "deepspeed.runtime.fp16.fused_optimizer",
+            "FP16_Optimizer",
+            ("fp16_groups", "fp16_groups_flat", "fp32_groups_flat"),
+        ),
+        ("deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer", ("fp16_groups", "fp32_groups")),
+        (
+            "deepspeed.runtime.engine",
+            "DeepSpeedEngine",
+            (
+                "clip_fp32_gradients",
+                "get_global_grad_norm",
+                "was_step_applied",
+                "gradient_clipping",
+                "zero_offload_param",
+                "torch_autocast_enabled",
+                "global_steps",
+                "skipped_steps",
+            ),
+        ),
+    ],
+)
+def test_deepspeed_names(module: str, owner: str, names: tuple[str, ...]) -> None:
+    import importlib
+
+    loaded = importlib.import_module(module)
+    source = _source(getattr(loaded, owner))
+    for name in names:
+        assert name in source, f"{owner} has no {name} any more: engines/zero.py reads it"
+
+
+def test_fp32_clipping_at_stage_0_is_what_the_adapter_replaces() -> None:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    assert "self.clip_fp32_gradients()" in _source(DeepSpeedEngine._take_model_step)
+    assert "clip_grad_norm_(parameters=self.module.parameters()" in _source(
+        DeepSpeedEngine.clip_fp32_gradients
+    )
+
+
+def test_fp16_at_stage_0_is_still_refused_for_a_reason() -> None:
+    """engine.backward() scales the loss for ZeRO optimizers only; when that changes, lift the refusal."""
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    source = _source(inspect.getmodule(DeepSpeedEngine))
+    start = source.index("loss = loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss")
+    scaling = source[start : source.index("if loss.requires_grad:", start)]
+    assert "if isinstance(self.optimizer, ZeROOptimizer):" in scaling and "scale_if_loss" in scaling
+    assert not issubclass(FP16_Optimizer, ZeROOptimizer)
+    assert not issubclass(FP16_UnfusedOptimizer, ZeROOptimizer)
+
+
+def test_inner_optimizers_run_public_step_hooks() -> None:
+    """The additivity audit reads gradients in torch's public hook; DeepSpeed's optimizers must run it too."""
+    import torch
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    for kind in (FusedAdam, DeepSpeedCPUAdam):
+        assert issubclass(kind, torch.optim.Optimizer)
+    assert "step" in _source(FusedAdam) and "adam_w_mode" in _source(FusedAdam)
+    assert "adam_w_mode" in _source(DeepSpeedCPUAdam)
+
+
+def test_pipeline_engine_runs_the_map_and_the_schedule_that_the_adapter_replaces() -> None:
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+    from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
+
+    assert {ForwardPass, BackwardPass} <= set(PipelineEngine._INSTRUCTION_MAP)
+    assert "MethodType(self._INSTRUCTION_MAP[type(cmd)], self)" in _source(PipelineEngine._exec_schedule)
+    assert "sched = self._train_schedule()" in _source(PipelineEngine.train_batch)
+    assert "micro_batches=self.micro_batches, stages=self.num_stages, stage_id=self.stage_id" in _source(
+        PipelineEngine._train_schedule
+    )
+    assert list(inspect.signature(TrainSchedule.__init__).parameters)[1:] == [
+        "micro_batches",
+        "stages",
+        "stage_id",
+    ]
+    forward = _source(PipelineEngine._exec_forward_pass)
+    assert "self.loss = self.module.loss_fn(outputs, labels)" in forward
+    assert "self.total_loss = add_to_total_loss(self.total_loss, self.loss)" in forward
+    # Once per microbatch, on the last stage only: the validation loss is multiplied by it beforehand.
+    assert "if self.is_last_stage():" in _source(PipelineEngine._backward_prologue_per_tensor)
+    for name in ("set_dataiterator", "is_pipe_partitioned", "is_grad_partitioned"):
+        assert name in _source(PipelineEngine)
+    evaluation = _source(PipelineEngine.eval_batch)
+    assert "if compute_loss and (bcast_loss or self.monitor.enabled)" in evaluation
+    assert "if reduce is None:" in _source(PipelineEngine._reduce_outputs)
+
+
+def test_a_stage_runs_microbatches_in_order_forwards_and_backwards() -> None:
+    """The adapter counts instructions to know which microbatch a stage holds."""
+    from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
+
+    for stages in (2, 3, 4):
+        for stage in range(stages):
+            schedule = TrainSchedule(micro_batches=7, stages=stages, stage_id=stage)
+            for kind in (ForwardPass, BackwardPass):
+                buffers = [c.buffer_id for step in schedule for c in step if type(c) is kind]
+                assert buffers == [m % schedule.num_pipe_buffers() for m in range(7)]
+
+
+def test_no_stage_waits_in_vain_for_the_first_ones_direction() -> None:
+    """Half-steps between a stage's first training backward and the first stage's last validation backward.
+
+    The collectives of pipeline.py are waited for at the former and complete with the latter: the last stage waits
+    P - 2 half-steps, stages before it less, and nobody needs anything that comes after its own wait.
+    """
+    from deepspeed.runtime.pipe.schedule import BackwardPass, TrainSchedule
+
+    validation = 3
+
+    def backward_at(stages: int, stage: int, microbatch: int) -> int:
+        schedule = TrainSchedule(micro_batches=9, stages=stages, stage_id=stage)
+        steps = [at for at, cmds in enumerate(schedule) for c in cmds if type(c) is BackwardPass]
+        return steps[microbatch]
+
+    for stages in (2, 3, 4, 8):
+        complete = backward_at(stages, 0, validation - 1) + 1
+        waits = [max(0, complete - backward_at(stages, stage, validation)) for stage in range(stages)]
+        assert waits[-1] == stages - 2 and waits == [max(0, stage - 1) for stage in range(stages)]
+
+
+def test_pipeline_module_marks_and_ties_what_the_directions_read() -> None:
+    from deepspeed.runtime.pipe.module import PipelineModule
+
+    assert "p.ds_pipe_replicated = True" in _source(PipelineModule._index_tied_modules)
+    assert "self.global_rank != tied_ranks[0]" in _source(PipelineModule._index_tied_modules)
+    assert "weight_group_list.append((weight, comm['group']))" in _source(
+        PipelineModule.get_tied_weights_and_groups
+    )
+
+
+def test_fp32_clipping_under_a_pipeline_still_needs_ours() -> None:
+    """clip_grad_norm_ counts replicated parameters on one rank of all stages; when that changes, drop ours."""
+    from deepspeed.runtime.utils import clip_grad_norm_
+
+    source = _source(clip_grad_norm_)
+    assert "(mpu.get_model_parallel_rank() == 0) or is_model_parallel_parameter(p)" in source
+    assert "ds_pipe_replicated" not in source and "PIPE_REPLICATED" not in source

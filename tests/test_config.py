@@ -1,0 +1,278 @@
+"""Command line, YAML, DeepSpeed JSON and the checks before any rank talks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from inrun_megatron.config import Config
+from inrun_megatron.errors import UserError
+from inrun_megatron.training.arguments import flags_markdown, parse, to_mapping, write_yaml
+from inrun_megatron.training.deepspeed_config import merge
+from inrun_megatron.training.validation import check_pipeline, validate
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE = shlex.split(
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --data-path a "
+    "--micro-batch-size 2 --train-iters 10 --lr 1e-3 --no-shapley"
+)
+
+
+def config(*flags: str) -> Config:
+    return parse([*BASE, *flags])
+
+
+def write_json(path: Path, content: object) -> str:
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_flags_have_megatron_names() -> None:
+    run = config(
+        *shlex.split(
+            "--tensor-model-parallel-size 2 --sequence-parallel --swiglu --normalization RMSNorm "
+            "--group-query-attention --num-query-groups 2 --untie-embeddings-and-output-weights --disable-bias-linear "
+            "--position-embedding-type rope --global-batch-size 16 --clip-grad 0.5 --bf16 "
+            "--data-path 0.7 a_document 0.3 b_document --deepspeed --deepspeed_config x.json --local_rank=1"
+        )
+    )
+    assert run.parallel.tensor_model_parallel_size == 2 and run.parallel.sequence_parallel
+    assert run.parallel.local_rank == 1 and run.parallel.deepspeed_config == "x.json"
+    assert run.data.data_path == ("0.7", "a_document", "0.3", "b_document")
+    assert run.model.query_groups == 2 and run.model.swiglu
+    assert run.training.bf16 and run.training.clip_grad == 0.5
+
+
+def test_targets_are_repeatable_and_scoring_can_be_switched_off() -> None:
+    run = parse(
+        [*BASE[:-1], "--shapley-target", "code=c:32", "--shapley-target=prose=p", "--shapley-interval", "5"]
+    )
+    assert (
+        run.shapley.enabled and run.shapley.target == ("code=c:32", "prose=p") and run.shapley.interval == 5
+    )
+    assert not config().shapley.enabled
+
+
+def test_yaml_replays_a_run_and_flags_override_it(tmp_path: Path) -> None:
+    run = parse([*BASE, "--shapley-target", "code=c:32", "--sequence-parallel", "--local_rank=3"])
+    write_yaml(run, tmp_path / "run" / "config.yaml")
+    path = str(tmp_path / "run" / "config.yaml")
+    replayed = parse(["--config", path])
+    assert to_mapping(replayed) == to_mapping(run)
+    assert replayed.parallel.local_rank == -1  # the launcher's, not the run's
+    changed = parse([f"--config={path}", "--lr", "0.5", "--no-sequence-parallel"])
+    assert changed.training.lr == 0.5 and not changed.parallel.sequence_parallel
+    assert dataclasses.replace(changed.training, lr=run.training.lr) == run.training
+
+
+def test_yaml_may_be_partial_and_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "part.yaml"
+    path.write_text("training: {lr: 1e-3, micro_batch_size: 4, train_iters: 5}\nmodel: {num_layers: 3}\n")
+    flags = shlex.split("--hidden-size 8 --num-attention-heads 2 --seq-length 4 --data-path a")
+    run = parse(["--config", str(path), *flags])
+    assert run.training.lr == 1e-3 and run.model.num_layers == 3  # YAML reads 1e-3 as text
+    with pytest.raises(UserError, match="required flags are missing: --hidden-size"):
+        parse(["--config", str(path)])
+    for content, message in (
+        ("training: {learning_rate: 1}", "TrainingConfig has no field 'learning_rate'"),
+        ("model: {num_layers: two}", "num_layers is 'two', not int"),
+        ("model: {num_layers: true}", "num_layers is True, not int"),
+        ("training: [", "is not YAML"),
+        ("- 1", "no mapping"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            parse(["--config", str(path), *flags])
+    with pytest.raises(UserError, match="No such file"):
+        parse(["--config", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-layrs", "3"], "--num-layrs.*Perhaps you meant: --num-layers"),
+        (["--lr", "fast"], "--lr.*'fast'"),
+        (["--normalization", "BatchNorm"], "'BatchNorm'.*LayerNorm.*RMSNorm"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_line(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        config(*flags)
+    assert "\n" not in str(caught.value) and "│" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--tensor-model-parallel-size 8 --hidden-size 48", "8 does not divide --num-attention-heads 4"),
+        (
+            "--tensor-model-parallel-size 8 --num-attention-heads 8 --hidden-size 44 --kv-channels 4",
+            "--hidden-size 44",
+        ),
+        ("--tensor-model-parallel-size 2 --ffn-hidden-size 33", "--ffn-hidden-size 33"),
+        (
+            "--tensor-model-parallel-size 4 --group-query-attention --num-query-groups 2",
+            "--num-query-groups 2",
+        ),
+        ("--tensor-model-parallel-size 2 --sequence-parallel --seq-length 15", "--seq-length.*15"),
+        ("--tensor-model-parallel-size 16", "8 ranks are no multiple of --tensor-model-parallel-size 16"),
+        ("--sequence-parallel", "--sequence-parallel needs --tensor-model-parallel-size"),
+        ("--pipeline-model-parallel-size 0", "--pipeline-model-parallel-size is 0: it must be positive"),
+        (
+            "--pipeline-model-parallel-size 3",
+            "8 ranks are no multiple of --tensor-model-parallel-size 1 x --pipeline-model-parallel-size 3",
+        ),
+        ("--num-attention-heads 5", "5 does not divide --hidden-size 32"),
+        ("--num-query-groups 2", "needs --group-query-attention"),
+        ("--group-query-attention --num-query-groups 3", "3 does not divide --num-attention-heads 4"),
+        ("--max-position-embeddings 8", "--max-position-embeddings 8 is smaller than --seq-length 16"),
+        ("--reset-attention-mask", "--reset-attention-mask is not supported"),
+        ("--lr-warmup-iters 10", "10 is not smaller than the 10 steps"),
+        ("--lr-warmup-iters 2 --lr-warmup-fraction 0.1", "both given"),
+        ("--bf16 --fp16", "choose one"),
+        ("--zero-stage 4", "--zero-stage 4 does not exist"),
+        ("--hidden-dropout 1", "--hidden-dropout is 1.0"),
+        ("--save-interval 5", "needs --save"),
+        ("--micro-batch-size 0", "--micro-batch-size is 0"),
+        ("--shapley", "no --shapley-target"),
+        ("--shapley --shapley-target a=b", "--save DIRECTORY or --shapley-dir"),
+    ],
+)
+def test_bad_numbers_are_refused_with_values_and_remedy(flags: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(config(*flags.split()), world_size=8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--zero-stage 2",
+            "ZeRO stage 2 does not work with --pipeline-model-parallel-size 2.*--zero-stage 0 or 1",
+        ),
+        ("--zero-stage 3", "ZeRO stage 3"),
+        ("--zero-stage 0 --fp16", "--fp16 with .* use --zero-stage 1"),
+        ("--zero-stage 0 --bf16", "--bf16 with .* use --zero-stage 1"),
+        ("--num-layers 3", "2 does not divide --num-layers 3"),
+        ("--shapley --shapley-micro-batch-size 5", "--shapley-micro-batch-size 5 is not --micro-batch-size"),
+        ("--recompute-granularity full --recompute-num-layers 2", "--recompute-num-layers 2"),
+    ],
+)
+def test_what_a_pipeline_cannot_do_is_refused(flags: str, message: str) -> None:
+    settled, _, _ = merge(config("--pipeline-model-parallel-size", "2", *flags.split()), 2)
+    with pytest.raises(UserError, match=message):
+        check_pipeline(settled)
+
+
+def test_good_numbers_give_the_data_parallel_size() -> None:
+    assert validate(config("--tensor-model-parallel-size", "2"), world_size=8) == 4
+
+
+def test_auto_values_are_filled_from_the_flags(tmp_path: Path) -> None:
+    path = write_json(
+        tmp_path / "auto.json",
+        {
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "train_batch_size": "auto",
+            "gradient_clipping": "auto",
+            "bf16": {"enabled": "auto"},
+            "zero_optimization": {"stage": "auto", "reduce_bucket_size": 1000},
+        },
+    )
+    run, merged, batch = merge(
+        config("--deepspeed_config", path, "--global-batch-size", "16", "--zero-stage", "2", "--bf16"), 2
+    )
+    assert (batch.micro, batch.accumulation, batch.data_parallel, batch.size) == (2, 4, 2, 16)
+    assert merged["train_micro_batch_size_per_gpu"] == 2 and merged["gradient_accumulation_steps"] == 4
+    assert merged["train_batch_size"] == 16 and merged["gradient_clipping"] == 1.0
+    assert merged["bf16"]["enabled"] is True and merged["fp16"]["enabled"] is False
+    assert merged["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert run.training.global_batch_size == 16 and run.training.clip_grad == 1.0
+    # What is settled settles to itself: a replayed run means the same.
+    again, merged_again, _ = merge(run, 2)
+    assert again == run and merged_again == merged
+
+
+def test_the_json_decides_what_the_flags_leave_open(tmp_path: Path) -> None:
+    path = write_json(
+        tmp_path / "x.json",
+        {"gradient_clipping": 0.25, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}},
+    )
+    run, merged, _ = merge(config("--deepspeed_config", path), 1)
+    assert run.training.clip_grad == 0.25 and run.training.bf16 and run.parallel.zero_stage == 3
+    assert merged["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "content", "values"),
+    [
+        ("--zero-stage 1", {"zero_optimization": {"stage": 2}}, ("--zero-stage is 1", "x.json is 2")),
+        ("", {"train_micro_batch_size_per_gpu": 4}, ("--micro-batch-size is 2", "is 4")),
+        ("--global-batch-size 8", {"gradient_accumulation_steps": 3}, ("--global-batch-size 8", "is 3")),
+        ("", {"train_batch_size": 64}, ("--global-batch-size is 4", "is 64")),
+        ("--clip-grad 1.0", {"gradient_clipping": 0.5}, ("--clip-grad is 1.0", "is 0.5")),
+        ("--bf16", {"bf16": {"enabled": False}}, ("--bf16 is True", "is false")),
+        ("--fp16 --loss-scale 128", {"fp16": {"loss_scale": 64}}, ("--loss-scale is 128.0", "is 64")),
+    ],
+)
+def test_a_contradiction_names_both_values(
+    tmp_path: Path, flags: str, content: dict, values: tuple[str, str]
+) -> None:
+    path = write_json(tmp_path / "x.json", content)
+    with pytest.raises(UserError) as caught:
+        merge(config("--deepspeed_config", path, *flags.split()), 2)
+    assert all(value in str(caught.value) for value in values), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "content", "message"),
+    [
+        ("--global-batch-size 6", {}, "6 is no multiple of --micro-batch-size 2 x 2 data-parallel ranks = 4"),
+        ("--fp16", {"bf16": {"enabled": True}}, "both bf16 and fp16"),
+        ("", {"optimizer": {"type": "Adam"}}, "give --optimizer"),
+        (
+            "",
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
+            "zero_optimization.reduce_bucket_size",
+        ),
+        ("--loss-scale 2", {}, "needs --fp16"),
+        ("--fp16 --initial-loss-scale 100", {}, "100.0 is no power of 2"),
+    ],
+)
+def test_impossible_settings_are_refused(tmp_path: Path, flags: str, content: dict, message: str) -> None:
+    path = write_json(tmp_path / "x.json", content)
+    with pytest.raises(UserError, match=message):
+        merge(config("--deepspeed_config", path, *flags.split()), 2)
+
+
+def test_a_broken_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        merge(config("--deepspeed_config", str(tmp_path / "x.json")), 1)
+    with pytest.raises(UserError, match="No such file"):
+        merge(config("--deepspeed_config", str(tmp_path / "y.json")), 1)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_deepspeed_configurations_settle(path: Path) -> None:
+    run, merged, _ = merge(config("--deepspeed_config", str(path)), 2)
+    stage = int(path.stem[-1]) if path.stem.startswith("zero") else {"offload": 2}.get(path.stem, 0)
+    assert merged["zero_optimization"]["stage"] == run.parallel.zero_stage == stage
+    assert run.training.bf16 == (path.stem == "bf16") and run.training.fp16 == (path.stem == "fp16")
+    assert "auto" not in json.dumps(merged)
+
+
+def test_the_flags_document_is_current() -> None:
+    text = flags_markdown()
+    assert (ROOT / "docs" / "flags.md").read_text() == text + "\n", (
+        "run python -m inrun_megatron.training.arguments"
+    )
+    for group, fields in yaml.safe_load(yaml.safe_dump(to_mapping(config()))).items():
+        assert f"## {group}" in text
+        assert all(f"{name.replace('_', '-')}" in text for name in fields if name != "enabled")

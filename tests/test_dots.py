@@ -1,0 +1,115 @@
+"""Every dot against a loop over rows in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from inrun_megatron.dots.elementwise import embedding_dots, embedding_gradient, row_gradients, vector_dots
+from inrun_megatron.dots.linear import weight_gradient, weight_gradient_and_dots, weight_gradient_fp32
+
+S, IN, OUT, TARGETS = 7, 12, 20, 3
+
+
+def _buffers(rows: int, batch_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:
+    generator = torch.Generator().manual_seed(rows)
+    size = (S, rows) if batch_dim == 1 else (rows, S)
+    a = torch.randn(*size, IN, generator=generator, dtype=torch.float64).to(dtype)
+    b = torch.randn(*size, OUT, generator=generator, dtype=torch.float64).to(dtype)
+    storage = torch.float64 if dtype == torch.float64 else torch.float32
+    directions = [torch.randn(OUT, IN, generator=generator, dtype=storage) for _ in range(TARGETS)]
+    return a, b, directions
+
+
+def _reference(a: Tensor, b: Tensor, directions: list[Tensor], batch_dim: int) -> tuple[Tensor, Tensor]:
+    rows = [
+        b.select(batch_dim, i).double().t() @ a.select(batch_dim, i).double()
+        for i in range(a.shape[batch_dim])
+    ]
+    dots = torch.stack([torch.stack([(w * d.double()).sum() for d in directions]) for w in rows])
+    return torch.stack(rows).sum(0), dots
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 8, 19])
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_linear(rows: int, batch_dim: int, dtype: torch.dtype) -> None:
+    a, b, directions = _buffers(rows, batch_dim, dtype)
+    grad, expected = _reference(a, b, directions, batch_dim)
+    start = torch.randn(rows, TARGETS, dtype=torch.float64)
+    dots = start.clone()
+    found = weight_gradient_and_dots(a, b, directions, batch_dim, dots)
+    assert found.dtype == dtype
+    exact = {torch.float64: 1e-12, torch.float32: 3e-6}
+    # One row of lower precision is scored from the product that training uses, rounding included.
+    rounded = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+    tolerance = exact.get(dtype) or (rounded[dtype] if rows == 1 else 1e-5)
+    scale = expected.abs().max()
+    assert (dots - start - expected).abs().max() <= tolerance * scale
+    torch.testing.assert_close(
+        found.double(),
+        grad,
+        rtol=exact.get(dtype, rounded.get(dtype)),
+        atol=1e-2 if dtype in rounded else 1e-5,
+    )
+
+
+def test_one_row_is_bitwise_the_plain_product() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b, directions = _buffers(1, 1, dtype)
+        found = weight_gradient_and_dots(a, b, directions, 1, torch.zeros(1, TARGETS, dtype=torch.float64))
+        assert torch.equal(found, weight_gradient(a, b))
+
+
+def test_several_rows_of_bf16_are_no_less_precise_than_the_plain_product() -> None:
+    """Large rows that nearly cancel: rounding each block to bf16 before the sum would lose most of it."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(S, 2, IN, generator=generator).bfloat16()
+    b = torch.randn(S, 2, OUT, generator=generator).bfloat16()
+    a[:, 1] = a[:, 0]
+    b[:, 1] = -b[:, 0] + 0.01 * torch.randn(S, OUT, generator=generator).bfloat16()
+    exact = b.flatten(0, 1).double().t() @ a.flatten(0, 1).double()
+    scored = weight_gradient_and_dots(a, b, [torch.zeros(OUT, IN)], 1, torch.zeros(2, 1, dtype=torch.float64))
+    blocks = sum((b[:, i].t() @ a[:, i]) for i in range(2))  # what summing bf16 blocks would give
+
+    def error(grad: Tensor) -> float:
+        return float((grad.double() - exact).norm() / exact.norm())
+
+    assert error(scored) <= 1.05 * error(weight_gradient(a, b))
+    assert error(blocks) > 5 * error(scored)
+
+
+def test_weight_gradient_in_fp32_adds() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b, directions = _buffers(4, 1, dtype)
+        expected, _ = _reference(a, b, directions, 1)
+        out = torch.ones(OUT, IN)
+        weight_gradient_fp32(a, b, out)
+        torch.testing.assert_close(out.double() - 1, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_bias_and_norm(batch_dim: int) -> None:
+    _, b, _ = _buffers(5, batch_dim, torch.float32)
+    directions = [torch.randn(OUT) for _ in range(TARGETS)]
+    dots = torch.zeros(5, TARGETS, dtype=torch.float64)
+    vector_dots(row_gradients(b, batch_dim, torch.float32), directions, dots)
+    for i in range(5):
+        for k, direction in enumerate(directions):
+            expected = (b.select(batch_dim, i).double() * direction.double()).sum()
+            assert abs(dots[i, k] - expected) < 1e-4
+
+
+def test_embedding() -> None:
+    rows, vocabulary = 4, 9
+    ids = torch.randint(0, vocabulary, (rows, S))
+    b = torch.randn(rows, S, OUT)
+    directions = [torch.randn(vocabulary, OUT) for _ in range(TARGETS)]
+    dots = torch.zeros(rows, TARGETS, dtype=torch.float64)
+    embedding_dots(b, ids, 0, directions, dots)
+    for i in range(rows):
+        gradient = torch.zeros(vocabulary, OUT)
+        embedding_gradient(b[i], ids[i], gradient)
+        for k, direction in enumerate(directions):
+            assert abs(dots[i, k] - (gradient * direction).sum()) < 1e-4

@@ -1,0 +1,164 @@
+"""The ledger's values against the fp64 oracle, under every layout that fits four ranks."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+from tests.distributed import assert_cases, run_cases
+from tests.layouts import LayoutCase, Ran, deviation, train
+from tests.oracle import OracleRun
+
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.15, "fp16": 5e-2}
+STEPS_CHECKED = (0, 4)  # the first step, and the fifth
+
+# Pairwise covering of {TP 1, 2, 4} x {SP} x {ZeRO 0-3} x {accumulation 1, 4} x {shape} x {optimizer}, on four ranks.
+PAIRWISE = [
+    LayoutCase(4, 1, False, 0, 1, "gpt2", "adamw"),
+    LayoutCase(4, 1, False, 1, 4, "llama", "sgd"),
+    LayoutCase(4, 1, False, 2, 1, "llama", "adamw"),
+    LayoutCase(4, 1, False, 3, 4, "gpt2", "adamw"),
+    LayoutCase(4, 2, False, 0, 4, "llama", "adamw"),
+    LayoutCase(4, 2, True, 1, 1, "gpt2", "adamw"),
+    LayoutCase(4, 2, True, 2, 4, "gpt2", "sgd"),
+    LayoutCase(4, 2, True, 3, 1, "llama", "adamw"),
+    LayoutCase(4, 2, False, 3, 4, "gpt2", "sgd"),
+    LayoutCase(4, 4, True, 0, 1, "llama", "sgd"),
+    LayoutCase(4, 4, False, 1, 4, "gpt2", "adamw"),
+    LayoutCase(4, 4, True, 2, 4, "llama", "adamw"),
+    LayoutCase(4, 4, True, 3, 1, "gpt2", "adamw"),
+]
+# What the product leaves out: one row and many rows per microbatch, recomputation, momentum, Adam with coupled
+# decay, the SGD proxy, lower precision, each once.
+BESIDES = [
+    LayoutCase(2, 2, True, 2, 2, "gpt2", "adamw", micro_batch=1, recompute=True),
+    LayoutCase(2, 1, False, 3, 2, "gpt2", "adamw", micro_batch=3, recompute=True),
+    LayoutCase(2, 1, False, 3, 1, "llama", "momentum", micro_batch=10),
+    LayoutCase(2, 2, False, 1, 1, "gpt2", "adam", micro_batch=4),
+    LayoutCase(2, 2, True, 0, 1, "llama", "adamw", micro_batch=4, proxy=True),
+    LayoutCase(2, 2, True, 2, 2, "gpt2", "adamw", precision="bf16"),
+    LayoutCase(2, 1, False, 1, 2, "llama", "adamw", precision="bf16", grad_accum_fp32=True),
+    LayoutCase(2, 1, False, 3, 2, "gpt2", "adamw", precision="bf16"),
+    # SGD: at stage 0 DeepSpeed steps Adam once with zero gradients when it is built, which the oracle does not.
+    LayoutCase(2, 2, True, 0, 2, "llama", "sgd", precision="bf16"),
+    LayoutCase(2, 1, False, 2, 2, "gpt2", "sgd", precision="fp16"),
+    LayoutCase(2, 2, True, 1, 2, "llama", "adamw", precision="fp16"),
+    LayoutCase(2, 2, True, 3, 1, "gpt2", "adamw", precision="fp16"),
+]
+
+
+def full_product() -> list[LayoutCase]:
+    """Every layout of the product that fits four ranks (sequence parallelism needs tensor parallelism)."""
+    return [
+        LayoutCase(4, tp, sp, zero, accumulation, shape, optimizer)  # type: ignore[arg-type]
+        for tp, sp, zero, accumulation, shape, optimizer in itertools.product(
+            (1, 2, 4), (False, True), range(4), (1, 4), ("gpt2", "llama"), ("sgd", "adamw")
+        )
+        if tp > 1 or not sp
+    ]
+
+
+@functools.lru_cache(maxsize=64)
+def _oracle(case: LayoutCase) -> OracleRun:
+    return case.oracle()
+
+
+def _reference(case: LayoutCase) -> OracleRun:
+    """The oracle's run; layouts that differ in nothing it knows share one."""
+    groups = case.model().groups
+    return _oracle(
+        LayoutCase(
+            case.dp * groups if case.shape == "llama" else case.dp,
+            groups if case.shape == "llama" else 1,
+            False,
+            0,
+            case.accumulation,
+            case.shape,
+            case.optimizer,
+            precision=case.precision,
+            micro_batch=case.micro_batch,
+            proxy=case.proxy,
+        )
+    )
+
+
+def _check(cases: list[LayoutCase]) -> None:
+    failures = []
+    for world in sorted({case.world for case in cases}):
+        own = [case for case in cases if case.world == world]
+        for case, ranks in zip(own, assert_cases(run_cases(train, world, own, timeout=180)), strict=True):
+            oracle = _reference(case)
+            for step in STEPS_CHECKED:
+                found = deviation(ranks, oracle, step)
+                print(f"{case}: step {step + 1}: {found:.1e}")
+                if not found < TOLERANCE[case.precision]:
+                    failures.append(f"{case}: step {step + 1}: {found:.2e} of the largest value")
+            failures += _side_figures(case, ranks, oracle)
+    assert not failures, "\n".join(failures)
+
+
+def _side_figures(case: LayoutCase, ranks: list[Ran], oracle: OracleRun) -> list[str]:
+    """Target losses, clip coefficient, drift terms and both sides of the additivity audit, on every rank."""
+    failures = []
+    tolerance = TOLERANCE[case.precision]
+    for step, truth in enumerate(oracle.steps):
+        assert truth.clip_coefficient < 1.0, "clipping must be active"
+        for ran in ranks:
+            checks = {
+                "target losses": (
+                    ran.target_losses[step],
+                    truth.target_losses,
+                    truth.target_losses.abs().max(),
+                ),
+                "clip coefficient": (ran.clip[step], truth.clip_coefficient, truth.clip_coefficient),
+                "additivity": (
+                    *ran.additivity[step],
+                    truth.values.abs().sum(0).max() / truth.clip_coefficient,
+                ),
+            }
+            if not case.proxy:
+                scale = truth.drift.abs().max() + truth.values.abs().sum(0).max()
+                checks["drift"] = (ran.drift[step], truth.drift, scale)
+            for name, (found, expected, scale) in checks.items():
+                difference = (
+                    (torch.as_tensor(found).double() - torch.as_tensor(expected).double()).abs().max()
+                )
+                if not difference <= tolerance * scale:
+                    failures.append(f"{case}: step {step + 1}: {name} {found}, expected {expected}")
+    return failures
+
+
+@pytest.mark.parametrize("cases", [PAIRWISE, BESIDES], ids=["pairwise", "besides"])
+def test_values_equal_the_oracle(cases: list[LayoutCase]) -> None:
+    _check(cases)
+
+
+@pytest.mark.long
+def test_values_equal_the_oracle_full_product() -> None:
+    _check(full_product())
+
+
+def test_control_a_wrong_value_is_seen() -> None:
+    """Leaving out one of the two uses of the tied embedding moves values by far more than the tolerance."""
+    case = LayoutCase(1, 1, False, 0, 1, "gpt2", "sgd", steps=1)
+    [ranks] = assert_cases(run_cases(_without_output_layer, 1, [case]))
+    assert deviation(ranks, case.oracle(), 0) > 100 * TOLERANCE["fp32"]
+
+
+def _without_output_layer(rank: int, world: int, case: LayoutCase) -> Ran:
+    from inrun_megatron import scoring
+
+    scored = scoring.RowScorer.__call__
+
+    def partial(self: scoring.RowScorer, emission: object) -> None:
+        if emission.site.name != "output_layer":  # type: ignore[attr-defined]
+            scored(self, emission)  # type: ignore[arg-type]
+
+    scoring.RowScorer.__call__ = partial  # type: ignore[method-assign]
+    try:
+        return train(rank, world, case)
+    finally:
+        scoring.RowScorer.__call__ = scored  # type: ignore[method-assign]

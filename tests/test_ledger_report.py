@@ -1,0 +1,187 @@
+"""Aggregation against plain numpy on the same rows; phases; documents of samples."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inrun_megatron.errors import UserError
+from inrun_megatron.ledger import Ledger
+from inrun_megatron.report.documents import Documents, printable, shorten
+from inrun_megatron.report.domains import domain_figures
+from inrun_megatron.report.phases import (
+    Phase,
+    choose_steps,
+    parse_cuts,
+    parse_phase,
+    parse_steps,
+    phases_of,
+    whole_run,
+)
+from inrun_megatron.report.query import Query
+from inrun_megatron.report.ranking import Level, Measure, create_figures, ranked
+from tests.synthetic_ledger import DOMAINS, TARGETS, Shape, description, prepared_datasets, write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    directory = tmp_path_factory.mktemp("run")
+    table = prepared_datasets(directory / "data")
+    return directory, write_run(directory / "shapley", Shape(), description(table))
+
+
+def normalised(rows: np.ndarray, target: str) -> np.ndarray:
+    """phi_i n_t / sum_j |phi_j|, one step after another."""
+    out = np.empty(len(rows))
+    for step in np.unique(rows["step"]):
+        own = rows["step"] == step
+        out[own] = rows[target][own] / np.abs(rows[target][own]).mean()
+    return out
+
+
+def clustered_error(values: np.ndarray, steps: np.ndarray) -> float:
+    """The error of the mean by its definition: residual totals of each step."""
+    mean, clusters = values.mean(), np.unique(steps)
+    totals = np.array([(values[steps == step] - mean).sum() for step in clusters])
+    return float(np.sqrt(len(clusters) / (len(clusters) - 1) * (totals**2).sum()) / len(values))
+
+
+def test_domain_figures_are_those_of_numpy(run: tuple[Path, np.ndarray]) -> None:
+    directory, rows = run
+    phases = [whole_run(60), *phases_of(60)]
+    with Query(Ledger(directory)) as query:
+        figures = domain_figures(query, phases)
+    assert len(figures) == len(phases) * len(DOMAINS) * len(TARGETS)
+    assert [entry.target for entry in figures[:6]] == ["code"] * 3 + ["prose"] * 3
+    for entry in figures:
+        own = (
+            (rows["dataset"] == entry.dataset)
+            & (rows["step"] >= entry.first_step)
+            & (rows["step"] <= entry.last_step)
+        )
+        values, nu = rows[entry.target][own], normalised(rows, entry.target)[own]
+        assert entry.samples == own.sum() and entry.tokens == 64 * own.sum()
+        assert entry.sum == pytest.approx(values.sum(), rel=1e-12)
+        assert entry.mean == pytest.approx(values.mean(), rel=1e-12)
+        assert entry.negative_share == (values < 0).mean()
+        assert entry.normalised_mean == pytest.approx(nu.mean(), rel=1e-10)
+        assert entry.standard_error == pytest.approx(clustered_error(values, rows["step"][own]), rel=1e-6)
+        assert entry.normalised_standard_error == pytest.approx(
+            clustered_error(nu, rows["step"][own]), rel=1e-6
+        )
+
+
+def test_normalised_values_tell_late_steps_apart_where_raw_sums_do_not(run: tuple[Path, np.ndarray]) -> None:
+    directory, _ = run
+    with Query(Ledger(directory)) as query:
+        whole = {(f.target, f.name): f for f in domain_figures(query, [whole_run(60)])}
+    shuffled = whole["code", "shuffled"]
+    assert shuffled.mean > 0 > shuffled.normalised_mean  # the early surplus rules the raw sum
+
+
+def test_samples_and_datasets_are_ranked(run: tuple[Path, np.ndarray]) -> None:
+    directory, rows = run
+    late = rows[rows["step"] > 20]
+    with Query(Ledger(directory)) as query:
+        create_figures(query, Level.sample, Phase("late", 21, 60))
+        worst = ranked(query, Level.sample, "prose", worst=True, n=5)
+        expected = np.sort(late, order="prose")[:5]
+        assert [row["sample"] for row in worst] == expected["sample"].tolist()
+        assert [row["value"] for row in worst] == expected["prose"].tolist()
+        create_figures(query, Level.dataset, Phase("late", 21, 60), target="code")
+        best = ranked(query, Level.dataset, "code", Measure.mean, n=10)
+        assert [row["dataset_name"] for row in best] == ["code", "prose", "shuffled"]
+        assert best[0]["mean"] == pytest.approx(late["code"][late["dataset"] == 0].mean())
+        assert ranked(query, Level.dataset, "prose") == []  # only the target that was asked for
+
+
+def test_document_values_are_shares_of_their_samples(run: tuple[Path, np.ndarray]) -> None:
+    directory, rows = run
+    ledger = Ledger(directory)
+    documents = Documents(ledger)
+    expected: dict[tuple[int, int], float] = {}
+    tokens: dict[tuple[int, int], int] = {}
+    for row in rows:
+        spans = documents.spans(int(row["dataset"]), int(row["sample"]))
+        for span in spans:
+            key = (int(row["dataset"]), span.document)
+            expected[key] = expected.get(key, 0.0) + row["code"] * (span.end - span.start) / 65
+            tokens[key] = tokens.get(key, 0) + span.end - span.start
+    with Query(ledger) as query:
+        create_figures(query, Level.document, whole_run(60), documents)
+        found = query.rows("SELECT * FROM figures WHERE target = 'code'")
+    assert len(found) == len(expected) > 20
+    for row in found:
+        key = (row["dataset"], row["document"])
+        assert row["value"] == pytest.approx(expected[key], rel=1e-9) and row["tokens"] == tokens[key]
+    assert sum(row["value"] for row in found) == pytest.approx(rows["code"].sum(), rel=1e-9)
+
+
+def test_shares_of_a_sample_add_up_with_a_document_twice_in_it(run: tuple[Path, np.ndarray]) -> None:
+    directory, _ = run
+    documents = Documents(Ledger(directory))
+    table = documents.shares(0, np.arange(150))
+    keys = list(zip(table["sample"].to_pylist(), table["document"].to_pylist(), strict=True))
+    assert len(set(keys)) == len(keys)
+    per_sample = np.bincount(table["sample"].to_numpy(), weights=table["share"].to_numpy())
+    assert np.allclose(per_sample, 1.0, atol=1e-12)
+    twice = [
+        k for k in range(150) if len(spans := documents.spans(0, k)) > len({span.document for span in spans})
+    ]
+    assert twice, "no sample reads a document twice: the test shows nothing"
+
+
+def test_default_phases() -> None:
+    assert [(p.name, p.first, p.last) for p in phases_of(300)] == [
+        ("early", 1, 50),
+        ("middle", 51, 100),
+        ("late", 101, 300),
+    ]
+    assert [(p.first, p.last) for p in phases_of(2)] == [(1, 2)]
+    assert [(p.first, p.last) for p in phases_of(10, [Fraction(1, 2)])] == [(1, 5), (6, 10)]
+
+
+def test_step_ranges() -> None:
+    assert (parse_steps("5:9", 20).first, parse_steps("5:9", 20).last) == (5, 9)
+    assert (parse_steps("15:", 20).first, parse_steps("15:99", 20).last, parse_steps(":9", 20).first) == (
+        15,
+        20,
+        1,
+    )
+    assert (parse_phase("3/3", 100).first, parse_phase("3/3", 100).last) == (67, 100)
+    covered = [
+        step for k in (1, 2, 3) for p in [parse_phase(f"{k}/3", 100)] for step in range(p.first, p.last + 1)
+    ]
+    assert covered == list(range(1, 101))
+    assert choose_steps(None, None, 7) == whole_run(7)
+
+
+@pytest.mark.parametrize("text", ["9:5", "0:5", "x", "21:30", "1:2:3"])
+def test_bad_step_ranges(text: str) -> None:
+    with pytest.raises(UserError, match="--steps"):
+        parse_steps(text, 20)
+
+
+@pytest.mark.parametrize("text", ["4/3", "0/3", "3", "a/b"])
+def test_bad_phases(text: str) -> None:
+    with pytest.raises(UserError, match="--phase"):
+        parse_phase(text, 20)
+
+
+def test_bad_cuts_and_two_ranges() -> None:
+    for text in ("1/2,1/3", "2", "0"):
+        with pytest.raises(UserError, match="increasing fractions"):
+            phases_of(100, parse_cuts(text))
+    with pytest.raises(UserError, match="not a list of fractions"):
+        parse_cuts("early")
+    with pytest.raises(UserError, match="both name a range"):
+        choose_steps("1:2", "1/3", 10)
+
+
+def test_text_cannot_steer_the_terminal() -> None:
+    assert printable("a\n\tb\x1b[31m\u202e\u2028\x9b") == "a\\n\\tb\\x1b[31m\\u202e\\u2028\\x9b"
+    assert printable("Zürich 東京 \U0001f600") == "Zürich 東京 \U0001f600"
+    assert shorten("abcdefghij", 8) == "abcde..." and shorten("abcdefghij", 8, keep_end=True) == "...fghij"

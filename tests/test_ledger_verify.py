@@ -1,0 +1,310 @@
+"""`verify`: green on a whole ledger; each kind of damage fails its own check and is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from inrun_megatron.ledger import Check, Ledger, LedgerWriter, StepRecord, commit, create_ledger, open_ledger
+from inrun_megatron.ledger.audits import judge_efficiency, precision_of
+from inrun_megatron.ledger.files import sha256_of
+from inrun_megatron.ledger.schema import PartInfo
+from tests.synthetic_ledger import TARGETS, Shape, description, step_record, write_run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("ledger") / "shapley"
+    write_run(directory)
+    return directory
+
+
+@pytest.fixture
+def ledger(whole: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(whole, tmp_path / "shapley"))
+
+
+def failed(directory: Path) -> dict[str, Check]:
+    return {check.name: check for check in Ledger(directory).verify() if not check.ok}
+
+
+def part_of(directory: Path, table: str = "values") -> Path:
+    return sorted((directory / table).iterdir())[0]
+
+
+def test_a_whole_ledger_passes(whole: Path) -> None:
+    checks = Ledger(whole).verify()
+    assert [check.name for check in checks if not check.ok] == []
+    assert {check.name for check in checks} >= {
+        "files",
+        "rows",
+        "duplicates",
+        "steps",
+        "coverage",
+        "additivity",
+    }
+    json.dumps([check.to_dict() for check in checks])
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [(truncate, "truncated"), (flip, "altered (sha256 differs)"), (Path.unlink, "missing")],
+)
+@pytest.mark.parametrize("table", ["values", "steps"])
+def test_damaged_parts_are_named_with_their_rows(
+    ledger: Path, damage: Callable[[Path], Any], word: str, table: str
+) -> None:
+    part = part_of(ledger, table)
+    rows = pq.ParquetFile(part).metadata.num_rows
+    damage(part)
+    detail = failed(ledger)["files"].detail
+    assert f"{table}/{part.name} {word}" in detail and f"{rows} rows of steps 1 to 20" in detail
+
+
+def test_a_damaged_commit_record_is_named(ledger: Path) -> None:
+    (ledger / "commits" / "0000000040.json").write_text('{"step": 40}')
+    assert "commits/0000000040.json" in failed(ledger)["commits"].detail
+
+
+def test_uncommitted_parts_are_named_and_no_fault(ledger: Path) -> None:
+    with open_ledger(ledger):
+        writer = LedgerWriter(ledger, 0)
+        writer.append(61, [0], [9999], [64], np.ones((1, 2)))
+        (part,) = writer.write_parts()
+    check = next(check for check in Ledger(ledger).verify() if check.name == "uncommitted")
+    assert check.ok and part.file in check.detail and check.figures["files"] == [part.file]
+
+
+def rewrite(directory: Path, change: Callable[[pa.Table], pa.Table]) -> str:
+    """Change a part's rows and make its commit agree, as a fault before the commit would."""
+    path = part_of(directory)
+    table = pq.read_table(path, partitioning=None)
+    pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path)
+    name = f"values/{path.name}"
+    for record_path in (directory / "commits").iterdir():
+        record = json.loads(record_path.read_text())
+        for part in record["parts"]:
+            if part["file"] == name:
+                rows = pq.ParquetFile(path).metadata.num_rows
+                part.update(rows=rows, bytes=path.stat().st_size, sha256=sha256_of(path))
+        record_path.write_text(json.dumps(record))
+    return name
+
+
+def with_value(table: pa.Table, column: str, row: int, value: Any) -> pa.Table:
+    values = table[column].to_pylist()
+    values[row] = value
+    field = table.schema.field(column)
+    return table.set_column(table.schema.get_field_index(column), field, pa.array(values, field.type))
+
+
+def test_values_that_are_not_finite(ledger: Path) -> None:
+    name = rewrite(ledger, lambda table: with_value(table, "value", 3, float("nan")))
+    check = failed(ledger)["rows"]
+    assert f"{name}: 1 values that are not finite" in check.detail and check.figures["not_finite"] == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [("dataset", 7, "unknown dataset indices"), ("step", 21, "steps outside the part's range")],
+)
+def test_rows_that_refer_to_nothing(ledger: Path, column: str, value: int, message: str) -> None:
+    rewrite(ledger, lambda table: with_value(table, column, 3, value))
+    assert message in failed(ledger)["rows"].detail
+
+
+def test_duplicates_are_named(ledger: Path) -> None:
+    rewrite(ledger, lambda table: pa.concat_tables([table, table.slice(5, 1)]))
+    row = pq.read_table(part_of(ledger), partitioning=None).slice(5, 1).to_pylist()[0]
+    found = failed(ledger)
+    named = (
+        f"step {row['step']} dataset {row['dataset']} sample {row['sample']} target {row['target']} (2 times)"
+    )
+    assert named in found["duplicates"].detail and "steps" in found
+
+
+def test_duplicates_in_another_part(ledger: Path) -> None:
+    """What a resume without rollback would leave: the same steps again, by another writer."""
+    table = pq.read_table(part_of(ledger), partitioning=None)
+    path = ledger / "values" / "part-0000000001-0000000020-w7.parquet"
+    pq.write_table(table, path)
+    part = PartInfo(f"values/{path.name}", table.num_rows, path.stat().st_size, sha256_of(path), 1, 20)
+    commit(ledger, 60, [part])
+    assert failed(ledger)["duplicates"].figures["duplicates"] == table.num_rows
+
+
+def test_the_search_for_duplicates_in_small_ranges(ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("inrun_megatron.ledger.rows.DUPLICATE_RANGE_ROWS", 20)
+    assert failed(ledger) == {}
+    rewrite(ledger, lambda table: pa.concat_tables([table, table.slice(table.num_rows - 1, 1)]))
+    assert failed(ledger)["duplicates"].figures["duplicates"] == 1
+
+
+def test_lost_rows_do_not_match_the_step_records(ledger: Path) -> None:
+    rewrite(ledger, lambda table: table.slice(0, table.num_rows - 2))
+    detail = failed(ledger)["steps"].detail
+    assert "step 20 target code: 7 rows, 8 recorded" in detail
+
+
+def test_changed_values_do_not_match_the_recorded_sums(ledger: Path) -> None:
+    rewrite(ledger, lambda table: with_value(table, "value", 0, table["value"][0].as_py() + 1e-3))
+    assert "rows sum to" in failed(ledger)["steps"].detail
+
+
+def test_a_part_of_another_run(ledger: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "other")
+    shutil.copy(part_of(tmp_path / "other"), part_of(ledger))
+    rewrite(ledger, lambda table: table)
+    assert "of another run" in failed(ledger)["files"].detail
+
+
+def test_datasets_that_changed(tmp_path: Path) -> None:
+    (tmp_path / "code.idx").write_bytes(b"index")
+    row = {"name": "code", "index": 0, "path_prefix": str(tmp_path / "code")}
+    row["idx_sha256"] = sha256_of(tmp_path / "code.idx")
+    create_ledger(tmp_path / "ledger", description([row])).close()
+    checks = {check.name: check for check in Ledger(tmp_path / "ledger").verify()}
+    assert checks["datasets"].ok and checks["datasets"].figures["same"] == 1
+    (tmp_path / "code.idx").write_bytes(b"other")
+    assert "code.idx" in failed(tmp_path / "ledger")["datasets"].detail
+
+
+def audited(directory: Path, change: Callable[[StepRecord], Any], **configuration: Any) -> dict[str, Check]:
+    """Verify a run of 30 steps whose records `change` has altered."""
+    generator = np.random.default_rng(0)
+    losses = np.array([5.0, 6.0])
+    with create_ledger(directory, description(**configuration)):
+        writer = LedgerWriter(directory, 0)
+        for step in range(1, 31):
+            values = generator.normal(0.01, 0.02, size=(4, len(TARGETS)))
+            record = step_record(step, values, losses, 4 * step)
+            losses = losses - values.sum(0)
+            change(record)
+            writer.append(step, [0] * 4, np.arange(4) + 4 * step, [64] * 4, values)
+            writer.append_step(record)
+        commit(directory, 30, writer.write_parts())
+    return failed(directory)
+
+
+def off_by(share: float) -> Callable[[StepRecord], None]:
+    def change(record: StepRecord) -> None:
+        if record.step == 17:
+            assert record.additivity_rhs and record.additivity_lhs
+            scale = abs(record.additivity_lhs[0])
+            record.additivity_rhs = [record.additivity_lhs[0] + share * scale, record.additivity_lhs[1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("share", "training", "ok"),
+    [
+        (1e-6, {}, True),
+        (1e-2, {}, False),
+        (1e-2, {"bf16": True}, True),
+        (0.5, {"bf16": True}, False),
+        (1e-2, {"fp16": True}, True),
+        (float("nan"), {}, False),
+    ],
+)
+def test_additivity(tmp_path: Path, share: float, training: dict[str, bool], ok: bool) -> None:
+    found = audited(tmp_path, off_by(share), training={"optimizer": "adam"} | training)
+    assert ("additivity" not in found) == ok
+    if not ok:
+        assert found["additivity"].figures["failed_steps"] == [17]
+        assert "(step 17)" in found["additivity"].detail
+
+
+def test_additivity_must_be_recorded(tmp_path: Path) -> None:
+    def forget(record: StepRecord) -> None:
+        record.additivity_lhs = record.additivity_rhs = None
+
+    assert "no figures recorded" in audited(tmp_path, forget)["additivity"].detail
+
+
+def test_precision() -> None:
+    assert precision_of({"configuration": {"training": {"bf16": True, "fp16": False}}}) == "bf16"
+    assert precision_of({"configuration": {"precision": "fp16"}}) == "fp16"
+    assert precision_of({"configuration": {}}) == "fp32"
+
+
+@pytest.mark.parametrize("factor", [-1.0, 1000.0, 1e-3, float("nan")])
+def test_efficiency_fails_on_absurd_figures_only(tmp_path: Path, factor: float) -> None:
+    def scale_losses(record: StepRecord) -> None:
+        # The realised change comes from the losses; here the losses move by another factor than the values say.
+        assert record.target_loss is not None
+        record.target_loss = [5.0 + (loss - 5.0) / factor for loss in record.target_loss]  # type: ignore[operator]
+
+    found = audited(tmp_path / "bad", scale_losses)
+    assert "efficiency" in found
+    proxy = {"shapley": {"optimizer": "sgd", "interval": 1}, "training": {"optimizer": "adam"}}
+    if np.isfinite(factor):
+        assert "efficiency" not in audited(tmp_path / "proxy", scale_losses, **proxy)
+
+
+def test_efficiency_judges_trends() -> None:
+    steps = np.arange(100)
+    falling = np.full(100, 1e-2)
+    entry, fault = judge_efficiency(1.5 * falling, falling, proxy=False)
+    assert fault is None and entry["explained_fraction"] == pytest.approx(1.5)
+    up_and_down = np.where(steps % 2 == 0, 1.0, -1.0) * 1e-2
+    assert judge_efficiency(-falling, up_and_down, proxy=False)[1] is None
+    assert "opposite signs" in str(judge_efficiency(-falling, falling, proxy=False)[1])
+    assert judge_efficiency(-falling[:5], falling[:5], proxy=False)[1] is None
+
+
+def test_coverage(tmp_path: Path) -> None:
+    described = description()
+    described.coverage = {"parameters": 10, "tapped": 9, "missing": ["decoder.router.weight"]}
+    create_ledger(tmp_path, described).close()
+    assert "9 of 10 trainable parameters have a tap; without: decoder.router.weight" in (
+        failed(tmp_path)["coverage"].detail
+    )
+
+
+def test_steps_without_rows_are_counted(tmp_path: Path) -> None:
+    def skip(record: StepRecord) -> None:
+        if record.step == 1:
+            record.status, record.samples = "unscored: no state yet", 0
+
+    found = audited(tmp_path / "rows", skip)  # rows of an unscored step
+    assert "step 1 target code: 4 rows, 0 recorded" in found["steps"].detail
+    with create_ledger(tmp_path / "none", description()):
+        writer = LedgerWriter(tmp_path / "none", 0)
+        writer.append_step(StepRecord(step=1, status="skipped: overflow"))
+        commit(tmp_path / "none", 1, writer.write_parts())
+    checks = {check.name: check for check in Ledger(tmp_path / "none").verify()}
+    assert checks["steps"].ok and checks["steps"].figures["statuses"] == {"skipped: overflow": 1}
+
+
+def test_missing_step_records(tmp_path: Path) -> None:
+    with create_ledger(tmp_path, description()):
+        writer = LedgerWriter(tmp_path, 0)
+        for step in (4, 5, 8):  # a run may begin in the middle, from another one's checkpoint
+            writer.append_step(StepRecord(step=step, status="skipped: overflow"))
+        commit(tmp_path, 8, writer.write_parts())
+    assert failed(tmp_path)["steps"].figures["missing_steps"] == [6, 7]
+
+
+def test_a_larger_run_passes(tmp_path: Path) -> None:
+    write_run(tmp_path, Shape(steps=30, batch=300, writers=3, commit_every=7))
+    assert failed(tmp_path) == {}
