@@ -218,7 +218,7 @@ def test_schema_guards_and_damaged_records(tmp_path: Path) -> None:
     run = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(run | {"schema_version": 99}))
     for opening in (Ledger, open_ledger, lambda path: LedgerWriter(path, 0)):
-        with pytest.raises(UserError, match="follows ledger schema 99, this package reads schema 1"):
+        with pytest.raises(UserError, match="follows ledger schema 99, this package reads schema 2"):
             opening(tmp_path)
 
 

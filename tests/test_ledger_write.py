@@ -23,7 +23,7 @@ from tests.synthetic_ledger import DOMAINS, TARGETS, Shape, description, write_r
 def sorted_values(ledger: Ledger) -> pa.Table:
     keys = [(name, "ascending") for name in ("step", "dataset", "sample", "target")]
     table = ledger.values().to_table()
-    return table.set_column(3, "target", table["target"].cast(pa.string())).sort_by(keys)
+    return table.set_column(4, "target", table["target"].cast(pa.string())).sort_by(keys)
 
 
 def test_rows_come_back_bit_for_bit(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_other_readers_open_the_parts(tmp_path: Path) -> None:
     query = f"SELECT sum(value) FROM '{tmp_path}/values/*.parquet' WHERE target = 'code'"
     assert duckdb.sql(query).fetchall()[0][0] == pytest.approx(rows["code"].sum(), rel=1e-12)
     metadata = pq.read_schema(next((tmp_path / "values").iterdir())).metadata
-    assert metadata[b"inrun.schema_version"] == b"1"
+    assert metadata[b"inrun.schema_version"] == b"2"
     assert metadata[b"inrun.run_id"].decode() == Ledger(tmp_path).run_id
 
 

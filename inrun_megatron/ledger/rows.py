@@ -63,6 +63,7 @@ def check_contents(ledger: Ledger, parts: list[PartInfo]) -> tuple[StepTotals, C
                 ("unknown dataset indices", known),
                 ("unknown targets", pc.is_in(names, targets)),
                 ("negative sample indices", pc.greater_equal(table["sample"], 0)),
+                ("negative segments", pc.greater_equal(table["segment"], 0)),
             ):
                 faults[what] += table.num_rows - (pc.sum(good).as_py() or 0)
             rows += table.num_rows
@@ -92,7 +93,7 @@ def _add_totals(
 def check_duplicates(ledger: Ledger, parts: list[PartInfo], totals: StepTotals) -> Check:
     """No (step, dataset, sample, target) twice: the last defence against a resume that kept what it
     repeats."""
-    keys = ["step", "dataset", "sample", "target"]
+    keys = ["step", "dataset", "sample", "segment", "target"]
     count, named = 0, []
     if parts:
         paths = [str(ledger.directory / part.file) for part in parts]
@@ -101,13 +102,14 @@ def check_duplicates(ledger: Ledger, parts: list[PartInfo], totals: StepTotals) 
             table = rows.to_table(
                 columns=keys, filter=(ds.field("step") >= first) & (ds.field("step") <= last)
             ).unify_dictionaries()
-            table = table.set_column(3, "target", pc.cast(table["target"], pa.string()))
+            table = table.set_column(4, "target", pc.cast(table["target"], pa.string()))
             grouped = table.append_column("n", pa.array(np.ones(table.num_rows, np.int64)))
             grouped = grouped.group_by(keys).aggregate([("n", "sum")])
             twice = grouped.filter(pc.greater(grouped["n_sum"], 1))
             count += twice.num_rows
             named += [
-                f"step {row['step']} dataset {row['dataset']} sample {row['sample']} target {row['target']} "
+                f"step {row['step']} dataset {row['dataset']} sample {row['sample']} segment {row['segment']} "
+                f"target {row['target']} "
                 f"({row['n_sum']} times)"
                 for row in twice.slice(0, NAMED).to_pylist()
             ]
@@ -116,7 +118,7 @@ def check_duplicates(ledger: Ledger, parts: list[PartInfo], totals: StepTotals) 
         return Check(
             "duplicates", False, f"{count:,} keys more than once: {'; '.join(named[:NAMED])}", figures
         )
-    return Check("duplicates", True, "every (step, dataset, sample, target) once", figures)
+    return Check("duplicates", True, "every (step, dataset, sample, segment, target) once", figures)
 
 
 def _step_ranges(totals: StepTotals) -> Iterator[tuple[int, int]]:

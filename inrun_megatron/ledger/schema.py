@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from inrun_megatron.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when a column or a rule changes so that an older reader would misread the files."""
 
 RUN_FILE = "run.json"
@@ -25,6 +25,7 @@ VALUES, STEPS, COMMITS = "values", "steps", "commits"
 DEFAULT_SUBDIRECTORY = "shapley"
 
 SCORED = "scored"
+CURRENT, DRIFT = "current", "drift"
 SKIPPED_OVERFLOW = "skipped: overflow"
 UNSCORED_PREFIX = "unscored: "
 
@@ -36,6 +37,7 @@ VALUES_SCHEMA = pa.schema(
         pa.field("step", pa.int32(), nullable=False),
         pa.field("dataset", pa.int16(), nullable=False),
         pa.field("sample", pa.int64(), nullable=False),
+        pa.field("segment", pa.int32(), nullable=False),
         pa.field("target", pa.dictionary(pa.int32(), pa.string()), nullable=False),
         pa.field("tokens", pa.int32(), nullable=False),
         pa.field("value", pa.float64(), nullable=False),
@@ -53,6 +55,8 @@ STEPS_SCHEMA = pa.schema(
         pa.field("train_loss", pa.float64()),
         pa.field("grad_norm", pa.float64()),
         pa.field("clip_coefficient", pa.float64()),
+        pa.field("credit_factor", pa.float64()),
+        pa.field("base", pa.string(), nullable=False),
         pa.field("target_loss", pa.float64()),
         pa.field("realised", pa.float64()),
         pa.field("sum_values", pa.float64()),
@@ -103,8 +107,13 @@ class StepRecord:
     """Global norm of G_t before clipping."""
     clip_coefficient: float | None = None
     """c_t: the factor the optimizer's gradient was multiplied by; 1 without clipping."""
+    credit_factor: float | None = None
+    """What a value of the step's own game is multiplied by for the gradient's whole weight through the moments
+    (trajectory credit); the rows are of the kind that run.json's configuration names."""
+    base: str = CURRENT
+    """Where target_loss was taken: `current` (w_t) or `drift` (Phi_t(0), where momentum and decay alone lead)."""
     target_loss: PerTarget = None
-    """L_k(w_t), before the step."""
+    """L_k before the step, at the base point."""
     realised: PerTarget = None
     """L_k(w_t) - L_k(w_{t+1}); None until known (readers fill it from the next step's target_loss)."""
     sum_values: PerTarget = None

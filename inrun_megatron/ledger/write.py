@@ -82,10 +82,16 @@ class LedgerWriter:
         self._written: list[PartInfo] = []
 
     def append(
-        self, step: int, dataset: ArrayLike, sample: ArrayLike, tokens: ArrayLike, values: ArrayLike
+        self,
+        step: int,
+        dataset: ArrayLike,
+        sample: ArrayLike,
+        tokens: ArrayLike,
+        values: ArrayLike,
+        segment: ArrayLike | None = None,
     ) -> None:
         """Buffer n samples of `step`: dataset [n], sample [n], tokens [n] (loss tokens), values [n, K] in
-        nats.
+        nats, segment [n] (part of the sample, 0 where samples are not cut).
 
         Steps may not go back. Raises ValueError on shapes that do not fit and on a dataset index that
         run.json lacks.
@@ -97,7 +103,11 @@ class LedgerWriter:
             "value": np.asarray(values, dtype=np.float64),
         }
         n, expected = len(block["sample"]), (len(block["sample"]), len(self.targets))
-        if block["value"].shape != expected or len(block["dataset"]) != n or len(block["tokens"]) != n:
+        block["segment"] = (
+            np.zeros(n, np.int32) if segment is None else np.asarray(segment, dtype=np.int32).reshape(-1)
+        )
+        lengths = {len(block[name]) for name in ("dataset", "tokens", "segment")}
+        if block["value"].shape != expected or lengths != {n}:
             raise ValueError(
                 f"step {step}: values have shape {block['value'].shape}, expected {expected} = [samples, targets], with "
                 f"{len(block['dataset'])} datasets and {len(block['tokens'])} token counts"
@@ -148,7 +158,7 @@ class LedgerWriter:
         targets = len(self.targets)
         columns = {
             name: np.concatenate([block[name] for block in self._blocks])
-            for name in ("step", "dataset", "sample", "tokens", "value")
+            for name in ("step", "dataset", "sample", "segment", "tokens", "value")
         }
         rows = {
             name: column if name == "value" else np.repeat(column, targets)
@@ -159,6 +169,7 @@ class LedgerWriter:
                 "step": rows["step"],
                 "dataset": rows["dataset"],
                 "sample": rows["sample"],
+                "segment": rows["segment"],
                 "target": _target_column(
                     np.tile(np.arange(targets, dtype=np.int32), len(columns["step"])), self.targets
                 ),

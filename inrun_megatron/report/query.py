@@ -2,7 +2,7 @@
 
 Relations that every query can use:
 
-    ledger_values(step, dataset, sample, target, tokens, value)   rows of values/, as they are
+    ledger_values(step, dataset, sample, segment, target, tokens, value)   rows of values/, as they are
     scored(... the same ..., normalised)                          finite rows, with their normalised value
     cells(step, dataset, target, n, tokens, total, absolute, negatives)   one row per step, dataset and target
     datasets(dataset, name), targets(target, position)
@@ -49,7 +49,7 @@ FROM cells GROUP BY step, target
 
 _SCORED = """
 CREATE TEMP VIEW scored AS
-SELECT v.step, v.dataset, v.sample, v.target, v.tokens, v.value, v.value * s.factor AS normalised
+SELECT v.step, v.dataset, v.sample, v.segment, v.target, v.tokens, v.value, v.value * s.factor AS normalised
 FROM ledger_values v JOIN scales s ON v.step = s.step AND v.target = s.target
 WHERE isfinite(v.value)
 """
@@ -84,7 +84,7 @@ class Query:
             raise self._failure(error) from error
 
     def _create_values(self, paths: list[str]) -> None:
-        columns = "step, dataset, sample, CAST(target AS VARCHAR) AS target, tokens, value"
+        columns = "step, dataset, sample, segment, CAST(target AS VARCHAR) AS target, tokens, value"
         if not paths:
             self.register("no_values", VALUES_SCHEMA.empty_table())
             self._connection.execute(f"CREATE TEMP VIEW ledger_values AS SELECT {columns} FROM no_values")
