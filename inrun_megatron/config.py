@@ -234,8 +234,17 @@ class ShapleyConfig:
     """Score samples. --no-shapley trains without."""
     target: Annotated[Repeated, tyro.conf.arg(name="shapley-target", metavar="NAME=PATH[:SEQUENCES]")] = ()
     """Validation target: a name, the prefix of its .bin/.idx pair, and how many sequences to use (default: all)."""
-    estimator: Annotated[Literal["first_order"], tyro.conf.arg(name="shapley-estimator")] = "first_order"
-    """first_order: the optimizer's step linearised at the current weights."""
+    estimator: Annotated[
+        Literal["first_order", "midpoint", "simpson"], tyro.conf.arg(name="shapley-estimator")
+    ] = "first_order"
+    """first_order: the optimizer's step linearised before the batch. midpoint, simpson: integrated along the step, with
+    a second pass over the batch on scored steps (and three validation passes for simpson)."""
+    base: Annotated[Literal["current", "drift"], tyro.conf.arg(name="shapley-base")] = "current"
+    """Where first_order takes the validation gradient: at the current weights, or where momentum and weight decay alone
+    would lead (the step's own starting point)."""
+    credit: Annotated[Literal["step", "trajectory"], tyro.conf.arg(name="shapley-credit")] = "step"
+    """step: the value of the sample in its own step. trajectory: with its gradient's weight in the coming steps, through
+    the optimizer's momentum."""
     optimizer: Annotated[Literal["auto", "sgd"], tyro.conf.arg(name="shapley-optimizer")] = "auto"
     """auto: values for the optimizer that trains. sgd: the paper's SGD proxy under any optimizer."""
     interval: Annotated[int, tyro.conf.arg(name="shapley-interval")] = 1

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .engines.shards import FlatGroup, Residence, Span, merged
-from .estimators import CPU_BLOCK
+from .optimizers import CPU_BLOCK
 from .parallel import Layout
 from .taps import Sharding
 
@@ -60,7 +60,7 @@ class Directions:
         self.groups = groups
         self.layout = layout
         self.targets = targets
-        self._sharding = sharding
+        self._sharding, self._dtype = sharding, dtype
         self._buffers = [
             torch.zeros(
                 targets,
@@ -78,6 +78,15 @@ class Directions:
         # What this rank counts in sums over all parameters: replicated parameters on tensor rank 0 only.
         self._counted = [merged(self._spans_that_count(g)) for g in groups]
         self._sequence = [merged(self._spans_of(g, Sharding.SEQUENCE)) for g in groups]
+
+    def like(self, vectors: int) -> Directions:
+        """``vectors`` further vectors in the same layout, zero."""
+        return Directions(self.groups, self._sharding, self.layout, vectors, self._dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where directions lie (the optimizer's state may lie elsewhere)."""
+        return self.groups[0].device
 
     @property
     def nbytes(self) -> int:

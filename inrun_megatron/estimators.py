@@ -1,61 +1,117 @@
-"""The direction of an estimator: what the optimizer's step makes of a gradient.
+"""Estimators: where the validation gradient is taken, and what it is multiplied by.
 
-The value of a set of samples S is ``U_k(S) = L_k(Phi_t(0)) - L_k(Phi_t(g_S))``. To first order,
+The value of a set of samples S is ``U_k(S) = L_k(Phi_t(0)) - L_k(Phi_t(g_S))``. Every estimator is
 
-    phi_i = c_t <d_k, g_i>,     d_k = J_k grad L_k(w_t)     (J diagonal, elementwise on the optimizer's shards)
+    phi_i = c_t <d_k, g_i>,     d_k = J * sum_n q_n grad L_k(w_n)     (elementwise on the optimizer's shards)
 
-    SGD     J = lr * (1 - dampening) (* (1 + momentum (1 - dampening)) with Nesterov)     arXiv 2406.11011, Theorem 3
-    Adam    J_k = lr (1 - b1) / bc1 / den_k,     den_k = sqrt((b2 v + (1 - b2) h_k^2) / bc2) + eps
-            bc1 = 1 - b1^t, bc2 = 1 - b2^t, v from before the step (optimizer-aware form after arXiv 2602.00329)
-            h_k = a tenth of grad L_k(w_t), clipped as the optimizer clips (all of it at t = 1)
+    first_order   one node, w_t (base current) or Phi(0) (base drift: momentum and decay alone); J the step's Jacobian
+    midpoint      one node, halfway between Phi(0) and Phi(c G); J = (Phi(0) - Phi(c G)) / (c G)
+    simpson       Phi(0), halfway, Phi(c G) with weights 1/6, 4/6, 1/6; the same J
 
-``h_k = 0`` would be the derivative of the step at zero gradient. That is ``lr / eps`` where the second moment
-is still zero: at the first step, and later in every embedding row that a token touches for the first time. With
-h_k the direction is bounded by a few of the optimizer's own steps, and it is the derivative up to a hundredth of
-(1 - b2) once v has settled. docs/algorithm.md has the measurements. With coupled decay u = decay * w (Adam's, not AdamW's) u^2 joins h_k^2 and
-the step's dependence on u through the second moment is kept: ``- lr m0 (1 - b2) u / (bc2 sqrt(v0) den^2)``.
+The path estimators are the Aumann-Shapley value of the step, the Shapley value of a game of many small players: a
+coordinate's move ``Phi(0) - Phi(c G)`` is shared in proportion to ``g_i / G``, whatever the optimizer does on the way,
+and what the move is worth is the integral of grad L_k along it. The integral of a gradient is the same over every path,
+so the nodes lie on the straight line between the ends, where the quadrature is at its best. The values' sum is then the
+quadrature of the true utility. Under SGD the midpoint is the paper's second-order value (arXiv 2406.11011, Theorem 4)
+up to O(lr^3), without a Hessian-vector product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# How much of the validation gradient stands in for a second moment that has seen nothing yet; chosen by fidelity
-# to Monte Carlo Shapley values (docs/algorithm.md): more of it damps what v knows, none of it explodes.
-STAND_IN = 0.1
+from .errors import UserError
+from .optimizers import CPU_BLOCK, Step
 
-# Elementwise work goes block by block, so that a dozen passes over a CPU's shard stay in its cache.
-CPU_BLOCK = 1 << 16
+ESTIMATORS = ("first_order", "midpoint", "simpson")
+BASES = ("current", "drift")
+CREDITS = ("step", "trajectory")
 
 
-class Step(Protocol):
-    """The coming step of one optimizer tensor; all vectors are flat ``[n]``."""
+@dataclass(frozen=True)
+class Node:
+    """A point at which the validation gradient is taken.
+
+    Attributes:
+        share: how far along the straight line from Phi(0) to Phi(c G); None: at w_t itself.
+        weight: of its gradient.
+    """
+
+    share: float | None
+    weight: float
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Nodes of one estimator.
+
+    Attributes:
+        name, base: as given.
+        nodes: points and weights; the weights add up to 1.
+        follows_batch: whether G_t must be known first, by a second forward and backward of the batch.
+    """
+
+    name: str
+    base: str
+    nodes: tuple[Node, ...]
+    follows_batch: bool
+
+    @classmethod
+    def of(cls, name: str, base: str = "current") -> Estimator:
+        """Raises UserError on a name or base that does not exist."""
+        if name not in ESTIMATORS:
+            raise UserError(f"estimator {name!r} is none of {', '.join(ESTIMATORS)}")
+        if base not in BASES:
+            raise UserError(f"base {base!r} is none of {', '.join(BASES)}")
+        if name == "midpoint":
+            return cls(name, base, (Node(0.5, 1.0),), True)
+        if name == "simpson":
+            return cls(name, base, (Node(0.0, 1 / 6), Node(0.5, 4 / 6), Node(1.0, 1 / 6)), True)
+        return cls(name, base, (Node(None if base == "current" else 0.0, 1.0),), False)
 
     @property
-    def weights(self) -> Tensor:
-        """fp32 shard that the step moves."""
-        ...
+    def moves(self) -> bool:
+        """Are the weights moved to take the gradient?"""
+        return any(node.share is not None for node in self.nodes)
 
-    def block(self, part: slice) -> Step:
-        """The step of a part of the tensor."""
-        ...
-
-    def precondition(self, gradient: Tensor, clip: float) -> None:
-        """Multiply grad L_k by J in place; ``clip`` is what the optimizer would multiply such a gradient by."""
-        ...
-
-    def drift(self) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
-        """``w - Phi(0)`` as (momentum part, decay part), each a vector and a factor."""
-        ...
+    @property
+    def start(self) -> Node | None:
+        """The node whose loss is the target's loss before the batch's step; None: evaluate at w_t."""
+        return next((node for node in self.nodes if not node.share), None)
 
 
-def precondition(
-    step: Step, gradients: Sequence[Tensor], clips: Sequence[float], counted: Sequence[tuple[int, int]]
+def blocks(step: Step, device: torch.device) -> Iterator[tuple[Step, slice]]:
+    """The step in parts, small enough on a CPU for a dozen elementwise passes to stay in its cache."""
+    n = step.weights.numel()
+    size = CPU_BLOCK if device.type == "cpu" else n
+    for start in range(0, n, size):
+        part = slice(start, min(start + size, n))
+        yield step.block(part), part
+
+
+def place(step: Step, share: float, path: Tensor | None, out: Tensor) -> None:
+    """``out [n] = Phi(0) + share (Phi(path) - Phi(0))``, in out's precision; ``path = c G``, None only at share 0."""
+    for here, part in blocks(step, step.weights.device):
+        moved = here.weights.clone()
+        for term in here.drift():
+            if term is not None:
+                moved.sub_(term[0].to(moved.dtype), alpha=term[1])
+        if path is not None and share:
+            along = path[part].to(device=moved.device, dtype=moved.dtype)
+            moved.sub_(along * here.slope(along), alpha=share)
+        out[part].copy_(moved)
+
+
+def condition(
+    step: Step,
+    gradients: Sequence[Tensor],
+    clips: Sequence[float],
+    counted: Sequence[tuple[int, int]],
+    path: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Turn K gradients ``[n]`` of one optimizer tensor into directions, in place.
 
@@ -64,19 +120,18 @@ def precondition(
         gradients: grad L_k, fp32.
         clips: what the optimizer would multiply each of them by.
         counted: stretches of the tensor that this rank counts in sums over all parameters.
+        path: c G ``[n]`` for the path estimators; None: first order.
 
     Returns:
         ``<grad L_k, w - Phi(0)>`` over the counted stretches, momentum and decay part, ``[K]`` fp64 each.
     """
-    n, device = step.weights.numel(), gradients[0].device
-    size = CPU_BLOCK if device.type == "cpu" else n
+    device = gradients[0].device
     terms = torch.zeros(2, len(gradients), dtype=torch.float64, device=device)
-    for start in range(0, n, size):
-        stop = min(start + size, n)
-        here = step.block(slice(start, stop))
-        parts = [gradient[start:stop] for gradient in gradients]
+    for here, part in blocks(step, device):
+        start, stop = part.start, part.stop
+        parts = [gradient[part] for gradient in gradients]
         # The optimizer's shard may lie on the CPU (offload) while directions lie where the layers are.
-        near = [part.to(here.weights.device) for part in parts]
+        near = [gradient.to(here.weights.device) for gradient in parts]
         stretches = [
             (max(lo, start) - start, min(hi, stop) - start) for lo, hi in counted if lo < stop and hi > start
         ]
@@ -84,151 +139,39 @@ def precondition(
             if moved is None:
                 continue
             vector, factor = moved
-            for k, part in enumerate(near):
+            for k, gradient in enumerate(near):
                 for lo, hi in stretches:
-                    terms[which, k] += torch.dot(part[lo:hi], vector[lo:hi].to(part.dtype)) * factor
-        for part, own, clip in zip(parts, near, clips, strict=True):
-            here.precondition(own, clip)
-            if own.device != part.device:
-                part.copy_(own)
+                    dot = torch.dot(gradient[lo:hi], vector[lo:hi].to(gradient.dtype)) * factor
+                    terms[which, k] += dot
+        _multiply(here, near, clips, None if path is None else path[part])
+        for gradient, own in zip(parts, near, strict=True):
+            if own.device != gradient.device:
+                gradient.copy_(own)
     return terms[0], terms[1]
 
 
-@dataclass(frozen=True)
-class SGDStep:
-    """One SGD step of one optimizer tensor, as torch.optim.SGD computes it.
+def _multiply(step: Step, gradients: Sequence[Tensor], clips: Sequence[float], path: Tensor | None) -> None:
+    if path is None:
+        for gradient, clip in zip(gradients, clips, strict=True):
+            step.precondition(gradient, clip)
+        return
+    slope = step.slope(path.to(device=gradients[0].device, dtype=gradients[0].dtype))
+    for gradient in gradients:
+        gradient.mul_(slope)
 
-    Attributes:
-        lr, momentum, dampening, weight_decay: hyperparameters of the coming step.
-        nesterov: whether momentum looks ahead.
-        weights: fp32 shard ``[n]``.
-        momentum_buffer: ``[n]`` from before the step; None before the first one, when torch takes the
-            gradient itself as the buffer (no dampening).
+
+def credit_factor(reach: Callable[[int], float], remaining: int | None) -> float:
+    """A gradient's whole weight over its weight in its own step: ``sum_j reach(j)`` over the remaining steps.
+
+    Args:
+        reach: of the coming step (optimizers.Step.reach).
+        remaining: steps of the run from the coming one on; None: no end.
     """
-
-    lr: float
-    weights: Tensor
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    momentum_buffer: Tensor | None = None
-
-    def block(self, part: slice) -> SGDStep:
-        buffer = self.momentum_buffer
-        return replace(
-            self, weights=self.weights[part], momentum_buffer=None if buffer is None else buffer[part]
-        )
-
-    def jacobian(self) -> float:
-        """J, a number."""
-        if self.momentum == 0.0:
-            return self.lr
-        gain = 1.0 if self.momentum_buffer is None else 1.0 - self.dampening
-        return self.lr * (1.0 + self.momentum * gain if self.nesterov else gain)
-
-    def precondition(self, gradient: Tensor, clip: float) -> None:
-        gradient.mul_(self.jacobian())
-
-    def drift(self) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
-        momentum = decay = None
-        if self.momentum and self.momentum_buffer is not None:
-            look = self.momentum * self.momentum if self.nesterov else self.momentum
-            momentum = (self.momentum_buffer, self.lr * look)
-        if self.weight_decay:
-            decay = (self.weights, self.weight_decay * self.jacobian())
-        return momentum, decay
-
-
-@dataclass(frozen=True)
-class AdamStep:
-    """One Adam or AdamW step of one optimizer tensor.
-
-    Attributes:
-        lr, beta1, beta2, eps, weight_decay: hyperparameters of the coming step.
-        decoupled: AdamW's decay of the weights (True) or decay through the gradient (False).
-        bias_correction: whether moments are divided by ``1 - beta^t``.
-        t: number of the coming step, counted from 1.
-        weights, exp_avg, exp_avg_sq: fp32 shards ``[n]`` from before the step.
-    """
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    decoupled: bool
-    bias_correction: bool
-    t: int
-    weights: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-    def block(self, part: slice) -> AdamStep:
-        return replace(
-            self,
-            weights=self.weights[part],
-            exp_avg=self.exp_avg[part],
-            exp_avg_sq=self.exp_avg_sq[part],
-        )
-
-    def _corrections(self) -> tuple[float, float]:
-        if not self.bias_correction:
-            return 1.0, 1.0
-        return 1.0 - self.beta1**self.t, 1.0 - self.beta2**self.t
-
-    def _coupled(self) -> Tensor | None:
-        return None if self.decoupled or not self.weight_decay else self.weights * self.weight_decay
-
-    def _second_moment(self, gradient: Tensor | None, clip: float = 1.0) -> Tensor:
-        """v0 ``[n]``: the bias-corrected second moment, with the stand-in for what it has not seen (None: without)."""
-        _, bc2 = self._corrections()
-        v0 = self.exp_avg_sq * (self.beta2 / bc2)
-        fresh = (1.0 - self.beta2) / bc2
-        if gradient is not None:
-            share = clip if self.t == 1 else clip * STAND_IN
-            v0.addcmul_(gradient, gradient, value=fresh * share * share)
-        coupled = self._coupled()
-        return v0 if coupled is None else v0.addcmul_(coupled, coupled, value=fresh)
-
-    def precondition(self, gradient: Tensor, clip: float) -> None:
-        bc1, bc2 = self._corrections()
-        root = self._second_moment(gradient, clip).sqrt_()
-        gain = self.lr * (1.0 - self.beta1) / bc1
-        coupled = self._coupled()
-        if coupled is None:
-            gradient.mul_(gain).div_(root.add_(self.eps))
-            return
-        den = root + self.eps
-        m0 = (self.exp_avg * self.beta1 + coupled * (1.0 - self.beta1)) / bc1
-        # Where v0 is 0, so is u: its elements take no decay.
-        ratio = torch.where(root > 0, coupled / root, torch.zeros_like(root))
-        bend = self.lr * m0 * ratio * ((1.0 - self.beta2) / bc2) / den.square()
-        gradient.mul_(gain / den - bend)
-
-    def drift(self) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
-        bc1, _ = self._corrections()
-        den = self._second_moment(None).sqrt_().add_(self.eps)
-        decay: tuple[Tensor, float] | None = None
-        if self.weight_decay and self.decoupled:
-            decay = (self.weights, self.lr * self.weight_decay)
-        elif self.weight_decay:
-            decay = (self.weights / den, self.lr * self.weight_decay * (1.0 - self.beta1) / bc1)
-        return (torch.div(self.exp_avg, den, out=den), self.lr * self.beta1 / bc1), decay
-
-
-@dataclass(frozen=True)
-class ProxyStep:
-    """The paper's SGD proxy under any optimizer: J = lr, no state, no drift."""
-
-    lr: float
-    weights: Tensor
-
-    def block(self, part: slice) -> ProxyStep:
-        return ProxyStep(self.lr, self.weights[part])
-
-    def precondition(self, gradient: Tensor, clip: float) -> None:
-        gradient.mul_(self.lr)
-
-    def drift(self) -> tuple[None, None]:
-        return None, None
+    total, j = 0.0, 0
+    while remaining is None or j < remaining:
+        weight = reach(j)
+        total += weight
+        j += 1
+        if weight < 1e-9:
+            break
+    return total

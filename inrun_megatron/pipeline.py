@@ -9,7 +9,10 @@ earlier than it has to:
     norms             |grad L_k| over all stages, where the Jacobian clips by it (Adam; models without clipping and SGD
                       need none): started after the last validation backward, waited for at the first training backward
 
-Both wait for stage 0, which runs its last validation backward P - 2 half-steps of the schedule after the moment when
+Weights that move (base drift, the path estimators) let nothing ride along: those passes are runs of the schedule of
+their own (pipeline_passes.py), with a flush after each.
+
+Both collectives wait for stage 0, which runs its last validation backward P - 2 half-steps of the schedule after the moment when
 the last stage could start its first training backward (a half-step is a forward or a backward): nothing at P = 2, and
 never the whole pipeline's flush of 2 (P - 1). No stage waits inside its validation part, so none holds up another.
 """
@@ -17,9 +20,9 @@ never the whole pipeline's flush of 2 (P - 1). No stage waits inside its validat
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,21 +30,11 @@ from torch import Tensor
 
 from .engines.pipeline import PipelineAdapter
 from .errors import UserError
+from .passes import Microbatch
+from .pipeline_passes import PipelinePasses, StageLoss
 from .scoring import DirectionFiller, RowScorer
-from .shapley import InRunShapley, Microbatch, ScoredStep, ShapleyTarget
+from .shapley import InRunShapley, ScoredStep, ShapleyTarget
 from .taps import Pass
-
-
-class StageLoss(Protocol):
-    """How microbatches enter a pipeline and what its last stage makes of them (models/stages.py: PipelineLoss)."""
-
-    def split(self, microbatch: Mapping[str, Tensor]) -> tuple[Any, Any]:
-        """(inputs of the first stage, labels for the last one)."""
-        ...
-
-    def token_losses(self, outputs: Any, labels: Any) -> Tensor:
-        """Losses per token ``[b, s]``, neither masked nor reduced."""
-        ...
 
 
 class PipelineShapley(InRunShapley):
@@ -73,17 +66,26 @@ class PipelineShapley(InRunShapley):
         super().__init__(engine, targets, _no_module, **options)
         self.loss = loss
         self.pipeline = PipelineAdapter(engine)
+        self.passes = PipelinePasses(self.pipeline, self.layout, self.taps, loss)
+
+    @property
+    def rides(self) -> bool:
+        """Do the validation microbatches ride in front of the training ones? Only at the weights that these see."""
+        return not self.estimator.moves
 
     @contextmanager
-    def step(self, iteration: int) -> Iterator[PipelineStep]:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, iteration: int, microbatches: Sequence[Microbatch] | None = None
+    ) -> Iterator[PipelineStep]:
         """One optimizer step: ``step.train_batch(microbatches)`` inside.
 
         Args:
             iteration: number of the step, from 1.
+            microbatches: as for ``train_batch``, for the path estimators.
         """
         step = PipelineStep(self, iteration)
         if iteration % self.interval == 0:
-            step.prepare()
+            step.prepare(microbatches)
         yield step
         step.settle()
 
@@ -102,11 +104,12 @@ class PipelineStep(ScoredStep):
 
     owner: PipelineShapley
 
-    def prepare(self) -> None:
-        """Score the coming ``train_batch``; the directions are filled on its way."""
-        self.result.status = "scored"
-        self._loss_scale = self.owner.adapter.loss_scale()
-        self.owner._probe.arm()
+    def prepare(self, microbatches: Sequence[Microbatch] | None = None) -> None:
+        """Score the coming ``train_batch``; the directions are filled on its way, or here where weights move."""
+        if self.owner.rides:
+            self._begin()
+        else:
+            super().prepare(microbatches)
 
     def samples(self, dataset: Any, sample: Any, tokens: Any) -> Any:
         raise UserError(
@@ -128,9 +131,9 @@ class PipelineStep(ScoredStep):
         prepended = [] if stream is None else [owner.loss.split(m) for _, m in stream.validation]
         loss = owner.pipeline.train_batch(stream, [owner.loss.split(m) for m in microbatches], prepended)
         if stream is not None and self.result.scored:
-            dist.all_reduce(stream.losses)  # held by the last stage, one share per replica
-            self.result.target_losses = stream.losses.tolist()
-            self._terms = stream.terms
+            if owner.rides:
+                self.result.target_losses = owner.passes.total(stream.losses).tolist()
+                self._terms = stream.terms
             self._dots = stream.dots
             self._rows = [
                 (m["dataset"], m["sample"], m["loss_mask"].sum(-1).round().long()) for m in microbatches
@@ -157,7 +160,7 @@ class ScoringStream:
         self.validation = [
             (k, microbatch)
             for k, target in enumerate(owner.targets)
-            for microbatch in (target.microbatches if step.result.scored else ())
+            for microbatch in (target.microbatches if step.result.scored and owner.rides else ())
         ]
         self.prepended = len(self.validation)
         self.losses = torch.zeros(len(owner.targets), dtype=torch.float64, device=owner.device)
@@ -187,7 +190,7 @@ class ScoringStream:
             if index >= self.prepended:
                 yield
                 return
-            with self._timed(), self.owner.pipeline.validation_forward(self._validation_loss(index)):
+            with self._timed(), self.owner.pipeline.detached_forward(self._validation_loss(index)):
                 yield
 
     @contextmanager
@@ -219,8 +222,7 @@ class ScoringStream:
         def share(outputs: Any, labels: Any) -> Tensor:
             losses = owner.loss.token_losses(outputs, labels).float()
             total = (losses * microbatch["loss_mask"].to(losses.device)).sum() / owner.targets[k].num_tokens
-            if owner.layout.tp_rank == 0:  # all tensor-parallel ranks compute the same loss
-                self.losses[k] += total.detach()
+            self.losses[k] += total.detach()
             return total
 
         return share
@@ -246,9 +248,9 @@ class ScoringStream:
             work.wait()
             for half, whole in zip(halves, both, strict=True):
                 half.copy_(whole)
-        owner.reduce_directions(self._scale)
+        owner.preparation.reduce(self._scale)
         self._reduced = True
-        if owner.needs_norms:
+        if owner.preparation.needs_norms:
             squares = owner.directions.squares()
             if layout.dp_size > 1:
                 dist.all_reduce(squares, group=layout.dp_group)
@@ -264,4 +266,4 @@ class ScoringStream:
             squares, work = self._squares
             work.wait()
             norms = squares.sqrt().tolist()
-        self.terms = self.owner.precondition(norms)
+        self.terms = self.owner.preparation.condition(norms)

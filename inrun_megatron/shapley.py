@@ -1,6 +1,6 @@
 """InRunShapley: the step protocol. One scored step reads as the algorithm in docs/algorithm.md.
 
-1. direction     validation forward and backward of every target at w_t, parameters detached
+1. direction     validation forward and backward of every target, parameters detached      (preparation.py)
 2. reduce        over data- and tensor-parallel ranks; times the optimizer's Jacobian on its shards
 3. score         the training microbatches run as usual, the taps add up per-row partial dots
 4. sum           one all-reduce of [samples, targets] over the ranks of a replica of the model
@@ -12,29 +12,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .audit import AdditivityProbe
 from .direction import Directions
 from .engines import ZeroAdapter
-from .engines.inner import coming_step, is_adam, require_known
+from .engines.inner import require_known
 from .errors import UserError
-from .estimators import precondition
-from .ledger.schema import StepRecord
+from .estimators import CREDITS, Estimator, credit_factor
+from .ledger.schema import CURRENT, DRIFT, StepRecord
 from .parallel import Layout
-from .scoring import DirectionFiller, RowScorer
+from .passes import Microbatch, ModulePasses, Passes, TokenLoss, TrainingLoss, mean_loss
+from .preparation import Preparation
+from .scoring import RowScorer
 from .taps import Consumer, Pass, Taps, attach_taps
-
-Microbatch = Mapping[str, Tensor]
-TokenLoss = Callable[[nn.Module, Microbatch], Tensor]
-"""``(module, microbatch) -> token losses [b, s]``, unreduced; masked tokens are weighted by ``loss_mask``."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,11 @@ class StepResult:
     """What a step came to; sequences are over the K targets. None where the step was not scored."""
 
     status: str = "off"
+    base: str = CURRENT  # where target_losses were taken: w_t, or Phi_t(0) (drift)
     target_losses: list[float] | None = None
-    sums: list[float] | None = None
+    sums: list[float] | None = None  # of the values
+    step_sums: list[float] | None = None  # of the values of the step's own game
+    credit_factor: float | None = None
     values: Tensor | None = None  # [rows of this data-parallel rank, K], fp64, on the CPU
     additivity_lhs: list[float] | None = None
     additivity_rhs: list[float] | None = None
@@ -82,14 +83,22 @@ class InRunShapley:
         targets: the validation targets.
         loss_fn: ``(module, microbatch) -> token losses [b, s]``.
         layout: process groups; default: Megatron's where initialised, else data parallel.
+        estimator: ``first_order``, ``midpoint`` or ``simpson`` (estimators.py); the latter two need the step's
+            microbatches beforehand: ``step(iteration, microbatches)``.
+        base: ``current`` or ``drift``, for ``first_order``.
+        credit: ``step`` (the value of the step's own game) or ``trajectory`` (times the gradient's whole weight
+            through the moments' decay over its weight in its own step).
+        total_steps: last iteration of the run, where trajectory credit ends; None: no end.
         optimizer: ``auto`` (the step that is taken) or ``sgd`` (the paper's proxy).
+        training_loss: of a microbatch, as ``engine.backward`` gets it; default: the mean over its loss tokens.
         interval: score every ``interval``-th iteration.
         ledger: a ``LedgerWriter`` on ranks that write (``layout.writes_ledger``), else None.
         consumers: further consumers of the training passes' emissions, called after scoring.
         taps: taps that are in the model already; default: attach them.
 
     Raises:
-        UserError: no target, an optimizer without a known Jacobian, a trainable parameter without a tap.
+        UserError: no target, an optimizer without a known Jacobian, a trainable parameter without a tap, an
+            estimator, base or credit that does not exist.
     """
 
     def __init__(
@@ -99,7 +108,12 @@ class InRunShapley:
         loss_fn: TokenLoss,
         *,
         layout: Layout | None = None,
+        estimator: str = "first_order",
+        base: str = "current",
+        credit: str = "step",
+        total_steps: int | None = None,
         optimizer: str = "auto",
+        training_loss: TrainingLoss = mean_loss,
         interval: int = 1,
         ledger: Any | None = None,
         consumers: Sequence[Consumer] = (),
@@ -109,18 +123,21 @@ class InRunShapley:
             raise UserError("no target given; pass at least one --shapley-target NAME=PATH")
         if optimizer not in ("auto", "sgd"):
             raise UserError(f"optimizer {optimizer!r} is neither auto nor sgd")
+        if credit not in CREDITS:
+            raise UserError(f"credit {credit!r} is none of {', '.join(CREDITS)}")
         if interval < 1:
             raise UserError(f"interval {interval} is not a positive number of steps")
         self.engine = engine
         self.targets = tuple(targets)
-        self.loss_fn = loss_fn
+        self.estimator = Estimator.of(estimator, base)
+        self.credit, self.total_steps = credit, total_steps
         self.layout = layout or Layout.current()
-        self.proxy = optimizer == "sgd"
+        proxy = optimizer == "sgd"
         self.interval = interval
         self.ledger = ledger
         self.consumers = tuple(consumers)
         self.adapter = ZeroAdapter(engine, self.layout)
-        if not self.proxy:
+        if not proxy:
             require_known(self.adapter.inner)
         self.taps = taps or attach_taps(engine.module)
         precise = any(p.dtype == torch.float64 for p in engine.module.parameters())
@@ -131,101 +148,34 @@ class InRunShapley:
             len(self.targets),
             dtype=torch.float64 if precise else torch.float32,
         )
+        self.preparation = Preparation(
+            self.adapter,
+            self.directions,
+            self.targets,
+            self.estimator,
+            proxy=proxy,
+            training_loss=training_loss,
+        )
+        self.passes: Passes = ModulePasses(engine, self.adapter, self.taps, loss_fn)
         self._probe = AdditivityProbe(self.adapter, self.directions)
 
     @property
     def device(self) -> torch.device:
-        return self.adapter.groups[0].device
+        return self.directions.device
 
     @contextmanager
-    def step(self, iteration: int) -> Iterator[ScoredStep]:
+    def step(self, iteration: int, microbatches: Sequence[Microbatch] | None = None) -> Iterator[ScoredStep]:
         """Everything of one optimizer step: its microbatches go through ``step.samples`` inside.
 
         Args:
             iteration: number of the step, from 1.
+            microbatches: the step's microbatches of this rank on the device, for the path estimators.
         """
         step = ScoredStep(self, iteration)
         if iteration % self.interval == 0:
-            step.prepare()
+            step.prepare(microbatches)
         yield step
         step.settle()
-
-    @property
-    def needs_norms(self) -> bool:
-        """Does the Jacobian depend on the norm of a target's gradient? Adam's does, through the clipped stand-in h."""
-        clips = float(self.engine.gradient_clipping()) > 0.0
-        return clips and not self.proxy and is_adam(self.adapter.inner)
-
-    def fill_directions(self) -> list[float]:
-        """Steps 1 and 2 up to the sums: the gradient of every L_k in the directions' shards.
-
-        Returns:
-            L_k(w_t), nats per token, one per target.
-        """
-        module: nn.Module = self.engine.module
-        training = [m for m in module.modules() if m.training]
-        module.eval()  # dropout off
-        scale = self.adapter.loss_scale()
-        sums = torch.zeros(len(self.targets), dtype=torch.float64, device=self.device)
-        self.directions.zero()
-        try:
-            for k, target in enumerate(self.targets):
-                run = Pass(consumers=(DirectionFiller(self.directions, k),), detached=True)
-                for microbatch in target.microbatches:
-                    with self.taps.during(run):
-                        losses = self.loss_fn(module, microbatch).float()
-                        total = (losses * microbatch["loss_mask"]).sum()
-                        (total * (scale / target.num_tokens)).backward()
-                    sums[k] += total.detach() / target.num_tokens
-        finally:
-            for m in training:
-                m.training = True
-            self.adapter.release_gathered_weights()
-        self.reduce_directions(scale)
-        if self.layout.dp_size > 1:
-            dist.all_reduce(sums, group=self.layout.dp_group)
-        return sums.tolist()
-
-    def reduce_directions(self, scale: float) -> None:
-        """Sum the directions over ranks and take the loss scale out."""
-        self.directions.reduce()
-        if scale != 1.0:
-            for shard in self.directions.shards():
-                shard.div_(scale)
-
-    def precondition(self, norms: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
-        """Step 2, the rest: times the Jacobian, on the shards; then to where the layers read it.
-
-        Args:
-            norms: of the targets' gradients over all ranks; default: computed here if they are needed.
-
-        Returns:
-            This rank's part of the momentum and decay terms, ``[K]`` each: the loss change that the step
-            would make to first order if the batch's gradient were zero.
-        """
-        momentum_terms = torch.zeros(len(self.targets), dtype=torch.float64, device=self.device)
-        decay_terms = torch.zeros_like(momentum_terms)
-        if norms is None:
-            norms = self.directions.norms() if self.needs_norms else [0.0] * len(self.targets)
-        clips = self.adapter.clip_coefficients(norms)
-        for index, (group, shard) in enumerate(
-            zip(self.adapter.groups, self.directions.shards(), strict=True)
-        ):
-            for piece in group.pieces:
-                coming = coming_step(
-                    self.adapter.inner, self.adapter.param_group(piece), piece.tensor, self.proxy
-                )
-                stop = piece.start + piece.numel
-                momentum, decay = precondition(
-                    coming,
-                    [row[piece.start : stop] for row in shard],
-                    clips,
-                    self.directions.counted(index, piece.start, piece.numel),
-                )
-                momentum_terms += momentum
-                decay_terms += decay
-        self.directions.publish()
-        return momentum_terms, decay_terms
 
     def close(self) -> None:
         """Take taps and hooks out of the model and the optimizer."""
@@ -255,15 +205,24 @@ class ScoredStep:
         # Read before engine.step(), which may move the schedule on.
         self._lr = float(owner.adapter.inner.param_groups[0]["lr"])
 
-    def prepare(self) -> None:
+    def prepare(self, microbatches: Sequence[Microbatch] | None = None) -> None:
         """Steps 1 and 2."""
-        owner, started = self.owner, time.perf_counter()
-        self.result.status = "scored"
-        self.result.target_losses = owner.fill_directions()
-        self._terms = owner.precondition()
+        started = time.perf_counter()
+        self._begin()
+        prepared = self.owner.preparation.run(self.owner.passes, microbatches)
+        self.result.target_losses, self._terms = prepared.target_losses, prepared.terms
+        self.result.seconds_scoring += time.perf_counter() - started
+
+    def _begin(self) -> None:
+        """What must be read before the step; the additivity probe watches it."""
+        owner, result = self.owner, self.result
+        result.status = "scored"
+        start = owner.estimator.start
+        result.base = CURRENT if start is None or start.share is None else DRIFT
+        remaining = None if owner.total_steps is None else max(1, owner.total_steps - self.iteration + 1)
+        result.credit_factor = credit_factor(owner.preparation.coming_step().reach(), remaining)
         self._loss_scale = owner.adapter.loss_scale()
         owner._probe.arm()
-        self.result.seconds_scoring += time.perf_counter() - started
 
     @contextmanager
     def samples(self, dataset: Any, sample: Any, tokens: Any) -> Iterator[None]:
@@ -327,8 +286,10 @@ class ScoredStep:
         if not all(math.isfinite(x) for x in sums):
             result.status = "skipped: values are not finite"  # a NaN loss in fp32 or bf16
             return
-        result.values = scores.cpu()
-        result.sums = sums
+        assert result.credit_factor is not None
+        factor = result.credit_factor if owner.credit == "trajectory" else 1.0
+        result.values = (scores * factor).cpu()
+        result.step_sums, result.sums = sums, [x * factor for x in sums]
         result.additivity_lhs = [x / clip for x in sums]
         result.additivity_rhs = [x / clip for x in optimizer_side]
         result.momentum_terms, result.decay_terms = momentum, decay
@@ -358,6 +319,8 @@ class ScoredStep:
                     train_loss=self.train_loss,
                     grad_norm=result.gradient_norm,
                     clip_coefficient=result.clip_coefficient,
+                    credit_factor=result.credit_factor,
+                    base=result.base,
                     target_loss=result.target_losses,
                     sum_values=result.sums,
                     momentum_term=result.momentum_terms,

@@ -10,7 +10,8 @@ import torch
 
 from inrun_megatron.engines.inner import coming_step, require_known
 from inrun_megatron.errors import UserError
-from inrun_megatron.estimators import CPU_BLOCK, STAND_IN, AdamStep, SGDStep, precondition
+from inrun_megatron.estimators import condition
+from inrun_megatron.optimizers import CPU_BLOCK, STAND_IN, AdamStep, SGDStep
 
 N = 40
 Build = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -66,7 +67,7 @@ def test_jacobian_is_the_derivative_of_the_step(name: str, steps: int) -> None:
     gradient = torch.full((N,), small, dtype=torch.float64)
     ahead, behind = (_moved(optimizer, weight, sign * gradient) for sign in (1, -1))
     found = gradient.clone()
-    precondition(coming, [found], [1.0], [(0, N)])
+    condition(coming, [found], [1.0], [(0, N)])
     torch.testing.assert_close(found / small, (ahead - behind) / (2 * small), rtol=1e-5, atol=1e-9)
 
 
@@ -75,7 +76,7 @@ def test_first_step_of_adam_is_the_step_on_the_validation_gradient() -> None:
     gradient = torch.randn(N, dtype=torch.float64)
     direction = gradient.clone()
     coming = coming_step(optimizer, optimizer.param_groups[0], weight)
-    precondition(coming, [direction], [0.3], [(0, N)])
+    condition(coming, [direction], [0.3], [(0, N)])
     decay = weight.detach() * 0.01 * 0.1
     # d = J grad: the clipped gradient's own step, per clip coefficient.
     torch.testing.assert_close(direction * 0.3, _moved(optimizer, weight, 0.3 * gradient) - decay)
@@ -87,7 +88,7 @@ def test_an_unseen_element_is_bounded() -> None:
     step = AdamStep(lr, 0.9, 0.999, eps, 0.0, True, True, t, *(torch.zeros(2) for _ in range(3)))
     step.exp_avg_sq[1] = 1e-4
     direction = torch.full((2,), 1e-3)
-    precondition(step, [direction], [1.0], [(0, 2)])
+    condition(step, [direction], [1.0], [(0, 2)])
     own_step = lr * 0.1 / (1 - 0.9**t) / ((0.001 / (1 - 0.999**t)) ** 0.5)
     assert direction[0] == pytest.approx(own_step / STAND_IN, rel=1e-2)
     assert direction[0] < 1e-3 * lr * 0.1 / eps / 100  # the control: what the derivative would have been
@@ -102,7 +103,7 @@ def test_blocks_change_nothing() -> None:
     step = SGDStep(0.1, weights, momentum=0.9, weight_decay=0.01, momentum_buffer=buffer)
     counted = [(5, CPU_BLOCK + 3), (2 * CPU_BLOCK - 1, n)]
     direction = gradient.clone()
-    momentum, decay = precondition(step, [direction], [1.0], counted)
+    momentum, decay = condition(step, [direction], [1.0], counted)
     mask = torch.zeros(n, dtype=torch.float64)
     for lo, hi in counted:
         mask[lo:hi] = 1

@@ -136,9 +136,7 @@ def test_duplicates_are_named(ledger: Path) -> None:
     rewrite(ledger, lambda table: pa.concat_tables([table, table.slice(5, 1)]))
     row = pq.read_table(part_of(ledger), partitioning=None).slice(5, 1).to_pylist()[0]
     found = failed(ledger)
-    named = (
-        f"step {row['step']} dataset {row['dataset']} sample {row['sample']} segment 0 target {row['target']} (2 times)"
-    )
+    named = f"step {row['step']} dataset {row['dataset']} sample {row['sample']} segment 0 target {row['target']} (2 times)"
     assert named in found["duplicates"].detail and "steps" in found
 
 

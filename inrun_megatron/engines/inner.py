@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..estimators import AdamStep, ProxyStep, SGDStep, Step
+from ..optimizers import AdamStep, ProxyStep, SGDStep, Step
 
 ADAM_NAMES = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}
 SGD_NAMES = {"SGD"}

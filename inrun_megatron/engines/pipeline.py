@@ -114,6 +114,21 @@ class PipelineAdapter:
             self.engine.set_dataiterator(None)
         return loss
 
+    def run_detached(self, stream: Stream, microbatches: Sequence[tuple[Any, Any]]) -> None:
+        """Forwards and backwards of (inputs, labels) pairs in 1F1B, without reductions and without a step."""
+        engine = self.engine
+        self._stream = stream
+        self._forwards = self._backwards = 0
+        engine.set_dataiterator(iter(microbatches))
+        engine.total_loss = None
+        engine._compute_loss = True
+        try:
+            engine._exec_schedule(_detached_schedule(engine, len(microbatches)))
+        finally:
+            self._stream = None
+            engine.total_loss = None
+            engine.set_dataiterator(None)
+
     def _train_schedule(self) -> TrainSchedule:
         from deepspeed.runtime.pipe.schedule import TrainSchedule
 
@@ -142,28 +157,47 @@ class PipelineAdapter:
             self._run_backward(engine, **instruction)
 
     @contextmanager
-    def validation_forward(self, loss: Callable[[Any, Any], Tensor]) -> Iterator[None]:
-        """A forward in evaluation mode whose loss (on the last stage) is ``loss(outputs, labels)``.
+    def detached_forward(
+        self, loss: Callable[[Any, Any], Tensor], *, training: bool = False
+    ) -> Iterator[None]:
+        """A forward whose loss (on the last stage) is ``loss(outputs, labels)``; dropout off unless ``training``.
 
         The loss is taken times the accumulation steps, by which the engine divides every loss, and stays out of the
         engine's sum of training losses.
         """
         engine, module = self.engine, self.engine.module
         own, total = module.loss_fn, engine.total_loss
-        training = [m for m in module.modules() if m.training]
-        module.eval()  # dropout off
+        dropping = [m for m in module.modules() if m.training]
+        if not training:
+            module.eval()
         steps = int(engine.gradient_accumulation_steps())
         module.loss_fn = lambda outputs, labels: loss(outputs, labels) * steps
         try:
             yield
         finally:
             module.loss_fn, engine.total_loss = own, total
-            for m in training:
+            for m in dropping:
                 m.training = True
 
     def tied(self) -> list[tuple[Parameter, dist.ProcessGroup]]:
         """Weights of this stage that another stage holds too, and the group of their replicas."""
         return list(self.engine.module.get_tied_weights_and_groups())
+
+
+def _detached_schedule(engine: PipelineEngine, microbatches: int) -> TrainSchedule:
+    """1F1B over ``microbatches`` without the instructions of the optimizer step."""
+    from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTiedGrads, TrainSchedule
+
+    class DetachedSchedule(TrainSchedule):
+        def steps(self) -> Iterator[list[Any]]:
+            for instructions in super().steps():
+                yield [
+                    i
+                    for i in instructions
+                    if not isinstance(i, ReduceTiedGrads | ReduceGrads | OptimizerStep)
+                ]
+
+    return DetachedSchedule(micro_batches=microbatches, stages=engine.num_stages, stage_id=engine.stage_id)
 
 
 def evaluate(

@@ -58,6 +58,7 @@ class FlatGroup:
     spans: list[Span]
     device: torch.device
     pieces: list[Piece] = field(default_factory=list)
+    flat: Tensor | None = None  # the buffer that the parameters are views into, in the model's precision
 
     def local_spans(self) -> Iterator[Span]:
         """Spans cut to the local part, their starts counted from its beginning."""

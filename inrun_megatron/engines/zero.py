@@ -169,6 +169,7 @@ def _flat_groups(
                 spans=spans,
                 device=flat.device,
                 pieces=[Piece(master, index, 0, size)],
+                flat=flat,
             )
         )
     return groups

@@ -82,8 +82,9 @@ class Run:
         microbatches = loader.next_step(more=not last)
         engine = self.trainer.engine
         lr = float(self.trainer.optimizer.param_groups[0]["lr"])
-        with self.scoring.step(iteration) if self.scoring else contextlib.nullcontext() as scored:
-            train_loss = (self._train_pipeline if self._pipeline else self._train)(microbatches, scored)
+        here = [to_device(microbatch, self.trainer.device) for microbatch in microbatches]
+        with self.scoring.step(iteration, here) if self.scoring else contextlib.nullcontext() as scored:
+            train_loss = (self._train_pipeline if self._pipeline else self._train)(here, scored)
             self.progress.iteration = iteration
             self.progress.consumed_samples += self.batch.size
             if scored is not None:
@@ -117,9 +118,8 @@ class Run:
         """Forwards, backwards and the update; the training loss over all replicas."""
         engine = self.trainer.engine
         losses: list[torch.Tensor] = []
-        for cpu_microbatch in microbatches:
-            microbatch = to_device(cpu_microbatch, self.trainer.device)
-            with _samples(scored, cpu_microbatch):
+        for microbatch in microbatches:
+            with _samples(scored, microbatch):
                 loss = microbatch_loss(token_losses(engine, microbatch), microbatch["loss_mask"])
                 engine.backward(loss)
                 engine.step()
@@ -128,12 +128,11 @@ class Run:
 
     def _train_pipeline(self, microbatches: Sequence[Microbatch], scored: ScoredStep | None) -> float:
         """The same in DeepSpeed's 1F1B schedule."""
-        here = [to_device(microbatch, self.trainer.device) for microbatch in microbatches]
         if isinstance(scored, PipelineStep):
-            return scored.train_batch(here)
+            return scored.train_batch(microbatches)
         engine = self.trainer.engine
         return float(
-            engine.train_batch(iter([engine.module.loss_fn.split(microbatch) for microbatch in here]))
+            engine.train_batch(iter([engine.module.loss_fn.split(microbatch) for microbatch in microbatches]))
         )
 
     def _mean_over_replicas(self, loss: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from inrun_megatron.config import Config
-from inrun_megatron.ledger.schema import DEFAULT_SUBDIRECTORY, RUN_FILE, PartInfo, RunDescription
+from inrun_megatron.ledger.schema import DEFAULT_SUBDIRECTORY, DRIFT, RUN_FILE, PartInfo, RunDescription
 from inrun_megatron.ledger.write import LedgerWriter, OpenLedger, commit, create_ledger, open_ledger, rollback
 from inrun_megatron.models import token_losses
 from inrun_megatron.models.pipeline import GPTPipeline
@@ -21,7 +21,7 @@ from inrun_megatron.pipeline import PipelineShapley
 from inrun_megatron.shapley import InRunShapley, ScoredStep, ShapleyTarget, StepResult
 from inrun_megatron.taps import Coverage, attach_taps
 from inrun_megatron.training.arguments import to_mapping
-from inrun_megatron.training.batches import to_device
+from inrun_megatron.training.batches import Microbatch, to_device
 from inrun_megatron.training.checkpoint import Progress
 from inrun_megatron.training.distributed import all_ranks
 from inrun_megatron.training.engine import Trainer
@@ -120,6 +120,10 @@ class Scoring:
             ]
             options: dict[str, Any] = {
                 "layout": layout,
+                "estimator": config.shapley.estimator,
+                "base": config.shapley.base,
+                "credit": config.shapley.credit,
+                "total_steps": config.training.train_iters,
                 "optimizer": config.shapley.optimizer,
                 "interval": config.shapley.interval,
                 "ledger": self.writer,
@@ -141,9 +145,9 @@ class Scoring:
             return ledger
         return create_ledger(self.directory, description)
 
-    def step(self, iteration: int) -> Any:
+    def step(self, iteration: int, microbatches: Sequence[Microbatch]) -> Any:
         """`InRunShapley.step`: the context of one optimizer step."""
-        return self.shapley.step(iteration)
+        return self.shapley.step(iteration, microbatches)
 
     def commit(self, iteration: int, checkpoint: str | None = None) -> None:
         """Make everything scored up to and including `iteration` part of the ledger.
@@ -220,10 +224,12 @@ class Audits:
             scale = max(abs(left), abs(right))
             figures[f"audit/additivity/{name}"] = abs(left - right) / scale if scale else 0.0
             if before is not None and before.scored:
-                assert before.target_losses and result.target_losses and before.sums
-                assert before.momentum_terms is not None and before.decay_terms is not None
+                assert before.target_losses and result.target_losses and before.step_sums
+                # Between two losses at Phi(0) lie this batch and the *next* step's drift.
+                drifting = result if result.base == DRIFT else before
+                assert drifting.momentum_terms is not None and drifting.decay_terms is not None
                 figures[f"audit/realised/{name}"] = before.target_losses[k] - result.target_losses[k]
                 figures[f"audit/predicted/{name}"] = (
-                    before.sums[k] + before.momentum_terms[k] + before.decay_terms[k]
+                    before.step_sums[k] + drifting.momentum_terms[k] + drifting.decay_terms[k]
                 )
         return figures

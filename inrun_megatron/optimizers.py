@@ -1,0 +1,245 @@
+"""The optimizer's step Phi(g), elementwise: its Jacobian, where it leads, and its slope along the batch's path.
+
+    SGD     J = lr * (1 - dampening) (* (1 + momentum (1 - dampening)) with Nesterov)     arXiv 2406.11011, Theorem 3
+    Adam    J_k = lr (1 - b1) / bc1 / den_k,     den_k = sqrt((b2 v + (1 - b2) h_k^2) / bc2) + eps
+            bc1 = 1 - b1^t, bc2 = 1 - b2^t, v from before the step (optimizer-aware form after arXiv 2602.00329)
+            h_k = a tenth of grad L_k, clipped as the optimizer clips (all of it at t = 1)
+
+``h_k = 0`` would be the derivative of the step at zero gradient. That is ``lr / eps`` where the second moment
+is still zero: at the first step, and later in every embedding row that a token touches for the first time. With
+h_k the direction is bounded by a few of the optimizer's own steps, and it is the derivative up to a hundredth of
+(1 - b2) once v has settled. docs/algorithm.md has the measurements. With coupled decay u = decay * w (Adam's, not AdamW's) u^2 joins h_k^2 and
+the step's dependence on u through the second moment is kept: ``- lr m0 (1 - b2) u / (bc2 sqrt(v0) den^2)``.
+
+The path estimators know the batch's gradient G and need no stand-in: along a -> Phi(a G) a coordinate moves by
+``Phi(0) - Phi(G)``, and a sample with the share ``g_i / G`` of its gradient has that share of the move. The quotient
+``(Phi(0) - Phi(G)) / G`` is the Jacobian's mean over the path, in closed form, without cancellation where G is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# How much of the validation gradient stands in for a second moment that has seen nothing yet; chosen by fidelity
+# to Monte Carlo Shapley values (docs/algorithm.md): more of it damps what v knows, none of it explodes.
+STAND_IN = 0.1
+
+# Elementwise work goes block by block, so that a dozen passes over a CPU's shard stay in its cache.
+CPU_BLOCK = 1 << 16
+
+
+class Step(Protocol):
+    """The coming step of one optimizer tensor; all vectors are flat ``[n]``."""
+
+    @property
+    def weights(self) -> Tensor:
+        """fp32 shard that the step moves."""
+        ...
+
+    def block(self, part: slice) -> Step:
+        """The step of a part of the tensor."""
+        ...
+
+    def precondition(self, gradient: Tensor, clip: float) -> None:
+        """Multiply grad L_k by J in place; ``clip`` is what the optimizer would multiply such a gradient by."""
+        ...
+
+    def drift(self) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
+        """``w - Phi(0)`` as (momentum part, decay part), each a vector and a factor."""
+        ...
+
+    def slope(self, gradient: Tensor) -> Tensor | float:
+        """``(Phi(0) - Phi(g)) / g``, the Jacobian's mean over the path from 0 to ``g``."""
+        ...
+
+    def reach(self) -> Callable[[int], float]:
+        """A gradient's weight in the ``j``-th step after the coming one over its weight in the coming one, by ``j``."""
+        ...
+
+
+@dataclass(frozen=True)
+class SGDStep:
+    """One SGD step of one optimizer tensor, as torch.optim.SGD computes it.
+
+    Attributes:
+        lr, momentum, dampening, weight_decay: hyperparameters of the coming step.
+        nesterov: whether momentum looks ahead.
+        weights: fp32 shard ``[n]``.
+        momentum_buffer: ``[n]`` from before the step; None before the first one, when torch takes the
+            gradient itself as the buffer (no dampening).
+    """
+
+    lr: float
+    weights: Tensor
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    momentum_buffer: Tensor | None = None
+
+    def block(self, part: slice) -> SGDStep:
+        buffer = self.momentum_buffer
+        return replace(
+            self, weights=self.weights[part], momentum_buffer=None if buffer is None else buffer[part]
+        )
+
+    def jacobian(self) -> float:
+        """J, a number."""
+        if self.momentum == 0.0:
+            return self.lr
+        gain = 1.0 if self.momentum_buffer is None else 1.0 - self.dampening
+        return self.lr * (1.0 + self.momentum * gain if self.nesterov else gain)
+
+    def precondition(self, gradient: Tensor, clip: float) -> None:
+        gradient.mul_(self.jacobian())
+
+    def drift(self) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
+        momentum = decay = None
+        if self.momentum and self.momentum_buffer is not None:
+            look = self.momentum * self.momentum if self.nesterov else self.momentum
+            momentum = (self.momentum_buffer, self.lr * look)
+        if self.weight_decay:
+            decay = (self.weights, self.weight_decay * self.jacobian())
+        return momentum, decay
+
+    def slope(self, gradient: Tensor) -> float:
+        return self.jacobian()
+
+    def reach(self) -> Callable[[int], float]:
+        own = self.jacobian() / self.lr if self.lr else 1.0
+        gain = 1.0 if self.momentum_buffer is None else 1.0 - self.dampening
+        later = gain * self.momentum if self.nesterov else gain
+        return lambda j: 1.0 if j == 0 else later * self.momentum**j / own
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """One Adam or AdamW step of one optimizer tensor.
+
+    Attributes:
+        lr, beta1, beta2, eps, weight_decay: hyperparameters of the coming step.
+        decoupled: AdamW's decay of the weights (True) or decay through the gradient (False).
+        bias_correction: whether moments are divided by ``1 - beta^t``.
+        t: number of the coming step, counted from 1.
+        weights, exp_avg, exp_avg_sq: fp32 shards ``[n]`` from before the step.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    bias_correction: bool
+    t: int
+    weights: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    def block(self, part: slice) -> AdamStep:
+        return replace(
+            self,
+            weights=self.weights[part],
+            exp_avg=self.exp_avg[part],
+            exp_avg_sq=self.exp_avg_sq[part],
+        )
+
+    def _corrections(self) -> tuple[float, float]:
+        if not self.bias_correction:
+            return 1.0, 1.0
+        return 1.0 - self.beta1**self.t, 1.0 - self.beta2**self.t
+
+    def _coupled(self) -> Tensor | None:
+        return None if self.decoupled or not self.weight_decay else self.weights * self.weight_decay
+
+    def _second_moment(self, gradient: Tensor | None, clip: float = 1.0) -> Tensor:
+        """v0 ``[n]``: the bias-corrected second moment, with the stand-in for what it has not seen (None: without)."""
+        _, bc2 = self._corrections()
+        v0 = self.exp_avg_sq * (self.beta2 / bc2)
+        fresh = (1.0 - self.beta2) / bc2
+        if gradient is not None:
+            share = clip if self.t == 1 else clip * STAND_IN
+            v0.addcmul_(gradient, gradient, value=fresh * share * share)
+        coupled = self._coupled()
+        return v0 if coupled is None else v0.addcmul_(coupled, coupled, value=fresh)
+
+    def precondition(self, gradient: Tensor, clip: float) -> None:
+        bc1, bc2 = self._corrections()
+        root = self._second_moment(gradient, clip).sqrt_()
+        gain = self.lr * (1.0 - self.beta1) / bc1
+        coupled = self._coupled()
+        if coupled is None:
+            gradient.mul_(gain).div_(root.add_(self.eps))
+            return
+        den = root + self.eps
+        m0 = (self.exp_avg * self.beta1 + coupled * (1.0 - self.beta1)) / bc1
+        # Where v0 is 0, so is u: its elements take no decay.
+        ratio = torch.where(root > 0, coupled / root, torch.zeros_like(root))
+        bend = self.lr * m0 * ratio * ((1.0 - self.beta2) / bc2) / den.square()
+        gradient.mul_(gain / den - bend)
+
+    def drift(self) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
+        bc1, _ = self._corrections()
+        den = self._second_moment(None).sqrt_().add_(self.eps)
+        decay: tuple[Tensor, float] | None = None
+        if self.weight_decay and self.decoupled:
+            decay = (self.weights, self.lr * self.weight_decay)
+        elif self.weight_decay:
+            decay = (self.weights / den, self.lr * self.weight_decay * (1.0 - self.beta1) / bc1)
+        return (torch.div(self.exp_avg, den, out=den), self.lr * self.beta1 / bc1), decay
+
+    def slope(self, gradient: Tensor) -> Tensor:
+        bc1, bc2 = self._corrections()
+        still = self._second_moment(None)
+        coupled = self._coupled()
+        # u^2 -> (u + g)^2: the second moment grows by (1 - b2) / bc2 * g * bend.
+        bend = gradient if coupled is None else gradient + 2.0 * coupled
+        fresh = (1.0 - self.beta2) / bc2
+        # A sum of squares: where u + g is 0, rounding must not make it negative.
+        root = still.addcmul(gradient, bend, value=fresh).clamp_(min=0.0).sqrt_()
+        root_still = still.sqrt_()
+        den, den_still = root + self.eps, root_still + self.eps
+        first = self.exp_avg * (self.beta1 / bc1)
+        if coupled is not None:
+            first += coupled * ((1.0 - self.beta1) / bc1)
+        grown = root.add_(root_still)
+        # m0 (1/den0 - 1/den) / g. Where both moments are zero there is no momentum to damp.
+        damped = first.mul_(bend).mul_(fresh).div_(den_still).div_(grown)
+        damped.masked_fill_(grown == 0, 0.0)
+        return damped.neg_().add_((1.0 - self.beta1) / bc1).div_(den).mul_(self.lr)
+
+    def reach(self) -> Callable[[int], float]:
+        def corrected(j: int) -> float:
+            if not self.bias_correction:
+                return 1.0
+            return (1.0 - self.beta1**self.t) / (1.0 - self.beta1 ** (self.t + j))
+
+        return lambda j: self.beta1**j * corrected(j)
+
+
+@dataclass(frozen=True)
+class ProxyStep:
+    """The paper's SGD proxy under any optimizer: J = lr, no state, no drift."""
+
+    lr: float
+    weights: Tensor
+
+    def block(self, part: slice) -> ProxyStep:
+        return ProxyStep(self.lr, self.weights[part])
+
+    def precondition(self, gradient: Tensor, clip: float) -> None:
+        gradient.mul_(self.lr)
+
+    def drift(self) -> tuple[None, None]:
+        return None, None
+
+    def slope(self, gradient: Tensor) -> float:
+        return self.lr
+
+    def reach(self) -> Callable[[int], float]:
+        return lambda j: 1.0 if j == 0 else 0.0

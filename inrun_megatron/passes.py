@@ -1,0 +1,125 @@
+"""Detached passes: forwards and backwards whose gradients go to taps' consumers, and to no engine.
+
+Parameters are detached in the taps, so that no ``AccumulateGrad`` node runs and neither ``.grad`` nor a ZeRO bucket is
+touched. A pass is a list of tasks; how their microbatches are run is the engine's matter (``ModulePasses`` calls the
+module, pipeline.py has the 1F1B form).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .direction import Directions
+from .engines import ZeroAdapter
+from .taps import Consumer, Pass, Taps
+
+Microbatch = Mapping[str, Tensor]
+TokenLoss = Callable[[nn.Module, Microbatch], Tensor]
+"""``(module, microbatch) -> token losses [b, s]``, unreduced; masked tokens are weighted by ``loss_mask``."""
+TrainingLoss = Callable[[Tensor, Microbatch], Tensor]
+"""``(token losses [b, s], microbatch) -> scalar``: what ``engine.backward`` is given for the microbatch."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One microbatch of a detached pass.
+
+    Attributes:
+        microbatch: what the loss function reads.
+        consumer: called with every emission of its backward.
+        loss: token losses ``[b, s]`` fp32 -> the scalar to differentiate, without loss scale.
+    """
+
+    microbatch: Microbatch
+    consumer: Consumer
+    loss: Callable[[Tensor], Tensor]
+
+
+class Passes(Protocol):
+    """How one rank runs detached passes. Every method is a collective over the replica's ranks."""
+
+    def run(self, tasks: Sequence[Task], *, training: bool) -> None:
+        """Forward and backward of every task, gradients times the loss scale; ``training``: dropout on."""
+        ...
+
+    def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        """Sum of the unmasked token losses, dropout off, no gradients; fp64, this rank's part of ``total``."""
+        ...
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Losses that tasks or ``loss_sum`` added up, over all ranks that hold a part of them."""
+        ...
+
+    def join(self, directions: Directions) -> None:
+        """Once all passes into ``directions`` have run: add what other stages hold of the same (tied) weights."""
+        ...
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off; every submodule's own flag is put back."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+class ModulePasses:
+    """Passes through an engine's module, ZeRO 0-3."""
+
+    def __init__(self, engine: Any, adapter: ZeroAdapter, taps: Taps, loss_fn: TokenLoss) -> None:
+        self._module: nn.Module = engine.module
+        self._adapter, self._taps, self._loss_fn = adapter, taps, loss_fn
+
+    def run(self, tasks: Sequence[Task], *, training: bool) -> None:
+        scale = self._adapter.loss_scale()
+        try:
+            if training:
+                self._run(tasks, scale)
+                return
+            with evaluating(self._module):
+                self._run(tasks, scale)
+        finally:
+            self._adapter.release_gathered_weights()
+
+    def _run(self, tasks: Sequence[Task], scale: float) -> None:
+        for task in tasks:
+            with self._taps.during(Pass(consumers=(task.consumer,), detached=True)):
+                losses = self._loss_fn(self._module, task.microbatch).float()
+                (task.loss(losses) * scale).backward()
+
+    def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self._adapter.groups[0].device)
+        try:
+            with evaluating(self._module), torch.no_grad():
+                for microbatch in microbatches:
+                    losses = self._loss_fn(self._module, microbatch).float()
+                    total += (losses * microbatch["loss_mask"]).sum()
+        finally:
+            self._adapter.release_gathered_weights()
+        return total
+
+    def join(self, directions: Directions) -> None:
+        """One rank's module holds both uses of a tied weight."""
+
+    def total(self, sums: Tensor) -> Tensor:
+        layout = self._adapter.layout
+        if layout.dp_size > 1:
+            dist.all_reduce(sums, group=layout.dp_group)
+        return sums
+
+
+def mean_loss(losses: Tensor, microbatch: Microbatch) -> Tensor:
+    """Mean over the microbatch's loss tokens (Megatron's convention); 0 where it has none."""
+    mask = microbatch["loss_mask"].to(losses)
+    return (losses * mask).sum() / mask.sum().clamp(min=1.0)

@@ -1,0 +1,94 @@
+"""Detached passes through a DeepSpeed pipeline: runs of the 1F1B schedule without an optimizer step.
+
+For what cannot ride in front of the training microbatches: validation at weights other than theirs, and the batch's own
+gradient beforehand. Each run fills and drains the pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .direction import Directions
+from .engines.pipeline import PipelineAdapter, evaluate
+from .parallel import Layout
+from .passes import Microbatch, Task
+from .taps import Pass, Taps
+
+
+class StageLoss(Protocol):
+    """How microbatches enter a pipeline and what its last stage makes of them (models/stages.py: PipelineLoss)."""
+
+    def split(self, microbatch: Mapping[str, Tensor]) -> tuple[Any, Any]:
+        """(inputs of the first stage, labels for the last one)."""
+        ...
+
+    def token_losses(self, outputs: Any, labels: Any) -> Tensor:
+        """Losses per token ``[b, s]``, neither masked nor reduced."""
+        ...
+
+
+class PipelinePasses:
+    """Detached passes as runs of the 1F1B schedule without an optimizer step (see passes.Passes)."""
+
+    def __init__(self, pipeline: PipelineAdapter, layout: Layout, taps: Taps, loss: StageLoss) -> None:
+        self._pipeline, self._layout, self._taps, self._loss = pipeline, layout, taps, loss
+
+    def run(self, tasks: Sequence[Task], *, training: bool) -> None:
+        pairs = [self._loss.split(task.microbatch) for task in tasks]
+        self._pipeline.run_detached(_DetachedStream(self, tasks, training), pairs)
+
+    @contextmanager
+    def forward(self, task: Task, training: bool) -> Iterator[None]:
+        """Around the forward of a task's microbatch on this stage."""
+
+        def loss(outputs: Any, labels: Any) -> Tensor:
+            return task.loss(self._loss.token_losses(outputs, labels).float())
+
+        with self._taps.during(Pass(consumers=(task.consumer,), detached=True)):
+            with self._pipeline.detached_forward(loss, training=training):
+                yield
+
+    def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
+        coming = iter(microbatches)  # the last stage sees them in order
+
+        def sums(outputs: Any, labels: Any) -> Tensor:
+            losses = self._loss.token_losses(outputs, labels).double()
+            mask = next(coming)["loss_mask"].to(losses)
+            return torch.stack([(losses * mask).sum(), mask.sum()])
+
+        pairs = [self._loss.split(microbatch) for microbatch in microbatches]
+        return evaluate(self._pipeline.engine, pairs, sums)[0]
+
+    def total(self, sums: Tensor) -> Tensor:
+        if self._layout.tp_rank > 0:  # all tensor-parallel ranks of the last stage compute the same losses
+            sums.zero_()
+        dist.all_reduce(sums)
+        return sums
+
+    def join(self, directions: Directions) -> None:
+        for weight, group in self._pipeline.tied():
+            for half in directions.of(weight):
+                whole = half.contiguous()
+                dist.all_reduce(whole, group=group)
+                half.copy_(whole)
+
+
+class _DetachedStream:
+    """engines.pipeline.Stream of PipelinePasses."""
+
+    prepended = 0
+
+    def __init__(self, passes: PipelinePasses, tasks: Sequence[Task], training: bool) -> None:
+        self._passes, self._tasks, self._training = passes, tasks, training
+
+    def forward(self, index: int) -> AbstractContextManager[None]:
+        return self._passes.forward(self._tasks[index], self._training)
+
+    def backward(self, index: int) -> AbstractContextManager[None]:
+        return nullcontext()

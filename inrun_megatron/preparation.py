@@ -1,0 +1,244 @@
+"""Steps 1 and 2 of a scored step: the directions, before its first training microbatch.
+
+    batch gradient   path estimators only: forward and backward of the coming batch, parameters detached
+    nodes            the weights moved to each of the estimator's nodes, the validation gradient there
+    reduce           sums over data- and tensor-parallel ranks
+    condition        times the Jacobian, on the optimizer's shards; then to where the layers read it
+
+Weights, moments, counters and random generators are afterwards what they were before, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .direction import Directions
+from .engines import ZeroAdapter, rng
+from .engines.inner import coming_step, is_adam
+from .engines.lookahead import Lookahead
+from .engines.shards import Piece
+from .errors import UserError
+from .estimators import Estimator, Node, condition, place
+from .optimizers import Step
+from .passes import Microbatch, Passes, Task, TrainingLoss
+from .scoring import DirectionFiller
+
+if TYPE_CHECKING:
+    from .shapley import ShapleyTarget
+
+Move = Callable[[Node], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What preparing a step came to.
+
+    Attributes:
+        target_losses: L_k at the base point (see ``StepResult.base``), nats per token, ``[K]``.
+        terms: this rank's part of the momentum and decay terms, ``[K]`` each: the loss change that the step would make
+            to first order if the batch's gradient were zero.
+    """
+
+    target_losses: list[float]
+    terms: tuple[Tensor, Tensor]
+
+
+class Preparation:
+    """Fills ``directions`` for the coming step.
+
+    Args:
+        adapter: of the engine.
+        directions: to fill.
+        targets: the validation targets.
+        estimator: nodes and Jacobian.
+        proxy: the paper's SGD proxy under any optimizer.
+        training_loss: of a microbatch, for the batch's gradient.
+    """
+
+    def __init__(
+        self,
+        adapter: ZeroAdapter,
+        directions: Directions,
+        targets: Sequence[ShapleyTarget],
+        estimator: Estimator,
+        *,
+        proxy: bool,
+        training_loss: TrainingLoss,
+    ) -> None:
+        self.adapter, self.directions, self.targets = adapter, directions, targets
+        self.estimator, self.proxy, self.training_loss = estimator, proxy, training_loss
+        self._batch = directions.like(1) if estimator.follows_batch else None
+        self._lookahead = Lookahead(adapter)
+
+    def run(self, passes: Passes, microbatches: Sequence[Microbatch] | None) -> Prepared:
+        """Collective over the world.
+
+        Args:
+            passes: how microbatches are run.
+            microbatches: this replica's microbatches of the coming step; read by path estimators only.
+
+        Raises:
+            UserError: a path estimator was given no microbatches, or not as many as the engine accumulates.
+        """
+        losses = None
+        if self.estimator.start is None:
+            losses = self._losses(passes)
+        path = self._path(passes, microbatches) if self.estimator.follows_batch else None
+        self.directions.zero()
+        with self._moving(path) as move:
+            for node in self.estimator.nodes:
+                move(node)
+                found = self._add_gradients(passes, node.weight)
+                if node is self.estimator.start:
+                    losses = found
+        passes.join(self.directions)
+        self.reduce(self.adapter.loss_scale())
+        assert losses is not None
+        return Prepared(losses, self.condition(path=path))
+
+    # -- gradients -----------------------------------------------------------------------------------
+
+    def _add_gradients(self, passes: Passes, weight: float) -> list[float]:
+        """Add ``weight * grad L_k`` at the weights as they are; returns the L_k."""
+        sums = torch.zeros(len(self.targets), dtype=torch.float64, device=self.directions.device)
+
+        def loss(k: int, microbatch: Microbatch) -> Callable[[Tensor], Tensor]:
+            def share(losses: Tensor) -> Tensor:
+                part = (losses * microbatch["loss_mask"].to(losses.device)).sum() / self.targets[k].num_tokens
+                sums[k] += part.detach()
+                return part * weight
+
+            return share
+
+        tasks = [
+            Task(microbatch, DirectionFiller(self.directions, k), loss(k, microbatch))
+            for k, target in enumerate(self.targets)
+            for microbatch in target.microbatches
+        ]
+        passes.run(tasks, training=False)
+        found: list[float] = passes.total(sums).tolist()
+        return found
+
+    def _losses(self, passes: Passes) -> list[float]:
+        """L_k at the weights as they are, by forwards alone."""
+        sums = torch.stack([passes.loss_sum(t.microbatches) / t.num_tokens for t in self.targets])
+        found: list[float] = passes.total(sums).tolist()
+        return found
+
+    def _path(self, passes: Passes, microbatches: Sequence[Microbatch] | None) -> Directions:
+        """``c G`` of the coming step in the layout of a direction, from a pass of its own over the batch."""
+        expected, batch = self.adapter.gradient_accumulation_steps, self._batch
+        assert batch is not None
+        if microbatches is None or len(microbatches) != expected:
+            given = "none" if microbatches is None else str(len(microbatches))
+            raise UserError(
+                f"estimator {self.estimator.name} needs the step's {expected} microbatches beforehand, {given} given: "
+                f"call step(iteration, microbatches)"
+            )
+        batch.zero()
+        filler = DirectionFiller(batch, 0)
+
+        def loss(microbatch: Microbatch) -> Callable[[Tensor], Tensor]:
+            return lambda losses: self.training_loss(losses, microbatch) / expected
+
+        with rng.kept(self.directions.device):  # the real pass draws the same dropout masks
+            passes.run([Task(m, filler, loss(m)) for m in microbatches], training=True)
+        passes.join(batch)
+        batch.reduce()
+        # DeepSpeed averages gradients over data-parallel ranks.
+        scale = 1.0 / (self.adapter.layout.dp_size * self.adapter.loss_scale())
+        for shard in batch.shards():
+            shard.mul_(scale)
+        clip = self.adapter.clip_coefficients(batch.norms())[0]
+        for shard in batch.shards():
+            shard.mul_(clip)
+        return batch
+
+    # -- moving --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _moving(self, path: Directions | None) -> Iterator[Move]:
+        if not self.estimator.moves:
+            yield lambda node: None
+            return
+        shards = None if path is None else path.shards()
+        with self._lookahead.moving() as move:
+
+            def to(node: Node) -> None:
+                share = node.share
+                assert share is not None
+
+                def write(group: int, piece: Piece, out: Tensor) -> None:
+                    along = None if shards is None else _part(shards[group][0], piece)
+                    place(self._step(piece), share, along, out)
+
+                move(write)
+
+            yield to
+
+    def _step(self, piece: Piece) -> Step:
+        adapter = self.adapter
+        return coming_step(adapter.inner, adapter.param_group(piece), piece.tensor, self.proxy)
+
+    def coming_step(self) -> Step:
+        """The coming step of one tensor, for the hyperparameters that all tensors share."""
+        return self._step(next(piece for group in self.adapter.groups for piece in group.pieces))
+
+    # -- directions ----------------------------------------------------------------------------------
+
+    @property
+    def needs_norms(self) -> bool:
+        """Does the Jacobian depend on the norm of a target's gradient? Adam's first-order one, through the clipped h."""
+        if self.proxy or self.estimator.follows_batch:
+            return False
+        return float(self.adapter.engine.gradient_clipping()) > 0.0 and is_adam(self.adapter.inner)
+
+    def reduce(self, scale: float) -> None:
+        """Sum the directions over ranks and take the loss scale out."""
+        self.directions.reduce()
+        if scale != 1.0:
+            for shard in self.directions.shards():
+                shard.div_(scale)
+
+    def condition(
+        self, norms: Sequence[float] | None = None, path: Directions | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Times the Jacobian, on the shards; then to where the layers read it.
+
+        Args:
+            norms: of the targets' gradients over all ranks; default: computed here if they are needed.
+            path: c G for path estimators.
+
+        Returns:
+            ``Prepared.terms``.
+        """
+        directions = self.directions
+        momentum_terms = torch.zeros(len(self.targets), dtype=torch.float64, device=directions.device)
+        decay_terms = torch.zeros_like(momentum_terms)
+        if norms is None:
+            norms = directions.norms() if self.needs_norms else [0.0] * len(self.targets)
+        clips = self.adapter.clip_coefficients(norms)
+        along = None if path is None else path.shards()
+        for index, (group, shard) in enumerate(zip(self.adapter.groups, directions.shards(), strict=True)):
+            for piece in group.pieces:
+                momentum, decay = condition(
+                    self._step(piece),
+                    [_part(row, piece) for row in shard],
+                    clips,
+                    directions.counted(index, piece.start, piece.numel),
+                    None if along is None else _part(along[index][0], piece),
+                )
+                momentum_terms += momentum
+                decay_terms += decay
+        directions.publish()
+        return momentum_terms, decay_terms
+
+
+def _part(shard: Tensor, piece: Piece) -> Tensor:
+    return shard[piece.start : piece.start + piece.numel]
