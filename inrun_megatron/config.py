@@ -237,7 +237,7 @@ class ShapleyConfig:
     estimator: Annotated[
         Literal["first_order", "midpoint", "simpson"], tyro.conf.arg(name="shapley-estimator")
     ] = "first_order"
-    """first_order: the optimizer's step linearised before the batch. midpoint, simpson: integrated along the step, with
+    """first_order: the step linearised before the batch. midpoint, simpson: integrated along the step, with
     a second pass over the batch on scored steps (and three validation passes for simpson)."""
     base: Annotated[Literal["current", "drift"], tyro.conf.arg(name="shapley-base")] = "current"
     """Where first_order takes the validation gradient: at the current weights, or where momentum and weight decay alone

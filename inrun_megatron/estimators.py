@@ -155,9 +155,9 @@ def _multiply(step: Step, gradients: Sequence[Tensor], clips: Sequence[float], p
         for gradient, clip in zip(gradients, clips, strict=True):
             step.precondition(gradient, clip)
         return
-    slope = step.slope(path.to(device=gradients[0].device, dtype=gradients[0].dtype))
-    for gradient in gradients:
-        gradient.mul_(slope)
+    along = path.to(device=gradients[0].device, dtype=gradients[0].dtype)
+    for gradient, clip in zip(gradients, clips, strict=True):
+        gradient.mul_(step.slope(along, gradient, clip))
 
 
 def credit_factor(reach: Callable[[int], float], remaining: int | None) -> float:

@@ -11,9 +11,11 @@ h_k the direction is bounded by a few of the optimizer's own steps, and it is th
 (1 - b2) once v has settled. docs/algorithm.md has the measurements. With coupled decay u = decay * w (Adam's, not AdamW's) u^2 joins h_k^2 and
 the step's dependence on u through the second moment is kept: ``- lr m0 (1 - b2) u / (bc2 sqrt(v0) den^2)``.
 
-The path estimators know the batch's gradient G and need no stand-in: along a -> Phi(a G) a coordinate moves by
-``Phi(0) - Phi(G)``, and a sample with the share ``g_i / G`` of its gradient has that share of the move. The quotient
-``(Phi(0) - Phi(G)) / G`` is the Jacobian's mean over the path, in closed form, without cancellation where G is small.
+The path estimators know the batch's gradient G: along a -> Phi(a G) a coordinate moves by ``Phi(0) - Phi(G)``, and a
+sample with the share ``g_i / G`` of its gradient has that share of the move. The quotient ``(Phi(0) - Phi(G)) / G`` is
+the Jacobian's mean over the path, in closed form, without cancellation where G is small. Where the second moment has
+seen nothing, the move is ``lr sign(G)``, and samples that cancel each other in G would get shares of any size: there
+the stand-in h_k bounds the quotient as it bounds the first-order Jacobian.
 """
 
 from __future__ import annotations
@@ -53,8 +55,11 @@ class Step(Protocol):
         """``w - Phi(0)`` as (momentum part, decay part), each a vector and a factor."""
         ...
 
-    def slope(self, gradient: Tensor) -> Tensor | float:
-        """``(Phi(0) - Phi(g)) / g``, the Jacobian's mean over the path from 0 to ``g``."""
+    def slope(self, gradient: Tensor, target: Tensor | None = None, clip: float = 1.0) -> Tensor | float:
+        """``(Phi(0) - Phi(g)) / g``, the Jacobian's mean over the path from 0 to ``g``.
+
+        With ``target`` (grad L_k, and its clip coefficient) the stand-in h_k joins both ends' second moments.
+        """
         ...
 
     def reach(self) -> Callable[[int], float]:
@@ -107,7 +112,7 @@ class SGDStep:
             decay = (self.weights, self.weight_decay * self.jacobian())
         return momentum, decay
 
-    def slope(self, gradient: Tensor) -> float:
+    def slope(self, gradient: Tensor, target: Tensor | None = None, clip: float = 1.0) -> float:
         return self.jacobian()
 
     def reach(self) -> Callable[[int], float]:
@@ -193,9 +198,9 @@ class AdamStep:
             decay = (self.weights / den, self.lr * self.weight_decay * (1.0 - self.beta1) / bc1)
         return (torch.div(self.exp_avg, den, out=den), self.lr * self.beta1 / bc1), decay
 
-    def slope(self, gradient: Tensor) -> Tensor:
+    def slope(self, gradient: Tensor, target: Tensor | None = None, clip: float = 1.0) -> Tensor:
         bc1, bc2 = self._corrections()
-        still = self._second_moment(None)
+        still = self._second_moment(target, clip)
         coupled = self._coupled()
         # u^2 -> (u + g)^2: the second moment grows by (1 - b2) / bc2 * g * bend.
         bend = gradient if coupled is None else gradient + 2.0 * coupled
@@ -238,7 +243,7 @@ class ProxyStep:
     def drift(self) -> tuple[None, None]:
         return None, None
 
-    def slope(self, gradient: Tensor) -> float:
+    def slope(self, gradient: Tensor, target: Tensor | None = None, clip: float = 1.0) -> float:
         return self.lr
 
     def reach(self) -> Callable[[int], float]:

@@ -194,10 +194,9 @@ class Preparation:
 
     @property
     def needs_norms(self) -> bool:
-        """Does the Jacobian depend on the norm of a target's gradient? Adam's first-order one, through the clipped h."""
-        if self.proxy or self.estimator.follows_batch:
-            return False
-        return float(self.adapter.engine.gradient_clipping()) > 0.0 and is_adam(self.adapter.inner)
+        """Does the Jacobian depend on the norm of a target's gradient? Adam's does, through the clipped stand-in h."""
+        clips = float(self.adapter.engine.gradient_clipping()) > 0.0
+        return clips and not self.proxy and is_adam(self.adapter.inner)
 
     def reduce(self, scale: float) -> None:
         """Sum the directions over ranks and take the loss scale out."""

@@ -47,6 +47,9 @@ class LayoutCase:
     pp: int = 1
     layers: int = 2
     tied: bool | None = None  # None: gpt2 is, llama is not
+    estimator: str = "first_order"
+    base: str = "current"
+    credit: str = "step"
 
     @property
     def dp(self) -> int:
@@ -98,7 +101,14 @@ class LayoutCase:
 
     def oracle(self) -> OracleRun:
         trainer = OracleTrainer(
-            self.model(), self.parameters(), self.spec(), self.lr, self.targets(), proxy=self.proxy
+            self.model(),
+            self.parameters(),
+            self.spec(),
+            self.lr,
+            self.targets(),
+            proxy=self.proxy,
+            estimator=self.estimator,
+            base=self.base,
         )
         return trainer.run(self.batches())
 
@@ -280,8 +290,18 @@ def train(rank: int, world: int, case: LayoutCase) -> Ran:
         kind, loss = (
             (InRunShapley, token_losses) if case.pp == 1 else (PipelineShapley, engine.module.loss_fn)
         )
-        optimizer = "sgd" if case.proxy else "auto"
-        shapley = kind(engine, targets, loss, layout=layout, taps=taps, optimizer=optimizer)
+        shapley = kind(
+            engine,
+            targets,
+            loss,
+            layout=layout,
+            taps=taps,
+            optimizer="sgd" if case.proxy else "auto",
+            estimator=case.estimator,
+            base=case.base,
+            credit=case.credit,
+            total_steps=case.steps,
+        )
     results, samples, losses = [], [], []
     for iteration, batch in enumerate(case.batches(), start=1):
         own = batch[layout.dp_rank]
@@ -292,7 +312,7 @@ def train(rank: int, world: int, case: LayoutCase) -> Ran:
             for microbatch in own if case.pp == 1 else ():
                 _forward_backward(engine, microbatch)
             continue
-        with shapley.step(iteration) as step:
+        with shapley.step(iteration, own) as step:
             if case.pp > 1:
                 losses.append(step.train_batch(own))
             for microbatch in own if case.pp == 1 else ():

@@ -31,6 +31,7 @@ from tests.oracle_optimizer import (
     global_norm,
     jacobian_all,
     step_all,
+    with_stand_in,
 )
 from tests.oracle_shards import merge_shards, split_parameters
 
@@ -101,11 +102,11 @@ class OracleStep:
 
     step: int  # counted from 1
     train_loss: float
-    target_losses: Tensor  # [K], at the weights before the step
+    target_losses: Tensor  # [K], before the step (first_order at the drift point and simpson: at Phi(0))
     gradient_norm: float
     clip_coefficient: float
     values: Tensor | None  # [n, K]
-    drift: Tensor  # [K]: <grad L_k(w), w - Phi(0)>, the momentum and weight-decay terms together
+    drift: Tensor  # [K]: <grad L_k, w - Phi(0)>, the momentum and weight-decay terms together
     dataset: Tensor  # [n]
     sample: Tensor  # [n]
     gradient: Parameters  # G, before clipping
@@ -149,6 +150,7 @@ class OracleTrainer:
         optimizer, lr: hyperparameters; `lr` is a number or a function of the step, counted from 1.
         targets: the K validation targets.
         proxy: the paper's SGD proxy (arXiv 2406.11011, Theorem 3) under any optimizer: d = lr * grad L_k.
+        estimator, base: as InRunShapley's; the path estimators' J is (Phi(0) - Phi(c G)) / (c G), as it stands.
         at_zero: take Adam's J at zero gradient, the exact derivative of the step, instead of at the validation
             gradient (oracle_optimizer.py); Adam's first step is then not scored.
     """
@@ -163,6 +165,8 @@ class OracleTrainer:
         *,
         proxy: bool = False,
         at_zero: bool = False,
+        estimator: str = "first_order",
+        base: str = "current",
     ) -> None:
         self.model = OracleGPT(shape)
         self.weights = {name: value.detach().double().clone() for name, value in parameters.items()}
@@ -171,6 +175,7 @@ class OracleTrainer:
         self.targets = list(targets)
         self.proxy = proxy
         self.at_zero = at_zero
+        self.estimator, self.base = estimator, base
         self._lr = lr
 
     @property
@@ -188,12 +193,19 @@ class OracleTrainer:
         gradient = samples.total()
         norm = global_norm(gradient)
         clip = self.optimizer.clip_coefficient(norm)
-        losses, slopes = self.target_gradients()
-        directions = self.directions(slopes)
-        values = None if directions is None else first_order_values(directions, samples, clip)
+        clipped = {name: clip * value for name, value in gradient.items()}
         zero = {name: torch.zeros_like(value) for name, value in gradient.items()}
-        resting, _ = step_all(self.optimizer, self.lr, self.weights, zero, self.state)
+        resting = self._after(zero)
         moved = {name: self.weights[name] - resting[name] for name in resting}
+        losses, slopes = self.node_gradients(resting, self._after(clipped))
+        if self.estimator == "first_order":
+            directions = self.directions(slopes)
+        else:
+            directions = []
+            for slope in slopes:
+                jacobian = self.path_jacobian(clipped, slope)
+                directions.append({name: jacobian[name] * value for name, value in slope.items()})
+        values = None if directions is None else first_order_values(directions, samples, clip)
         result = OracleStep(
             step=self.state.steps + 1,
             train_loss=samples.loss,
@@ -207,9 +219,52 @@ class OracleTrainer:
             gradient=gradient,
             directions=directions,
         )
-        clipped = {name: clip * value for name, value in gradient.items()}
         self.weights, self.state = step_all(self.optimizer, self.lr, self.weights, clipped, self.state)
         return result
+
+    def _after(self, clipped: Parameters, state: OptimizerState | None = None) -> Parameters:
+        """Phi(g): the weights after a step with this clipped gradient."""
+        if self.proxy:
+            return {name: value - self.lr * clipped[name] for name, value in self.weights.items()}
+        return step_all(self.optimizer, self.lr, self.weights, clipped, state or self.state)[0]
+
+    def path_jacobian(self, clipped: Parameters, slope: Parameters) -> Parameters:
+        """(Phi(0) - Phi(c G)) / (c G) as it stands; 0 where G is exactly 0, and with it every g_i.
+
+        Phi's second moment has seen the stand-in for its steps so far (docs/algorithm.md) beside what it has seen.
+        """
+        state = self.state
+        if self.optimizer.adaptive and not self.proxy:
+            state = with_stand_in(self.optimizer, state, slope)
+        zero = {name: torch.zeros_like(value) for name, value in clipped.items()}
+        start, end = self._after(zero, state), self._after(clipped, state)
+        return {
+            name: torch.where(value == 0, 0.0, (start[name] - end[name]) / value)
+            for name, value in clipped.items()
+        }
+
+    def node_gradients(self, resting: Parameters, arrived: Parameters) -> tuple[Tensor, list[Parameters]]:
+        """L_k [K] before the step and the weighted mean of grad L_k over the estimator's nodes."""
+        if self.estimator == "first_order" and self.base == "current":
+            return self.target_gradients()
+        nodes = {
+            "first_order": [(0.0, 1.0)],
+            "midpoint": [(0.5, 1.0)],
+            "simpson": [(0.0, 1 / 6), (0.5, 4 / 6), (1.0, 1 / 6)],
+        }[self.estimator]
+        own, losses = self.weights, self.target_gradients()[0]
+        total = [{name: torch.zeros_like(value) for name, value in own.items()} for _ in self.targets]
+        try:
+            for share, weight in nodes:
+                self.weights = {n: (1 - share) * resting[n] + share * arrived[n] for n in own}
+                here, slopes = self.target_gradients()
+                losses = here if share == 0.0 else losses
+                for sums, slope in zip(total, slopes, strict=True):
+                    for name in sums:
+                        sums[name] += weight * slope[name]
+        finally:
+            self.weights = own
+        return losses, total
 
     def target_gradients(self) -> tuple[Tensor, list[Parameters]]:
         """L_k [K] and grad L_k of every target at the present weights."""

@@ -163,6 +163,17 @@ def jacobian_all(
     return jacobians
 
 
+def with_stand_in(spec: OptimizerSpec, state: OptimizerState, slopes: Parameters) -> OptimizerState:
+    """The state whose next second moment is that of `state` plus (1 - b2) h^2, h the clipped stand-in."""
+    share = (1.0 if state.steps == 0 else STAND_IN) * spec.clip_coefficient(global_norm(slopes))
+    fresh = (1 - spec.beta2) / spec.beta2
+    moments = {
+        name: replace(old, second=old.second + fresh * (share * slopes[name]).square())
+        for name, old in state.moments.items()
+    }
+    return replace(state, moments=moments)
+
+
 def global_norm(gradients: Parameters) -> float:
     """2-norm over all distinct parameters (a tied weight is one parameter)."""
     return math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))

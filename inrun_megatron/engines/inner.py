@@ -12,14 +12,22 @@ from ..optimizers import AdamStep, ProxyStep, SGDStep, Step
 
 ADAM_NAMES = {"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}
 SGD_NAMES = {"SGD"}
+# Why there is none, by what their classes are called (torch, DeepSpeed, Megatron).
+_NO_JACOBIAN = {
+    "lion": ": its step is the sign of a moving average, whose derivative is 0 wherever it exists",
+    "onebit": ": its step depends on what earlier steps left in the error feedback of their compression",
+    "muon": ": its step orthogonalises whole matrices, so that no coordinate moves by its own gradient alone",
+    "lamb": ": a norm of the whole layer's step scales each coordinate",
+}
 
 
 def require_known(optimizer: torch.optim.Optimizer) -> None:
     """Raise UserError where the optimizer's step has no known Jacobian."""
     name = type(optimizer).__name__
     if name not in ADAM_NAMES | SGD_NAMES:
+        reason = next((why for part, why in _NO_JACOBIAN.items() if part in name.lower()), "")
         raise UserError(
-            f"optimizer {name} has no known Jacobian (known: {', '.join(sorted(ADAM_NAMES | SGD_NAMES))}); "
+            f"optimizer {name} has no known Jacobian{reason} (known: {', '.join(sorted(ADAM_NAMES | SGD_NAMES))}); "
             f"use one of these, or the paper's SGD proxy with --shapley-optimizer sgd"
         )
     for group in optimizer.param_groups:

@@ -179,7 +179,8 @@ def flags_markdown() -> str:
             default = (
                 "required" if required else f"`{field.default}`" if field.default not in (None, ()) else ""
             )
-            lines.append(f"| `{flag}` | {default} | {get_field_docstring(kind, field.name, ())} |")
+            meaning = " ".join((get_field_docstring(kind, field.name, ()) or "").split())
+            lines.append(f"| `{flag}` | {default} | {meaning} |")
         lines.append("")
     return "\n".join(lines)
 
