@@ -109,9 +109,9 @@ RESUMED = [
     ("--zero-stage 0 --no-shapley", 2),
     ("--zero-stage 1 --bf16", 2),
     ("--zero-stage 2 --tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full", 1),
-    ("--zero-stage 3", 2),
+    ("--zero-stage 3 --shapley-estimator midpoint", 2),
     ("--pipeline-model-parallel-size 2 --zero-stage 1 --recompute-granularity full", 1),
-    ("--pipeline-model-parallel-size 2 --zero-stage 1 --bf16", 1),
+    ("--pipeline-model-parallel-size 2 --zero-stage 1 --bf16 --shapley-base drift", 1),
     ("--pipeline-model-parallel-size 2 --zero-stage 0 --untie-embeddings-and-output-weights", 1),
 ]
 
@@ -148,6 +148,31 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert [target["name"] for target in run["targets"]] == ["code", "prose"]
     assert [dataset["name"] for dataset in run["datasets"]] == ["code", "prose"]
     assert run["coverage"]["missing"] == [] and run["versions"]["deepspeed"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--zero-stage 1 --shapley-estimator midpoint",
+        "--zero-stage 3 --shapley-estimator simpson --shapley-interval 2",
+        "--tensor-model-parallel-size 2 --sequence-parallel --zero-stage 2 --shapley-base drift",
+        "--pipeline-model-parallel-size 2 --zero-stage 1 --shapley-estimator simpson",
+    ],
+)
+def test_scoring_leaves_no_trace_in_the_checkpoint(
+    two_ranks: Workers, data: Path, tmp_path: Path, flags: str
+) -> None:
+    """Weights, masters, moments, counters, schedules and random generators, with dropout, one row per microbatch."""
+    argv = arguments(data, *flags.split(), *TARGETS, "--micro-batch-size", "1")
+    two_ranks.run(_run, [*argv, "--save", str(tmp_path / "scored")])
+    two_ranks.run(_run, [*argv, "--save", str(tmp_path / "plain"), "--no-shapley"])
+    last = "checkpoints/iter_0000004"
+    found = checkpoint_differences(tmp_path / "scored" / last, tmp_path / "plain" / last)
+    assert [text for text in found if "/progress/ledger_step" not in text] == []
+    steps = [row for row in ledger(tmp_path / "scored", "steps") if row["status"] == "scored"]
+    assert len(steps) == (2 if "interval" in flags else 4) * 2
+    base = "current" if "midpoint" in flags else "drift"
+    assert {row["base"] for row in steps} == {base} and all(row["credit_factor"] >= 1 for row in steps)
 
 
 def test_a_run_can_be_repeated_from_its_yaml(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
