@@ -63,9 +63,7 @@ class StepResult:
     step_sums: list[float] | None = None  # of the values of the step's own game
     credit_factor: float | None = None
     values: Tensor | None = None  # [rows of this data-parallel rank, K], fp64, on the CPU
-    parts: Tensor | None = (
-        None  # [parts, K] of those rows (a row that is not cut is one part); `values` sums them up
-    )
+    parts: Tensor | None = None  # [parts of those rows, K], summed in `values`; a row that is not cut is one
     places: tuple[Tensor, Tensor] | None = None  # (row, ordinal within the row) of every part, [parts] each
     additivity_lhs: list[float] | None = None
     additivity_rhs: list[float] | None = None
