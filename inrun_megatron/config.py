@@ -103,7 +103,7 @@ class DataConfig:
     reset_position_ids: bool = False
     """Positions start at 0 after each end of document."""
     reset_attention_mask: bool = False
-    """Attention limited to the own document. Not supported: the attention is causal over the whole row."""
+    """Attention limited to the own document (use it with --reset-position-ids unless positions are rotary)."""
     data_cache_path: str | None = None
     """Directory of the document, sample and shuffle indices. Default: beside the data."""
 
@@ -247,6 +247,11 @@ class ShapleyConfig:
     the optimizer's momentum."""
     optimizer: Annotated[Literal["auto", "sgd"], tyro.conf.arg(name="shapley-optimizer")] = "auto"
     """auto: values for the optimizer that trains. sgd: the paper's SGD proxy under any optimizer."""
+    granularity: Annotated[
+        Literal["sample", "document", "token"], tyro.conf.arg(name="shapley-granularity")
+    ] = "sample"
+    """What gets a value of its own: each sample, each document in a sample (cut after end-of-document tokens), or each
+    token position. The parts' values add up to the sample's."""
     interval: Annotated[int, tyro.conf.arg(name="shapley-interval")] = 1
     """Score every n-th step."""
     dir: Annotated[str | None, tyro.conf.arg(name="shapley-dir")] = None

@@ -111,7 +111,7 @@ class PipelineStep(ScoredStep):
         else:
             super().prepare(microbatches)
 
-    def samples(self, dataset: Any, sample: Any, tokens: Any) -> Any:
+    def samples(self, dataset: Any, sample: Any, tokens: Any, segments: Any = None) -> Any:
         raise UserError(
             "under a pipeline the engine runs the microbatches: call step.train_batch(microbatches)"
         )
@@ -121,7 +121,8 @@ class PipelineStep(ScoredStep):
 
         Args:
             microbatches: the same ones on every rank of the replica; each has ``dataset``, ``sample`` and
-                ``loss_mask`` beside what ``loss.split`` reads.
+                ``loss_mask`` beside what ``loss.split`` reads, and ``segments [b, s]`` where rows are cut (see
+                ``ScoredStep.samples``).
 
         Returns:
             The mean training loss over microbatches and replicas.
@@ -134,10 +135,6 @@ class PipelineStep(ScoredStep):
             if owner.rides:
                 self.result.target_losses = owner.passes.total(stream.losses).tolist()
                 self._terms = stream.terms
-            self._dots = stream.dots
-            self._rows = [
-                (m["dataset"], m["sample"], m["loss_mask"].sum(-1).round().long()) for m in microbatches
-            ]
             self.result.seconds_scoring += stream.seconds
         return float(loss)
 
@@ -149,7 +146,6 @@ class ScoringStream:
         validation: (target, microbatch) of every prepended microbatch.
         prepended: how many there are.
         losses: this rank's share of L_k(w_t) ``[K]``.
-        dots: partial dots ``[b, K]`` of every training microbatch.
         terms: this rank's part of the momentum and decay terms.
         seconds: time spent on the validation microbatches and the directions.
     """
@@ -164,7 +160,6 @@ class ScoringStream:
         ]
         self.prepended = len(self.validation)
         self.losses = torch.zeros(len(owner.targets), dtype=torch.float64, device=owner.device)
-        self.dots: list[Tensor] = []
         self.terms: tuple[Tensor, Tensor] | None = None
         self.seconds = 0.0
         fillers = [DirectionFiller(owner.directions, k) for k in range(len(owner.targets))]
@@ -172,9 +167,13 @@ class ScoringStream:
         for index, microbatch in enumerate(microbatches):
             consumers = owner.consumers
             if step.result.scored:
-                shape = (len(microbatch["loss_mask"]), len(owner.targets))
-                self.dots.append(torch.zeros(shape, dtype=torch.float64, device=owner.device))
-                consumers = (RowScorer(owner.directions, self.dots[-1]), *consumers)
+                rows = step._rows.add(
+                    microbatch["dataset"],
+                    microbatch["sample"],
+                    microbatch["loss_mask"],
+                    microbatch.get("segments"),
+                )
+                consumers = (RowScorer(owner.directions, rows.dots, rows.segments), *consumers)
             self._passes.append(Pass(consumers=consumers, microbatch=index))
         self._tied: list[tuple[list[Tensor], Tensor, dist.Work]] = []
         self._reduced = False

@@ -1,12 +1,23 @@
-"""The two consumers of the taps: one fills directions, one scores rows against them."""
+"""The two consumers of the taps: one fills directions, one scores rows, or their parts, against them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from .direction import Directions
-from .dots.elementwise import embedding_dots, embedding_gradient, row_gradients, vector_dots
+from .dots.elementwise import (
+    embedding_dots,
+    embedding_gradient,
+    row_gradients,
+    token_embedding_dots,
+    token_vector_dots,
+    vector_dots,
+)
 from .dots.linear import weight_gradient_and_dots, weight_gradient_fp32
+from .dots.segments import Segments
+from .errors import UserError
 from .taps import Emission
 
 
@@ -40,32 +51,62 @@ class DirectionFiller:
 
 
 class RowScorer:
-    """Adds each layer's partial dots of one microbatch's rows to ``dots [b, K]`` (fp64)."""
+    """Adds each layer's partial dots of one microbatch's rows to ``dots [b, K]`` (fp64); of their parts
+    ``[n, K]`` with segments."""
 
-    def __init__(self, directions: Directions, dots: Tensor) -> None:
+    def __init__(self, directions: Directions, dots: Tensor, segments: Segments | None = None) -> None:
         self.directions = directions
         self.dots = dots
+        self.segments = segments
 
     def __call__(self, e: Emission) -> None:
         # Under ZeRO-3 reading a direction is a collective, and every rank of the data-parallel group (same
         # tensor-parallel rank, so same answer here) makes the same choice.
         if not e.site.counts_here:
             return
+        if self.segments is not None:
+            _require_positions(e, self.segments)
         b, a, dim = e.output_grad, e.activation, e.site.batch_dim
         directions = self.directions.of(e.weight)
         if e.site.kind == "linear":
             assert a is not None
-            e.weight_grad = weight_gradient_and_dots(a, b, directions, dim, self.dots)
+            e.weight_grad = weight_gradient_and_dots(a, b, directions, dim, self.dots, self.segments)
         elif e.site.kind == "bias":
-            vector_dots(row_gradients(b, dim, directions[0].dtype), directions, self.dots)
+            self._add_vectors(e, b, directions)
         elif e.site.kind == "embedding":
             assert a is not None
-            embedding_dots(b, a, dim, directions, self.dots)
+            if self.segments is None:
+                embedding_dots(b, a, dim, directions, self.dots)
+            else:
+                self._add_tokens(e, token_embedding_dots(b, a, directions))
         elif e.site.kind == "norm":
             assert a is not None
-            vector_dots(row_gradients(b * a, dim, directions[0].dtype), directions, self.dots)
+            self._add_vectors(e, b * a, directions)
             if e.bias is not None and e.bias.requires_grad:
-                shifts = self.directions.of(e.bias)
-                vector_dots(row_gradients(b, dim, directions[0].dtype), shifts, self.dots)
+                self._add_vectors(e, b, self.directions.of(e.bias))
         else:
             raise AssertionError(f"no dots for sites of kind {e.site.kind}")
+
+    def _add_vectors(self, e: Emission, tokens: Tensor, directions: Sequence[Tensor]) -> None:
+        """Dots of a vector parameter whose gradient is the sum of ``tokens [s, b, h]``."""
+        if self.segments is None:
+            vector_dots(row_gradients(tokens, e.site.batch_dim, directions[0].dtype), directions, self.dots)
+        else:
+            self._add_tokens(e, token_vector_dots(tokens, directions))
+
+    def _add_tokens(self, e: Emission, products: Tensor) -> None:
+        """Dots of single tokens ``[s, b, K]``, added up by part."""
+        assert self.segments is not None
+        self.dots += self.segments.sums(products, e.site.batch_dim, *e.site.sequence_shard)
+
+
+def _require_positions(e: Emission, segments: Segments) -> None:
+    """The layer's tokens must be the ones that are cut."""
+    shape, dim = list(e.output_grad.shape[:-1]), e.site.batch_dim
+    expected = [segments.positions // e.site.sequence_shard[1]]
+    expected.insert(dim, segments.rows)
+    if shape != expected:
+        raise UserError(
+            f"layer {e.site.name} sees tokens of shape {shape}, but the samples are cut as {expected}: parts of "
+            f"samples need layers that keep rows and positions; score whole samples (granularity sample)"
+        )

@@ -31,6 +31,7 @@ from .ledger.schema import CURRENT, DRIFT, StepRecord
 from .parallel import Layout
 from .passes import Microbatch, ModulePasses, Passes, TokenLoss, TrainingLoss, mean_loss
 from .preparation import Preparation
+from .rows import StepRows
 from .scoring import RowScorer
 from .taps import Consumer, Pass, Taps, attach_taps
 
@@ -62,6 +63,8 @@ class StepResult:
     step_sums: list[float] | None = None  # of the values of the step's own game
     credit_factor: float | None = None
     values: Tensor | None = None  # [rows of this data-parallel rank, K], fp64, on the CPU
+    parts: Tensor | None = None  # [parts of those rows, K], summed in `values`; a row that is not cut is one
+    places: tuple[Tensor, Tensor] | None = None  # (row, ordinal within the row) of every part, [parts] each
     additivity_lhs: list[float] | None = None
     additivity_rhs: list[float] | None = None
     momentum_terms: list[float] | None = None
@@ -198,8 +201,7 @@ class ScoredStep:
         self.train_loss: float | None = None
         self.consumed_samples: int | None = None
         self._started = time.perf_counter()
-        self._rows: list[tuple[Any, Any, Any]] = []  # (dataset, sample, tokens) per microbatch
-        self._dots: list[Tensor] = []  # [b, K] per microbatch
+        self._rows = StepRows(len(owner.targets), owner.device)
         self._terms: tuple[Tensor, Tensor] | None = None
         self._loss_scale = 1.0
         # Read before engine.step(), which may move the schedule on.
@@ -225,21 +227,21 @@ class ScoredStep:
         owner._probe.arm()
 
     @contextmanager
-    def samples(self, dataset: Any, sample: Any, tokens: Any) -> Iterator[None]:
+    def samples(self, dataset: Any, sample: Any, tokens: Any, segments: Any = None) -> Iterator[None]:
         """Forward and backward of one microbatch happen inside.
 
         Args:
             dataset, sample: identity of each row, ``[b]``.
-            tokens: loss tokens of each row, ``[b]``.
+            tokens: loss mask ``[b, s]``, or, of whole rows, their loss tokens ``[b]``.
+            segments: ``[b, s]`` integers that change where a row is cut into parts with values of their own
+                (documents, tokens); every layer must keep rows and positions. Default: whole rows.
         """
         owner = self.owner
         consumers: tuple[Consumer, ...] = owner.consumers
         if self.result.scored:
-            dots = torch.zeros(len(sample), len(owner.targets), dtype=torch.float64, device=owner.device)
-            consumers = (RowScorer(owner.directions, dots), *consumers)
-            self._rows.append((dataset, sample, tokens))
-            self._dots.append(dots)
-        run = Pass(consumers=consumers, microbatch=len(self._dots) - 1) if consumers else None
+            rows = self._rows.add(dataset, sample, tokens, segments)
+            consumers = (RowScorer(owner.directions, rows.dots, rows.segments), *consumers)
+        run = Pass(consumers=consumers, microbatch=len(self._rows) - 1) if consumers else None
         with owner.taps.during(run):
             yield
 
@@ -261,14 +263,14 @@ class ScoredStep:
     def _settle_scores(self) -> None:
         owner, result = self.owner, self.result
         layout, expected = owner.layout, owner.adapter.gradient_accumulation_steps
-        if len(self._dots) != expected:
+        if len(self._rows) != expected:
             raise UserError(
-                f"step {self.iteration} saw {len(self._dots)} microbatches, but the engine accumulates {expected}; "
+                f"step {self.iteration} saw {len(self._rows)} microbatches, but the engine accumulates {expected}; "
                 f"put all microbatches of one optimizer step inside one `with shapley.step(...)`"
             )
         clip = result.clip_coefficient
         assert clip is not None and self._terms is not None
-        scores = torch.cat(self._dots)
+        scores = self._rows.dots()
         if layout.mp_size > 1:
             dist.all_reduce(scores, group=layout.mp_group)
         # DeepSpeed averages gradients over data-parallel ranks: g_i carries the 1/DP.
@@ -288,7 +290,8 @@ class ScoredStep:
             return
         assert result.credit_factor is not None
         factor = result.credit_factor if owner.credit == "trajectory" else 1.0
-        result.values = (scores * factor).cpu()
+        result.parts, result.places = (scores * factor).cpu(), self._rows.places()
+        result.values = self._rows.of_samples(result.parts)
         result.step_sums, result.sums = sums, [x * factor for x in sums]
         result.additivity_lhs = [x / clip for x in sums]
         result.additivity_rhs = [x / clip for x in optimizer_side]
@@ -300,14 +303,17 @@ class ScoredStep:
             return
         rows = 0
         if result.scored:
-            assert result.values is not None
-            dataset, sample, tokens = (
-                torch.cat([torch.as_tensor(r[i]).cpu() for r in self._rows]) for i in range(3)
-            )
+            assert result.values is not None and result.parts is not None and result.places is not None
+            dataset, sample, tokens = (column.numpy() for column in self._rows.joined())
             owner.ledger.append(
-                self.iteration, dataset.numpy(), sample.numpy(), tokens.numpy(), result.values.numpy()
+                self.iteration,
+                dataset,
+                sample,
+                tokens,
+                result.parts.numpy(),
+                segment=result.places[1].numpy(),
             )
-            rows = len(sample) * owner.layout.dp_size
+            rows = len(result.values) * owner.layout.dp_size
         if owner.ledger.writer == 0:
             owner.ledger.append_step(
                 StepRecord(

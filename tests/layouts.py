@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,35 @@ from tests.oracle_gpt import GPTShape, random_parameters, with_padded_vocab
 from tests.oracle_optimizer import OptimizerSpec
 from tests.oracle_shards import split_parameters
 
-VOCABULARY, SEQUENCE = 61, 12
+VOCABULARY, SEQUENCE, EOD = 61, 12, 0
 TARGET_SEQUENCES = (5, 3)  # two targets, of several sequences each, that no layout divides evenly
+
+
+Trainer = TypeVar("Trainer", bound=OracleTrainer)
+
+
+def with_documents(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows cut at random by end-of-document tokens; `documents` [b, s] by the package's own rule.
+
+    Among them a document of one token, one that ends with its row, and rows of a single document.
+    """
+    from inrun_megatron.data.megatron import document_ids
+
+    tokens = rows["tokens"].clone()
+    generator = torch.Generator().manual_seed(int(tokens.sum()))
+    tokens[tokens == EOD] = EOD + 1
+    tokens[torch.rand(tokens.shape, generator=generator) < 0.2] = EOD
+    tokens[0, [0, -1]] = EOD
+    tokens[-1, :-2] = EOD + 2
+    labels = torch.cat((tokens[:, 1:], rows["labels"][:, -1:]), dim=1)
+    return {**rows, "tokens": tokens, "labels": labels, "documents": document_ids(tokens, EOD)}
+
+
+def positions_in(documents: Tensor) -> Tensor:
+    """Positions that start at 0 with each document, [b, s]."""
+    return torch.tensor(
+        [[t - row[: t + 1].index(row[t]) for t in range(len(row))] for row in documents.tolist()]
+    )
 
 
 @dataclass(frozen=True)
@@ -50,6 +77,8 @@ class LayoutCase:
     estimator: str = "first_order"
     base: str = "current"
     credit: str = "step"
+    granularity: Literal["sample", "document", "token"] = "sample"
+    reset_attention: bool = False  # attention and positions start anew with each document
 
     @property
     def dp(self) -> int:
@@ -80,7 +109,7 @@ class LayoutCase:
         shape = self.model()
         return [
             split_batch(
-                random_rows(shape, rows, seed=100 + t, first_sample=t * rows),
+                self._cut(random_rows(shape, rows, seed=100 + t, first_sample=t * rows)),
                 self.dp,
                 self.accumulation,
                 self.micro_batch,
@@ -91,16 +120,31 @@ class LayoutCase:
     def targets(self) -> list[OracleTarget]:
         shape = self.model()
         return [
-            OracleTarget(f"target{k}", random_rows(shape, n, seed=k)) for k, n in enumerate(TARGET_SEQUENCES)
+            OracleTarget(f"target{k}", self._cut(random_rows(shape, n, seed=k)))
+            for k, n in enumerate(TARGET_SEQUENCES)
         ]
+
+    def _cut(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rows with documents of their own lengths, where the case has to do with documents or parts."""
+        if self.granularity == "sample" and not self.reset_attention:
+            return rows
+        rows = with_documents(rows)
+        documents = rows.pop("documents")
+        if self.reset_attention:
+            rows |= {"documents": documents, "position_ids": positions_in(documents)}
+        if self.granularity == "token":
+            rows["segments"] = torch.arange(SEQUENCE).expand_as(documents)
+        elif self.granularity == "document":
+            rows["segments"] = documents
+        return rows
 
     def parameters(self) -> Parameters:
         """Full initial weights: DeepSpeed's fp32 masters are copies of the model's rounded weights."""
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
         return {n: p.to(dtype).double() for n, p in random_parameters(self.model(), seed=7).items()}
 
-    def oracle(self) -> OracleRun:
-        trainer = OracleTrainer(
+    def trainer(self, kind: type[Trainer]) -> Trainer:
+        return kind(
             self.model(),
             self.parameters(),
             self.spec(),
@@ -110,7 +154,9 @@ class LayoutCase:
             estimator=self.estimator,
             base=self.base,
         )
-        return trainer.run(self.batches())
+
+    def oracle(self) -> OracleRun:
+        return self.trainer(OracleTrainer).run(self.batches())
 
 
 @dataclass(frozen=True)
@@ -129,6 +175,7 @@ class Ran:
     rng: Tensor
     statuses: list[str]
     losses: list[float]  # the pipeline engine's training losses
+    parts: list[dict[tuple[int, int], Tensor]]  # per step {(sample, ordinal): values [K]}
 
 
 def _optimizer(case: LayoutCase, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -270,6 +317,7 @@ def train(rank: int, world: int, case: LayoutCase) -> Ran:
     from deepspeed.utils import safe_get_full_fp32_param
 
     from inrun_megatron import InRunShapley, Layout, PipelineShapley, ShapleyTarget, attach_taps
+    from inrun_megatron.engines.pipeline import train_batch
     from inrun_megatron.models import token_losses
     from inrun_megatron.models.recompute import enable_recompute
 
@@ -308,7 +356,7 @@ def train(rank: int, world: int, case: LayoutCase) -> Ran:
         samples.append(torch.cat([m["sample"] for m in own]))
         if shapley is None:
             if case.pp > 1:
-                losses.append(float(engine.train_batch(iter([engine.module.loss_fn.split(m) for m in own]))))
+                losses.append(float(train_batch(engine, [engine.module.loss_fn.split(m) for m in own])))
             for microbatch in own if case.pp == 1 else ():
                 _forward_backward(engine, microbatch)
             continue
@@ -317,7 +365,10 @@ def train(rank: int, world: int, case: LayoutCase) -> Ran:
                 losses.append(step.train_batch(own))
             for microbatch in own if case.pp == 1 else ():
                 with step.samples(
-                    microbatch["dataset"], microbatch["sample"], microbatch["loss_mask"].sum(1)
+                    microbatch["dataset"],
+                    microbatch["sample"],
+                    microbatch["loss_mask"],
+                    microbatch.get("segments"),
                 ):
                     _forward_backward(engine, microbatch)
         results.append(step.result)
@@ -345,7 +396,18 @@ def train(rank: int, world: int, case: LayoutCase) -> Ran:
         rng=torch.get_rng_state(),
         statuses=[r.status for r in results],
         losses=losses,
+        parts=[_parts(r, s) for r, s in zip(results, samples)],
     )
+
+
+def _parts(result: Any, samples: Tensor) -> dict[tuple[int, int], Tensor]:
+    if result.parts is None:
+        return {}
+    rows, ordinals = result.places
+    return {
+        (int(samples[row]), int(ordinal)): values
+        for row, ordinal, values in zip(rows, ordinals, result.parts, strict=True)
+    }
 
 
 def _forward_backward(engine: Any, microbatch: dict[str, Tensor]) -> None:

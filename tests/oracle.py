@@ -10,6 +10,7 @@ Legend: n samples of the global batch, K targets, b rows of a microbatch, s toke
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -48,13 +49,16 @@ __all__ = [
     "OracleTrainer",
     "Parameters",
     "SampleGradients",
+    "cuts",
     "dot",
+    "masked_sum",
     "merge_shards",
     "parameter_shapes",
     "random_parameters",
     "random_rows",
     "sample_gradients",
     "split_batch",
+    "split_documents",
     "split_parameters",
     "target_gradient",
     "with_padded_vocab",
@@ -304,7 +308,7 @@ def sample_gradients(model: OracleGPT, parameters: Parameters, batch: GlobalBatc
         assert tokens > 0, "a microbatch without loss tokens has no loss"
         rows = len(microbatch["tokens"])
         for row in _rows(microbatch):
-            share = _masked_sum(model, leaves, row) / (tokens * len(microbatches))
+            share = masked_sum(model, leaves, row) / (tokens * len(microbatches))
             loss += share.item()
             for name, gradient in zip(leaves, _gradients(share, leaves), strict=True):
                 columns[name].append(gradient)
@@ -323,7 +327,7 @@ def target_gradient(
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
     loss = 0.0
     for row in _rows(target.rows):
-        share = _masked_sum(model, leaves, row) / target.num_tokens
+        share = masked_sum(model, leaves, row) / target.num_tokens
         loss += share.item()
         for name, gradient in zip(leaves, _gradients(share, leaves), strict=True):
             total[name] += gradient
@@ -385,9 +389,28 @@ def _rows(batch: Microbatch) -> list[Microbatch]:
     return [{key: value[i : i + 1] for key, value in batch.items()} for i in range(len(batch["tokens"]))]
 
 
-def _masked_sum(model: OracleGPT, parameters: Parameters, batch: Microbatch) -> Tensor:
-    losses = model.token_losses(parameters, batch)
-    return (losses * batch["loss_mask"].to(losses.dtype)).sum()
+def split_documents(row: Microbatch) -> list[Microbatch]:
+    """A microbatch of one row as sequences of their own, one for each run of equal `documents` [1, s]; without them
+    the row."""
+    if "documents" not in row:
+        return [row]
+    names = ("tokens", "labels", "loss_mask", "position_ids")
+    return [{name: row[name][:, begin:end] for name in names} for begin, end in cuts(row["documents"][0])]
+
+
+def cuts(parts: Tensor) -> list[tuple[int, int]]:
+    """(first position, position after the last) of every run of equal integers in [s]."""
+    edges = [0, *(t for t in range(1, len(parts)) if parts[t] != parts[t - 1]), len(parts)]
+    return list(itertools.pairwise(edges))
+
+
+def masked_sum(model: OracleGPT, parameters: Parameters, row: Microbatch) -> Tensor:
+    """Sum of the row's token losses over its mask. Where the attention is cut at `documents`, each is run by itself."""
+    sums = []
+    for document in split_documents(row):
+        losses = model.token_losses(parameters, document)
+        sums.append((losses * document["loss_mask"].to(losses.dtype)).sum())
+    return torch.stack(sums).sum()
 
 
 def _gradients(loss: Tensor, leaves: Parameters) -> tuple[Tensor, ...]:

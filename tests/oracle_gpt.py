@@ -10,6 +10,7 @@ v real vocabulary, V padded vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -129,10 +130,22 @@ def with_padded_vocab(parameters: Parameters, vocab_size: int, padded_vocab_size
 
 
 class OracleGPT:
-    """Forward pass of either shape in the precision of its parameters; without dropout."""
+    """Forward pass of either shape in the precision of its parameters; without dropout.
 
-    def __init__(self, shape: GPTShape) -> None:
+    own: bool [b, s]: only these positions' uses of the parameters have a gradient. Elsewhere the parameters are constants,
+    so that the gradient is the part of the whole one that goes through these positions' own buffers.
+    """
+
+    def __init__(self, shape: GPTShape, own: Tensor | None = None) -> None:
         self.shape = shape
+        self.own = own
+
+    def _use(self, function: Callable[..., Tensor], *parameters: Tensor | None) -> Tensor:
+        """`function` of parameters, a gradient only at `own` positions; its result is [b, s, .]."""
+        if self.own is None:
+            return function(*parameters)
+        constants = function(*(None if p is None else p.detach() for p in parameters))
+        return torch.where(self.own[:, :, None], function(*parameters), constants)
 
     def token_losses(self, parameters: Parameters, batch: Microbatch) -> Tensor:
         """Cross entropy of every label, [b, s]. The softmax runs over the `vocab_size` real entries."""
@@ -144,9 +157,11 @@ class OracleGPT:
     def logits(self, parameters: Parameters, tokens: Tensor, position_ids: Tensor) -> Tensor:
         """Logits of the real vocabulary, [b, s, v], from tokens and positions [b, s]."""
         shape = self.shape
-        hidden = F.embedding(tokens, parameters["embedding.word_embeddings.weight"])  # [b, s, h]
+        words = parameters["embedding.word_embeddings.weight"]
+        hidden = self._use(lambda w: F.embedding(tokens, w), words)  # [b, s, h]
         if shape.kind == "gpt2":
-            hidden = hidden + F.embedding(position_ids, parameters["embedding.position_embeddings.weight"])
+            places = parameters["embedding.position_embeddings.weight"]
+            hidden = hidden + self._use(lambda w: F.embedding(position_ids, w), places)
         for layer in range(shape.num_layers):
             prefix = f"decoder.layers.{layer}"
             normed = self._norm(parameters, f"{prefix}.input_layernorm", hidden)
@@ -155,16 +170,19 @@ class OracleGPT:
             hidden = hidden + self._mlp(parameters, f"{prefix}.mlp", normed)
         hidden = self._norm(parameters, "decoder.final_layernorm", hidden)
         output = "embedding.word_embeddings.weight" if shape.is_tied else "output_layer.weight"
-        return hidden @ parameters[output][: shape.vocab_size].T
+        return self._use(lambda w: hidden @ w[: shape.vocab_size].T, parameters[output])
 
     def _norm(self, parameters: Parameters, name: str, hidden: Tensor) -> Tensor:
         size, weight, eps = (self.shape.hidden_size,), parameters[f"{name}.weight"], self.shape.norm_epsilon
         if self.shape.kind == "llama":
-            return F.rms_norm(hidden, size, weight, eps)
-        return F.layer_norm(hidden, size, weight, parameters[f"{name}.bias"], eps)
+            return self._use(lambda w: F.rms_norm(hidden, size, w, eps), weight)
+        return self._use(
+            lambda w, c: F.layer_norm(hidden, size, w, c, eps), weight, parameters[f"{name}.bias"]
+        )
 
     def _linear(self, parameters: Parameters, name: str, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
+        weight, bias = parameters[f"{name}.weight"], parameters.get(f"{name}.bias")
+        return self._use(lambda w, c: F.linear(hidden, w, c), weight, bias)
 
     def _mlp(self, parameters: Parameters, prefix: str, hidden: Tensor) -> Tensor:
         inner = self._linear(parameters, f"{prefix}.linear_fc1", hidden)  # [b, s, f or 2f]

@@ -192,8 +192,8 @@ def test_export_of_rows(
         values = [json.loads(line)["value"] for line in file.read_text().splitlines()]
     else:
         lines = file.read_text().splitlines()
-        assert lines[0] == "step,dataset,dataset_name,sample,target,tokens,value,normalised"
-        values = [float(line.split(",")[6]) for line in lines[1:]]
+        assert lines[0] == "step,dataset,dataset_name,sample,segment,target,tokens,value,normalised"
+        values = [float(line.split(",")[7]) for line in lines[1:]]
     assert values == np.sort(rows, order=["step", "dataset", "sample"])["code"].tolist()
 
 

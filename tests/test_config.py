@@ -131,7 +131,6 @@ def test_mistakes_on_the_command_line_are_one_line(flags: list[str], message: st
         ("--num-query-groups 2", "needs --group-query-attention"),
         ("--group-query-attention --num-query-groups 3", "3 does not divide --num-attention-heads 4"),
         ("--max-position-embeddings 8", "--max-position-embeddings 8 is smaller than --seq-length 16"),
-        ("--reset-attention-mask", "--reset-attention-mask is not supported"),
         ("--lr-warmup-iters 10", "10 is not smaller than the 10 steps"),
         ("--lr-warmup-iters 2 --lr-warmup-fraction 0.1", "both given"),
         ("--bf16 --fp16", "choose one"),

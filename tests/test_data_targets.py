@@ -10,6 +10,7 @@ import torch
 
 from inrun_megatron.data.corpora import tiny_corpus, write_corpus
 from inrun_megatron.data.indexed import IndexedFile
+from inrun_megatron.data.megatron import document_ids
 from inrun_megatron.data.targets import Target, TargetSpec, load_target, parse_target, parse_targets
 from inrun_megatron.data.tokenizers import ByteTokenizer
 from inrun_megatron.data.train import build_datasets
@@ -71,7 +72,7 @@ def test_some_sequences_are_spread_over_the_file(tmp_path: Path) -> None:
 def test_masks_and_positions_are_those_of_training_data(tmp_path: Path) -> None:
     """The same text as a target and as training data: each sequence that both have carries the same mask and positions."""
     prefix = write_corpus(tmp_path / "c", ["ab", "cde", "f", "ghijklmnopq" * 4])
-    flags = {"eod_mask_loss": True, "reset_position_ids": True}
+    flags = {"eod_mask_loss": True, "reset_position_ids": True, "reset_attention_mask": True}
     target = load(prefix, seq_length=8, **flags)
     train, _ = build_datasets(
         data_path=[prefix],
@@ -91,9 +92,14 @@ def test_masks_and_positions_are_those_of_training_data(tmp_path: Path) -> None:
     for item, i in shared:
         torch.testing.assert_close(item["loss_mask"], target.loss_mask[i], rtol=0, atol=0)
         torch.testing.assert_close(item["position_ids"], target.position_ids[i], rtol=0, atol=0)
+        torch.testing.assert_close(item["documents"], target.documents[i], rtol=0, atol=0)
     first = target.tokens[0, :-1]
     assert ((first == 256) == (target.loss_mask[0] == 0)).all()
     assert target.position_ids[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
+    assert target.documents[0].tolist() == [0, 0, 0, 1, 1, 1, 1, 2]
+    share = target.microbatches(2, rank=1, world=3)
+    assert all(torch.equal(m["documents"], document_ids(m["tokens"], 256)) for m in share)
+    assert "documents" not in load(prefix, seq_length=8).microbatches(2)[0]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7, 20])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, _get_ltor_masks_and_position_ids
 
 from inrun_megatron.data import train as train_module
 from inrun_megatron.data.blend import Blend, dataset_names, parse_blend, parse_split
@@ -21,8 +21,11 @@ from inrun_megatron.data.train import (
     microbatch_loader,
 )
 from inrun_megatron.errors import UserError
+from inrun_megatron.models.attention import document_mask
 from tests.data_cases import build, check_identity, write_pair
 from tests.distributed import Workers
+
+PLAIN = {"tokens", "labels", "loss_mask", "position_ids", "dataset", "sample"}
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 
 class TestItems:
     def test_same_as_gptdataset(self, pair: tuple[str, str]) -> None:
-        flags = {"eod_mask_loss": True, "reset_position_ids": True, "reset_attention_mask": True}
+        flags = {"eod_mask_loss": True, "reset_position_ids": True}
         train, _ = build(pair[1], **flags)
         inner = train._dataset
         assert isinstance(inner, GPTDataset)
@@ -42,10 +45,21 @@ class TestItems:
                 torch.testing.assert_close(item.pop(name), tensor, rtol=0, atol=0)
             assert {name: int(value) for name, value in item.items()} == {"dataset": 0, "sample": k}
         plain = build(pair[1])[0][0]
-        assert set(plain) == {"tokens", "labels", "loss_mask", "position_ids", "dataset", "sample"}
+        assert set(plain) == PLAIN
         assert plain["loss_mask"].all() and plain["position_ids"].tolist() == list(range(32))
         assert not build(pair[1], eod_mask_loss=True)[0][0]["loss_mask"].all()
         assert (build(pair[1], reset_position_ids=True)[0][0]["position_ids"] == 0).sum() > 1
+
+    def test_documents_give_megatrons_attention_mask(self, pair: tuple[str, str]) -> None:
+        """GPTDataset's own mask for --reset-attention-mask, from the numbers of the documents."""
+        train, _ = build(pair[1], reset_attention_mask=True)
+        items = [train[k] for k in range(30)]
+        assert all(set(item) == {*PLAIN, "documents"} for item in items)
+        masks = document_mask(torch.stack([item["documents"] for item in items]))
+        for item, mask in zip(items, masks, strict=True):
+            theirs = _get_ltor_masks_and_position_ids(item["tokens"], 256, False, True, False, True)[0]
+            assert torch.equal(mask, theirs)
+        assert any(item["documents"][-1] > 1 for item in items), "the control: rows of several documents"
 
     def test_microbatch_types(self, pair: tuple[str, str]) -> None:
         train, _ = build("1", pair[0], "1", pair[1])

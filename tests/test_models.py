@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 
 from inrun_megatron.config import ModelConfig
 from inrun_megatron.models import GPT, build_gpt, cpu, padded_vocabulary, token_losses, transformer_config
-from inrun_megatron.models.attention import SdpaCoreAttention
+from inrun_megatron.models.attention import SdpaCoreAttention, document_mask
 from inrun_megatron.models.initialise import shard
 from inrun_megatron.models.norm import Norm
 from inrun_megatron.models.recompute import enable_recompute
@@ -204,12 +204,27 @@ def test_attention_is_the_textbook_formula(groups: int) -> None:
     torch.testing.assert_close(context, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_attention_with_documents_is_that_of_each_document_alone() -> None:
+    config = transformer_config(model_config("gpt2"))
+    attention = SdpaCoreAttention(config, 1, AttnMaskType.causal, "self").double().eval()
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(12, 2, 4, 8, dtype=torch.float64, generator=generator) for _ in range(3))
+    documents = torch.tensor([[0] * 5 + [1] + [2] * 6, [0] * 12])
+    together = attention(query, key, value, document_mask(documents))
+    pieces = [(0, 0, 5), (0, 5, 6), (0, 6, 12), (1, 0, 12)]
+    for row, begin, end in pieces:
+        alone = attention(*(t[begin:end, row : row + 1] for t in (query, key, value)))
+        torch.testing.assert_close(together[begin:end, row : row + 1], alone, rtol=1e-12, atol=1e-12)
+
+
 def test_attention_refuses_what_it_would_ignore() -> None:
     config = transformer_config(model_config("gpt2"))
     attention = SdpaCoreAttention(config, 1, AttnMaskType.causal, "self")
     tensor = torch.zeros(2, 1, 4, 8)
-    with pytest.raises(ValueError, match="no mask"):
-        attention(tensor, tensor, tensor, torch.zeros(1, 1, 2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="no bias and no packed sequences"):
+        attention(tensor, tensor, tensor, None, attention_bias=torch.zeros(1, 1, 2, 2))
+    with pytest.raises(ValueError, match="no bias and no packed sequences"):
+        attention(tensor, tensor, tensor, None, packed_seq_params=object())
     with pytest.raises(ValueError, match="causal"):
         SdpaCoreAttention(config, 1, AttnMaskType.padding, "self")
 

@@ -70,7 +70,7 @@ def export(
     Example: inrun export runs/demo --by document --phase 3/3 --output values.csv
 
     Document values come from sample values: a sample's value is shared among its documents in proportion to their tokens
-    in it. Rows come out ordered; the ledger's own Parquet files can also be read directly (docs/ledger.md).
+    in it, unless the run was scored with --shapley-granularity document or token. Rows come out ordered; the ledger's own Parquet files can also be read directly (docs/ledger.md).
     """
     path = Path(output).expanduser()
     kind = format or _format_of(path)
@@ -89,9 +89,9 @@ def export(
             if target is not None:
                 where += f" AND s.target = {quoted(target)}"
             selection = (
-                "SELECT s.step, s.dataset, d.name AS dataset_name, s.sample, s.target, s.tokens, s.value, s.normalised "
-                f"FROM scored s JOIN datasets d ON s.dataset = d.dataset WHERE {where} "
-                "ORDER BY s.step, s.dataset, s.sample, s.target"
+                "SELECT s.step, s.dataset, d.name AS dataset_name, s.sample, s.segment, s.target, s.tokens, s.value, "
+                f"s.normalised FROM parts s JOIN datasets d ON s.dataset = d.dataset WHERE {where} "
+                "ORDER BY s.step, s.dataset, s.sample, s.segment, s.target"
             )
         else:
             level = Level(by.value)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.text import Text
 
 from inrun_megatron.commands.options import DataOption, JsonOption, PhaseOption, RunArgument, StepsOption
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
+from inrun_megatron.report.attribution import create_document_rows
 from inrun_megatron.report.documents import Documents, dataset_index, parse_moved, printable, shorten
 from inrun_megatron.report.phases import Phase, choose_steps
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.tables import console, figure, print_json, signed, table
-
-_CHUNK = 1 << 20
 
 
 def show(
@@ -38,7 +36,8 @@ def show(
 
     Example: inrun show runs/demo --document code:17
 
-    A document's value is its share of the values of the samples it occurs in, in proportion to its tokens in them.
+    A document's value is its share of the values of the samples it occurs in, in proportion to its tokens in them; where
+    the run was scored with --shapley-granularity document or token, it is that of its own tokens.
     """
     if (sample is None) == (document is None):
         raise UserError("give one of --sample D:K and --document D:N")
@@ -75,6 +74,7 @@ def _sample(
         f"WHERE s.dataset = {dataset} AND s.sample = {sample} "
         f"AND s.step BETWEEN {phase.first} AND {phase.last} ORDER BY s.step, t.position"
     )
+    measured = _measured(query, documents, dataset, sample, phase) if ledger.granularity != "sample" else None
     spans = documents.spans(dataset, sample)
     total = sum(span.end - span.start for span in spans)
     parts = [
@@ -83,6 +83,8 @@ def _sample(
             "start": span.start,
             "end": span.end,
             "share": (span.end - span.start) / total,
+            # A document that comes twice has its value at its first span.
+            "values": None if measured is None else measured.pop(span.document, {}),
             "source": documents.source(dataset, span.document),
             "text": shorten(documents.text(dataset, span.document, span.start, span.end), characters),
         }
@@ -100,26 +102,32 @@ def _sample(
     }
 
 
+def _measured(
+    query: Query, documents: Documents, dataset: int, sample: int, phase: Phase
+) -> dict[int, dict[str, float]]:
+    """{document: {target: value}} of one sample that was scored by parts."""
+    chosen = f"step BETWEEN {phase.first} AND {phase.last}"
+    create_document_rows(query, documents, chosen, dataset, sample=sample)
+    rows = query.rows(
+        "SELECT r.document, r.target, sum(r.value) AS value FROM document_rows r JOIN targets t ON r.target = t.target "
+        "GROUP BY r.document, r.target, t.position ORDER BY t.position"
+    )
+    found: dict[int, dict[str, float]] = {}
+    for row in rows:
+        found.setdefault(row["document"], {})[row["target"]] = row["value"]
+    return found
+
+
 def _document(
     query: Query, documents: Documents, dataset: int, document: int, phase: Phase, characters: int
 ) -> dict[str, Any]:
     ledger = query.ledger
     metadata = documents.metadata(dataset, document)
-    samples = query.table(
-        f"SELECT DISTINCT sample FROM ledger_values WHERE dataset = {dataset} "
-        f"AND step BETWEEN {phase.first} AND {phase.last} ORDER BY sample"
-    )["sample"].to_numpy()
-    query.run("CREATE TEMP TABLE shares(sample BIGINT, tokens BIGINT, share DOUBLE)")
-    for start in range(0, len(samples), _CHUNK):
-        shares = documents.shares(dataset, samples[start : start + _CHUNK])
-        query.register("own", shares.filter(np.equal(shares["document"].to_numpy(), document)))
-        query.run("INSERT INTO shares SELECT sample, tokens, share FROM own")
+    create_document_rows(query, documents, f"step BETWEEN {phase.first} AND {phase.last}", dataset, document)
     rows = query.rows(
-        "SELECT s.step, s.sample, s.target, p.tokens, p.share, s.value AS sample_value, s.value * p.share AS value, "
-        "s.normalised * p.share AS normalised "
-        "FROM scored s JOIN shares p ON s.sample = p.sample JOIN targets t ON s.target = t.target "
-        f"WHERE s.dataset = {dataset} AND s.step BETWEEN {phase.first} AND {phase.last} "
-        "ORDER BY s.step, s.sample, t.position"
+        "SELECT r.step, r.sample, r.target, r.tokens, r.share, r.sample_value, r.value, r.normalised "
+        "FROM document_rows r JOIN targets t ON r.target = t.target "
+        f"WHERE r.dataset = {dataset} ORDER BY r.step, r.sample, t.position"
     )
     return {
         "run": ledger.run_id,
@@ -159,10 +167,18 @@ def _print(record: dict[str, Any]) -> None:
                     style="bold",
                 )
             )
+            if part["values"]:
+                listed = (f"{target} {_signed(value)}" for target, value in part["values"].items())
+                out.print(Text(f"  Value: {', '.join(listed)}"))
         else:
             out.print()
         for line in part["text"].splitlines():
             out.print(Text("  " + printable(line)))
+
+
+def _signed(value: float) -> str:
+    """A value with its sign."""
+    return ("+" if value > 0 else "") + figure(value)
 
 
 def _values(rows: list[dict[str, Any]], kind: str) -> Any:
@@ -174,7 +190,7 @@ def _values(rows: list[dict[str, Any]], kind: str) -> Any:
         value = sum(row["value"] for row in own)
         made.add_row(
             Text(target),
-            Text(("+" if value > 0 else "") + figure(value), style="green" if value > 0 else "red"),
+            Text(_signed(value), style="green" if value > 0 else "red"),
             signed(sum(row["normalised"] for row in own)),
             f"{len(own):,}",
             f"{sum(row['tokens'] for row in own):,}",

@@ -47,7 +47,7 @@ def top(
     Example: inrun top runs/demo --target code --by document --worst --phase 3/3
 
     Document values come from sample values: a sample's value is shared among its documents in proportion to their tokens
-    in it. Early steps rule sums over a whole run; look at a late phase (--phase 3/3), or --rank normalised.
+    in it, unless the run was scored with --shapley-granularity document or token. Early steps rule sums over a whole run; look at a late phase (--phase 3/3), or --rank normalised.
     """
     if n < 1:
         raise UserError(f"-n {n} shows nothing; give 1 or more")

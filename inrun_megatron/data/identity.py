@@ -111,6 +111,20 @@ class SampleResolver:
         ]
         return np.concatenate(parts).astype(np.int64)
 
+    def tokens_at(self, dataset: int, document: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """Single tokens of documents, by their positions in them; int64, shaped as both arguments."""
+        data = self._open(dataset).data
+        pointers = data.sequence_pointers[data.document_boundaries[document]] // data.dtype.itemsize
+        return data.tokens(0, data.num_tokens)[pointers + position].astype(np.int64)
+
+    def sequence_length(self, dataset: int) -> int:
+        """Positions of a sample's row."""
+        return int(self._row(dataset)["description"]["sequence_length"])
+
+    def end_of_document(self, dataset: int) -> int:
+        """The token that ended documents in the run."""
+        return int(self._row(dataset)["description"]["tokenizer"]["eod"])
+
     def document_tokens(self, dataset: int, document: int) -> np.ndarray:
         """All tokens of a document, int64."""
         return self._open(dataset).data.document(document).astype(np.int64)

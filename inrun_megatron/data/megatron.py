@@ -31,9 +31,20 @@ __all__ = [
     "IndexedDataset",
     "IndexedDatasetBuilder",
     "Split",
+    "document_ids",
     "helpers",
     "masks_and_positions",
 ]
+
+
+def document_ids(tokens: torch.Tensor, eod: int) -> torch.Tensor:
+    """The number of the document that each token belongs to, counted from 0 in its row: [..., s] -> int64 [..., s].
+
+    The end-of-document token belongs to the document that it ends, as in GPTDataset's masks
+    (`_get_ltor_masks_and_position_ids`).
+    """
+    ends = (tokens == eod).long()
+    return ends.cumsum(-1) - ends
 
 
 def masks_and_positions(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from inrun_megatron.data.megatron import BlendedDataset, GPTDataset
+from inrun_megatron.data.megatron import BlendedDataset, GPTDataset, document_ids
 from inrun_megatron.data.sampler import DataSampler
 
 
@@ -46,12 +46,19 @@ class DatasetDescription:
 class IdentifiedDataset(Dataset[dict[str, torch.Tensor]]):
     """A GPTDataset or a BlendedDataset whose items say where they come from.
 
-    Item k: tokens, labels, position_ids [s] int64, loss_mask [s] float32 (and attention_mask [1, s, s] bool with
-    reset_attention_mask), dataset and sample, int64 scalars.
+    Item k: tokens, labels, position_ids [s] int64, loss_mask [s] float32, dataset and sample, int64 scalars. With
+    `attention_eod` (the end-of-document token) also documents [s] int64: the attention is cut between them. It takes the
+    place of GPTDataset's attention mask of [1, s, s], which says the same.
     """
 
-    def __init__(self, dataset: GPTDataset | BlendedDataset, table: list[DatasetDescription]) -> None:
+    def __init__(
+        self,
+        dataset: GPTDataset | BlendedDataset,
+        table: list[DatasetDescription],
+        attention_eod: int | None = None,
+    ) -> None:
         self._dataset = dataset
+        self._attention_eod = attention_eod
         self._components = components(dataset)
         self.table = table
 
@@ -69,6 +76,8 @@ class IdentifiedDataset(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
         dataset, sample = self.locate(k)
         item = self._components[dataset][sample]
+        if self._attention_eod is not None:
+            item["documents"] = document_ids(item["tokens"], self._attention_eod)
         return {**item, "dataset": torch.tensor(dataset), "sample": torch.tensor(sample)}
 
     def microbatch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:

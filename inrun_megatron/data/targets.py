@@ -14,7 +14,7 @@ import torch
 
 from inrun_megatron.data.blend import check_token_range
 from inrun_megatron.data.indexed import IndexedFile, normalise_prefix
-from inrun_megatron.data.megatron import masks_and_positions
+from inrun_megatron.data.megatron import document_ids, masks_and_positions
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import sha256_of
 
@@ -71,6 +71,8 @@ class Target:
     """[n, s] int64."""
     description: dict[str, Any]
     """JSON-serialisable: name, path, idx_sha256, sequences (n), seq_length (s), available, loss_tokens, settings."""
+    documents: torch.Tensor | None = None
+    """[n, s] int64, where the attention is cut at documents: the number of each token's document in its row."""
 
     @cached_property
     def num_tokens(self) -> float:
@@ -80,7 +82,8 @@ class Target:
     def microbatches(
         self, micro_batch_size: int, rank: int = 0, world: int = 1, *, full_size: bool = False
     ) -> list[dict[str, torch.Tensor]]:
-        """The share of data-parallel rank `rank` of `world`: dicts of tokens, labels, loss_mask, position_ids [b, s].
+        """The share of data-parallel rank `rank` of `world`: dicts of tokens, labels, loss_mask, position_ids [b, s],
+        and documents [b, s] where the attention is cut.
 
         Sequence i goes to rank i mod world. Every rank gets the same number of microbatches of the same shape; rows that
         only fill them up have loss_mask 0. b is at most `micro_batch_size`, chosen so that few such rows are needed; it is
@@ -105,7 +108,7 @@ class Target:
             "labels": tokens[:, 1:].contiguous(),
             "loss_mask": loss_mask,
             "position_ids": self.position_ids[chosen],
-        }
+        } | ({} if self.documents is None else {"documents": self.documents[chosen]})
 
 
 def load_target(
@@ -116,6 +119,7 @@ def load_target(
     eod_mask_loss: bool,
     vocab_size: int,
     reset_position_ids: bool = False,
+    reset_attention_mask: bool = False,
 ) -> Target:
     """Cut the target's documents, as one stream in file order, into sequences of `seq_length`.
 
@@ -140,9 +144,10 @@ def load_target(
             f"{where} holds {available} sequences of {seq_length} tokens, not {count}: ask for at most {available}, or "
             "leave the number out"
         )
-    if (eod_mask_loss or reset_position_ids) and eod is None:
+    if (eod_mask_loss or reset_position_ids or reset_attention_mask) and eod is None:
         raise UserError(
-            f"{where}: --eod-mask-loss and --reset-position-ids need a tokenizer with an end of document"
+            f"{where}: --eod-mask-loss, --reset-position-ids and --reset-attention-mask need a tokenizer with an end "
+            f"of document"
         )
     starts = np.arange(count) * available // count * seq_length
     tokens = torch.from_numpy(
@@ -165,7 +170,13 @@ def load_target(
         "loss_tokens": int(loss_mask.sum()),
         "eod_mask_loss": eod_mask_loss,
         "reset_position_ids": reset_position_ids,
+        "reset_attention_mask": reset_attention_mask,
     }
     return Target(
-        spec.name, tokens, loss_mask, torch.stack([positions for _, positions in rows]), description
+        spec.name,
+        tokens,
+        loss_mask,
+        torch.stack([positions for _, positions in rows]),
+        description,
+        documents=document_ids(tokens[:, :-1], eod) if reset_attention_mask and eod is not None else None,
     )

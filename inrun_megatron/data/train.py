@@ -69,6 +69,8 @@ def build_datasets(
 ) -> tuple[IdentifiedDataset, IdentifiedDataset | None]:
     """Training and validation data from `data_path` (see `parse_blend`) and `split` (see `parse_split`).
 
+    With `reset_attention_mask` items have `documents` (see IdentifiedDataset).
+
     One dataset or a weighted blend is repeated until `train_samples` are there; several prefixes without weights are read
     once each, as Megatron does, and too few samples are an error. Validation is None when `valid_samples` is 0 or the
     split has no share for it.
@@ -94,17 +96,21 @@ def build_datasets(
         tokenizer=tokenizer,
         mid_level_dataset_surplus=facts["surplus"],
         reset_position_ids=reset_position_ids,
-        reset_attention_mask=reset_attention_mask,
+        reset_attention_mask=False,
         eod_mask_loss=eod_mask_loss,
-        # without a reset the mask is causal, which the attention knows by itself
-        create_attention_mask=reset_attention_mask,
+        # The attention makes its own mask: causal, or from the `documents` of IdentifiedDataset.
+        create_attention_mask=False,
     )
     assert config.split_matrix is not None
     # megatron-core would build what nobody reads: the test split, and validation of which no sample is asked
     config.split_matrix = [*(span if kept else None for span, kept in zip(config.split_matrix, wanted)), None]  # type: ignore[list-item]
     with _cache_turn(Path(facts["cache"])):
         built = _Builder(GPTDataset, [*sizes, 0], lambda: True, config).build()
-    identified = [None if dataset is None else _identified(dataset, blend, facts) for dataset in built[:2]]
+    eod = tokenizer.eod if reset_attention_mask else None
+    identified = [
+        None if dataset is None else IdentifiedDataset(dataset, _table(dataset, blend, facts), eod)
+        for dataset in built[:2]
+    ]
     train, valid = identified
     assert train is not None
     remedies = ("train for fewer steps", "evaluate on fewer (--eval-iters)")
@@ -226,10 +232,10 @@ def _cache_turn(cache: Path) -> Iterator[None]:
         yield
 
 
-def _identified(
+def _table(
     dataset: GPTDataset | BlendedDataset, blend: Blend, facts: dict[str, Any]
-) -> IdentifiedDataset:
-    """The dataset with its table. Collective: rank 0 hashes the index arrays."""
+) -> list[DatasetDescription]:
+    """The table of a dataset. Collective: rank 0 hashes the index arrays."""
     parts = components(dataset)
     hashes = _on_first_rank(
         lambda: {
@@ -258,4 +264,4 @@ def _identified(
                 index_sha256=hashes[index],
             )
         )
-    return IdentifiedDataset(dataset, table)
+    return table

@@ -1,1 +1,1 @@
-"""Pure functions on local tensors: per-row partial dot products."""
+"""Pure functions on local tensors: partial dot products of rows and of their parts."""

@@ -6,6 +6,8 @@ directions K tensors of the parameter's shape; dots ``[b, K]``, added to.
     bias       dots[i, k] += sum_t B_it . D_k
     norm       dots[i, k] += sum_t B_it . (D_k * xhat_it)  (+ sum_t B_it . Dshift_k)
     embedding  dots[i, k] += sum_t B_it . D_k[id_it]
+
+The ``token_*`` functions give the summands of each token, for parts of rows (segments.py).
 """
 
 from __future__ import annotations
@@ -25,6 +27,17 @@ def row_gradients(tokens: Tensor, batch_dim: int, dtype: torch.dtype) -> Tensor:
 def vector_dots(gradients: Tensor, directions: Sequence[Tensor], dots: Tensor) -> None:
     """``dots[i, k] += gradients_i . D_k`` for per-row gradients ``[b, h]``."""
     dots.addmm_(gradients.to(dots.dtype), torch.stack([d.to(dots.dtype) for d in directions], dim=1))
+
+
+def token_vector_dots(tokens: Tensor, directions: Sequence[Tensor]) -> Tensor:
+    """``tokens . D_k`` of every token: ``[*, h]`` -> ``[*, K]``, fp64."""
+    return (tokens.to(directions[0].dtype) @ torch.stack(list(directions), dim=1)).double()
+
+
+def token_embedding_dots(output_grad: Tensor, ids: Tensor, directions: Sequence[Tensor]) -> Tensor:
+    """``B_t . D_k[id_t]`` of every token: ``[*, h]`` -> ``[*, K]``, fp64."""
+    wide = output_grad.to(directions[0].dtype)
+    return torch.stack([torch.linalg.vecdot(wide, d[ids]) for d in directions], dim=-1).double()
 
 
 def embedding_dots(

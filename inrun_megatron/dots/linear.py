@@ -7,6 +7,10 @@ The per-row weight gradients are the blocks of the batch's weight gradient, ``dW
 training computes anyway; scoring adds one multiply-add per weight, row and target:
 
     dots[i, k] = <D_k, W_i> = sum_{o,j} D_k[o, j] W_i[o, j]          (arXiv 2406.11011, section 4.2)
+
+Parts of rows (segments.py) are blocks of the same sum; where they are short, projecting every token is cheaper:
+
+    dots[p, k] = sum_{t in p} B_t . (D_k A_t)
 """
 
 from __future__ import annotations
@@ -16,11 +20,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .segments import Segments
+
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 # Rows that share an accumulator: a row's dot is the difference of two dots of the accumulator, so its
 # rounding error grows with the square root of the rows before it.
 ROWS_PER_ACCUMULATOR = 8
+
+# Mean tokens of a part below which tokens are projected. A block costs its part a pass over accumulator and direction,
+# 4 elements per weight and target with reads and writes; the projection costs 2 operations per weight, token and
+# target. On a CPU core they meet between 16 and 32 tokens.
+PROJECTED_TOKENS = 24
 
 
 def weight_gradient(activation: Tensor, output_grad: Tensor) -> Tensor:
@@ -43,22 +54,27 @@ def weight_gradient_and_dots(
     directions: Sequence[Tensor],
     batch_dim: int,
     dots: Tensor,
+    segments: Segments | None = None,
 ) -> Tensor:
-    """The batch's weight gradient, and every row's dots on the way.
+    """The batch's weight gradient, and the dots of every row (of every part, with segments) on the way.
 
     Args:
         activation: A, ``[s, b, in]`` or with rows along another ``batch_dim``.
         output_grad: B, ``[s, b, out]``.
         directions: K tensors ``[out, in]``, fp32 (fp64 in fp64 runs).
         batch_dim: dimension of A and B that counts the rows.
-        dots: ``[b, K]``; the dots are added to it.
+        dots: ``[b, K]``, ``[n, K]`` with segments; the dots are added to it.
+        segments: n parts of the rows, with A ``[s, b, in]`` or ``[b, s, in]``.
 
     Returns:
-        dW ``[out, in]`` in the buffers' precision. With one row it is bitwise what training without
-        scoring computes; with several, blocks of lower precision are accumulated in fp32.
+        dW ``[out, in]`` in the buffers' precision. With one row (or part), and where tokens are projected, it is
+        bitwise what training without scoring computes; with several, blocks of lower precision are accumulated in
+        fp32.
     """
-    rows = activation.shape[batch_dim]
-    if rows == 1:
+    if segments is not None and projects(segments):
+        dots += segments.sums(token_dots(activation, output_grad, directions), batch_dim)
+        return weight_gradient(activation, output_grad)
+    if len(dots) == 1:
         grad = weight_gradient(activation, output_grad)
         flat = grad.reshape(-1).to(directions[0].dtype)
         for k, direction in enumerate(directions):
@@ -68,16 +84,40 @@ def weight_gradient_and_dots(
     low = dtype in LOW_PRECISION
     if low and not activation.is_cuda:
         activation, output_grad = activation.float(), output_grad.float()
-    a = [activation.select(batch_dim, i).flatten(0, -2) for i in range(rows)]
-    b = [output_grad.select(batch_dim, i).flatten(0, -2).t() for i in range(rows)]
+    a = _blocks(activation, batch_dim, segments)
+    b = [block.t() for block in _blocks(output_grad, batch_dim, segments)]
     flat_directions = [direction.reshape(-1) for direction in directions]
     if low and activation.is_cuda:
         return _separate_blocks(a, b, flat_directions, dots).to(dtype)
     grad = _running_dots(a[:ROWS_PER_ACCUMULATOR], b[:ROWS_PER_ACCUMULATOR], flat_directions, dots)
-    for start in range(ROWS_PER_ACCUMULATOR, rows, ROWS_PER_ACCUMULATOR):
+    for start in range(ROWS_PER_ACCUMULATOR, len(a), ROWS_PER_ACCUMULATOR):
         stop = start + ROWS_PER_ACCUMULATOR
         grad.add_(_running_dots(a[start:stop], b[start:stop], flat_directions, dots[start:stop]))
     return grad.to(dtype)
+
+
+def projects(segments: Segments) -> bool:
+    """Is projecting every token cheaper than a block per part? It is for short parts: see PROJECTED_TOKENS."""
+    return segments.rows * segments.positions < PROJECTED_TOKENS * len(segments)
+
+
+def token_dots(activation: Tensor, output_grad: Tensor, directions: Sequence[Tensor]) -> Tensor:
+    """``B_t . (D_k A_t)`` of every token: A ``[*, in]``, B ``[*, out]`` -> ``[*, K]``, fp64.
+
+    The projection goes to the narrower side, so that what it holds is at most the size of a buffer.
+    """
+    a, b = activation.to(directions[0].dtype), output_grad.to(directions[0].dtype)
+    wide = b.shape[-1] > a.shape[-1]
+    columns = [
+        torch.linalg.vecdot(b @ d, a) if wide else torch.linalg.vecdot(a @ d.t(), b) for d in directions
+    ]
+    return torch.stack(columns, dim=-1).double()
+
+
+def _blocks(buffer: Tensor, batch_dim: int, segments: Segments | None) -> list[Tensor]:
+    """The rows of a buffer as matrices ``[tokens, features]``, or their parts."""
+    rows = [buffer.select(batch_dim, i).flatten(0, -2) for i in range(buffer.shape[batch_dim])]
+    return rows if segments is None else [rows[i][begin:end] for i, begin, end in segments.bounds]
 
 
 def _running_dots(

@@ -108,7 +108,7 @@ class PipelineAdapter:
         self._stream = stream
         self._forwards = self._backwards = 0
         try:
-            loss: Tensor = self.engine.train_batch(data_iter=iter([*prepended, *microbatches]))
+            loss = train_batch(self.engine, [*prepended, *microbatches])
         finally:
             self._stream = None
             self.engine.set_dataiterator(None)
@@ -119,6 +119,7 @@ class PipelineAdapter:
         engine = self.engine
         self._stream = stream
         self._forwards = self._backwards = 0
+        _announce(engine, microbatches)
         engine.set_dataiterator(iter(microbatches))
         engine.total_loss = None
         engine._compute_loss = True
@@ -200,6 +201,20 @@ def _detached_schedule(engine: PipelineEngine, microbatches: int) -> TrainSchedu
     return DetachedSchedule(micro_batches=microbatches, stages=engine.num_stages, stage_id=engine.stage_id)
 
 
+def train_batch(engine: PipelineEngine, microbatches: Sequence[tuple[Any, Any]]) -> Tensor:
+    """``engine.train_batch`` over (inputs, labels) pairs; every stage's module is told all inputs."""
+    _announce(engine, microbatches)
+    loss: Tensor = engine.train_batch(data_iter=iter(microbatches))
+    return loss
+
+
+def _announce(engine: PipelineEngine, microbatches: Sequence[tuple[Any, Any]]) -> None:
+    """A module with ``expect`` needs more of a microbatch than the stage before sends it."""
+    expect = getattr(engine.module, "expect", None)
+    if expect is not None:
+        expect([inputs for inputs, _ in microbatches])
+
+
 def evaluate(
     engine: PipelineEngine, microbatches: Sequence[tuple[Any, Any]], loss: Callable[[Any, Any], Tensor]
 ) -> Tensor:
@@ -211,6 +226,7 @@ def evaluate(
     module = engine.module
     own, training = module.loss_fn, [m for m in module.modules() if m.training]
     module.loss_fn = loss
+    _announce(engine, microbatches)
     engine.total_loss = None  # of the training losses; train_batch starts it anew
     try:
         losses = engine.eval_batch(

@@ -22,6 +22,7 @@ from inrun_megatron.ledger.schema import (
     VALUES_SCHEMA,
     PartInfo,
     check_version,
+    granularity_of,
 )
 from inrun_megatron.ledger.step_table import with_realised
 
@@ -86,6 +87,11 @@ class Ledger:
     @property
     def dataset_names(self) -> list[str]:
         return [str(dataset.get("name", index)) for index, dataset in enumerate(self.run["datasets"])]
+
+    @property
+    def granularity(self) -> str:
+        """What a row of `values/` is of: `sample`, `document` or `token`."""
+        return granularity_of(self.run)
 
     @property
     def last_step(self) -> int:

@@ -33,8 +33,10 @@ DUPLICATE_RANGE_ROWS = 1 << 21
 
 @dataclass
 class StepTotals:
-    """Rows, sum of values and sum of |values| of each (step, target), from the rows themselves."""
+    """Rows, samples, sum of values and sum of |values| of each (step, target), from the rows themselves."""
 
+    samples: Counter[tuple[int, str]] = field(default_factory=Counter)
+    """Rows with segment 0: every sample has one."""
     rows: Counter[tuple[int, str]] = field(default_factory=Counter)
     total: Counter[tuple[int, str]] = field(default_factory=Counter)
     absolute: Counter[tuple[int, str]] = field(default_factory=Counter)
@@ -67,7 +69,8 @@ def check_contents(ledger: Ledger, parts: list[PartInfo]) -> tuple[StepTotals, C
             ):
                 faults[what] += table.num_rows - (pc.sum(good).as_py() or 0)
             rows += table.num_rows
-            _add_totals(totals, table["step"], names, pc.if_else(finite, value, 0.0))
+            first = pc.equal(table["segment"], 0)
+            _add_totals(totals, table["step"], names, pc.if_else(finite, value, 0.0), first)
         not_finite += faults["values that are not finite"]
         bad += [f"{part.file}: {count:,} {what}" for what, count in faults.items() if count]
     figures = {"rows": rows, "not_finite": not_finite, "bad": bad}
@@ -77,15 +80,28 @@ def check_contents(ledger: Ledger, parts: list[PartInfo]) -> tuple[StepTotals, C
 
 
 def _add_totals(
-    totals: StepTotals, step: pa.ChunkedArray, target: pa.ChunkedArray, value: pa.ChunkedArray
+    totals: StepTotals,
+    step: pa.ChunkedArray,
+    target: pa.ChunkedArray,
+    value: pa.ChunkedArray,
+    first: pa.ChunkedArray,
 ) -> None:
-    table = pa.table({"step": step, "target": target, "value": value, "absolute": pc.abs(value)})
+    table = pa.table(
+        {
+            "step": step,
+            "target": target,
+            "value": value,
+            "absolute": pc.abs(value),
+            "first": pc.cast(first, pa.int64()),
+        }
+    )
     grouped = table.group_by(["step", "target"]).aggregate(
-        [("value", "count"), ("value", "sum"), ("absolute", "sum")]
+        [("value", "count"), ("value", "sum"), ("absolute", "sum"), ("first", "sum")]
     )
     for row in grouped.to_pylist():
         key = (row["step"], row["target"])
         totals.rows[key] += row["value_count"]
+        totals.samples[key] += row["first_sum"]
         totals.total[key] += row["value_sum"]
         totals.absolute[key] += row["absolute_sum"]
 
@@ -162,8 +178,8 @@ def check_steps(ledger: Ledger, steps: list[dict[str, Any]], totals: StepTotals,
         seen[key] += 1
         statuses[row["step"]] = row["status"]
         expected = row["samples"] if row["status"] == SCORED else 0
-        if totals.rows[key] != expected:
-            bad.append(f"step {key[0]} target {key[1]}: {totals.rows[key]} rows, {expected} recorded")
+        if totals.samples[key] != expected:
+            bad.append(f"step {key[0]} target {key[1]}: {totals.samples[key]} rows, {expected} recorded")
         elif row["status"] == SCORED and row["sum_values"] is not None:
             gap = abs(totals.total[key] - row["sum_values"])
             if not gap <= SUM_TOLERANCE * totals.absolute[key]:  # "not within", so that a NaN fails

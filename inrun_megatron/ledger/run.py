@@ -23,6 +23,7 @@ from inrun_megatron.ledger.schema import (
     RunDescription,
     check_version,
     commit_name,
+    granularity_of,
     now,
 )
 
@@ -96,7 +97,7 @@ def open_ledger(directory: Path | str, description: RunDescription | None = None
     """Open an existing ledger to continue its run, take the lock. Rank 0 only; call `rollback` next.
 
     With `description` (of the resumed run) targets and datasets must be those of run.json, since rows refer
-    to them by name and index; layout, versions and other configuration may differ.
+    to them by name and index, and the granularity of the rows; layout, versions and other configuration may differ.
 
     Raises UserError when there is no ledger, its schema is another, a run is writing it, or the description
     differs.
@@ -112,6 +113,12 @@ def open_ledger(directory: Path | str, description: RunDescription | None = None
             resumed = description.to_dict()
             _check_same("target", run["targets"], resumed["targets"], _TARGET_IDENTITY, run["run_id"])
             _check_same("dataset", run["datasets"], resumed["datasets"], _DATASET_IDENTITY, run["run_id"])
+            before, after = granularity_of(run), granularity_of(resumed)
+            if before != after:
+                raise UserError(
+                    f"the ledger of run {run['run_id']} holds values by {before}, the resumed run's are by {after}; "
+                    f"resume with --shapley-granularity {before}, or choose another --shapley-dir"
+                )
     except BaseException:
         lock.close()
         raise

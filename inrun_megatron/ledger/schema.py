@@ -99,7 +99,7 @@ class StepRecord:
     consumed_samples: int | None = None
     """Training samples consumed at the end of this step, over the whole run."""
     samples: int = 0
-    """Samples scored in this step over all writers: the step's rows per target in `values/`; 0 unless
+    """Samples scored in this step over all writers: the step's rows per target with segment 0 in `values/`; 0 unless
     scored."""
     lr: float | None = None
     train_loss: float | None = None
@@ -204,6 +204,12 @@ class PartInfo:
             first_step=int(record["first_step"]),
             last_step=int(record["last_step"]),
         )
+
+
+def granularity_of(run: Mapping[str, Any]) -> str:
+    """What a row of `values/` is of: `sample`, `document` or `token`, by run.json's configuration."""
+    shapley = (run.get("configuration") or {}).get("shapley")
+    return str(shapley.get("granularity", "sample")) if isinstance(shapley, Mapping) else "sample"
 
 
 def part_name(table: str, first_step: int, last_step: int, writer: int) -> str:

@@ -1,4 +1,4 @@
-"""Causal attention on `torch.nn.functional.scaled_dot_product_attention`, as a core attention of megatron-core."""
+"""Causal attention, over whole rows or within documents, on `torch.nn.functional.scaled_dot_product_attention`, as a core attention of megatron-core."""
 
 from __future__ import annotations
 
@@ -10,11 +10,24 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
+def document_mask(documents: torch.Tensor) -> torch.Tensor:
+    """Causal attention limited to the own document (`--reset-attention-mask`).
+
+    documents: [b, s] integers, the same for tokens of one document, neighbouring documents differ. Returns Megatron's
+    attention mask, bool [b, 1, s, s]: True where query (third dimension) may not see key (`_get_ltor_masks_and_position_ids`,
+    megatron/core/datasets/gpt_dataset.py).
+    """
+    s = documents.shape[1]
+    foreign = documents[:, :, None] != documents[:, None, :]
+    future = torch.ones(s, s, dtype=torch.bool, device=documents.device).triu_(1)
+    return foreign.logical_or_(future)[:, None]
+
+
 class SdpaCoreAttention(torch.nn.Module):
     """Takes the place of `megatron.core.transformer.dot_product_attention.DotProductAttention`, which needs CUDA.
 
     Runs on CPU and, on a GPU, as flash attention without TransformerEngine. Grouped queries keep their few keys and
-    values (`enable_gqa`) instead of repeating them. Only the causal mask is built in.
+    values (`enable_gqa`) instead of repeating them. Without a mask it is causal over whole rows.
 
     Parameters as megatron-core passes them to a core attention (megatron/core/transformer/attention.py,
     `CoreAttentionBuilder`).
@@ -56,10 +69,11 @@ class SdpaCoreAttention(torch.nn.Module):
         """Attention over one microbatch.
 
         query [s, b, heads/tp, d], key and value [s, b, groups/tp, d] -> context [s, b, heads/tp * d].
-        A mask, a bias or packed sequences raise ValueError: none of them may be silently ignored.
+        attention_mask: None (causal) or bool, broadcast to [b, heads/tp, s, s], True where attention is not allowed; it
+        must then forbid the future too. A bias or packed sequences raise ValueError: neither may be silently ignored.
         """
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("SdpaCoreAttention takes no mask, bias or packed sequences: the mask is causal")
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("SdpaCoreAttention takes no bias and no packed sequences")
         # [s, b, n, d] -> [b, n, s, d]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         dropout = self.dropout if self.training else 0.0
@@ -71,8 +85,9 @@ class SdpaCoreAttention(torch.nn.Module):
                 query,
                 key,
                 value,
+                attn_mask=None if attention_mask is None else ~attention_mask,
                 dropout_p=dropout,
-                is_causal=True,
+                is_causal=attention_mask is None,
                 scale=self.softmax_scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )

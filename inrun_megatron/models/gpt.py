@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from inrun_megatron.models import cpu
-from inrun_megatron.models.attention import SdpaCoreAttention
+from inrun_megatron.models.attention import SdpaCoreAttention, document_mask
 from inrun_megatron.models.initialise import Gather, initialise
 from inrun_megatron.models.norm import Norm
 
@@ -151,6 +151,9 @@ def build_gpt(
 def token_losses(module: torch.nn.Module, microbatch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Losses of a microbatch per token [b, s], fp32, not reduced and not masked.
 
-    module: a GPT or a DeepSpeed engine around one. The attention is causal over the whole row.
+    module: a GPT or a DeepSpeed engine around one. The attention is causal over the whole row, or within documents
+    where the microbatch has `documents` [b, s] (data/samples.py).
     """
-    return module(microbatch["tokens"], microbatch["position_ids"], None, labels=microbatch["labels"])
+    documents = microbatch.get("documents")
+    mask = None if documents is None else document_mask(documents)
+    return module(microbatch["tokens"], microbatch["position_ids"], mask, labels=microbatch["labels"])

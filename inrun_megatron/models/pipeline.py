@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from megatron.core import parallel_state
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.models import cpu
+from inrun_megatron.models.attention import document_mask
 from inrun_megatron.models.gpt import padded_vocabulary, transformer_config
 from inrun_megatron.models.initialise import initialise
 from inrun_megatron.models.recompute import Wrap
@@ -35,6 +37,36 @@ if TYPE_CHECKING:
 
 class GPTPipeline(PipelineModule):
     """One stage of the pipeline."""
+
+    _documents: deque[torch.Tensor | None] | None = None
+
+    def expect(self, inputs: Sequence[Any]) -> None:
+        """Say what the coming forwards are of, in their order: the first stage's inputs of every microbatch.
+
+        Only hidden states travel between stages, but every stage's attention needs to know the documents. All ranks of
+        a replica hold the microbatches, and every stage runs their forwards in the same order.
+        """
+        self._documents = deque(documents[0] if documents else None for _, _, *documents in inputs)
+
+    def forward(self, forward_input: Any) -> Any:
+        """This stage's layers for the next microbatch."""
+        if self._documents is None:
+            if isinstance(forward_input, tuple) and len(forward_input) > 2:
+                raise UserError(
+                    "the microbatch is cut at documents, but the stages were not told: call module.expect(inputs)"
+                )
+            return super().forward(forward_input)
+        documents = self._documents.popleft()
+        self._documents = self._documents or None
+        mask = None if documents is None else document_mask(documents)
+        blocks = list(self.blocks())
+        for block in blocks:
+            block.attention_mask = mask
+        try:
+            return super().forward(forward_input)
+        finally:
+            for block in blocks:
+                block.attention_mask = None
 
     def gpt_name(self, name: str) -> str:
         """GPTModel's name for a parameter (of this stage) called `name` here."""

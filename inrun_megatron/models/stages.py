@@ -26,7 +26,9 @@ from inrun_megatron.models.recompute import Wrap, with_tracker_states
 if TYPE_CHECKING:
     from inrun_megatron.config import ModelConfig
 
-Inputs = tuple[Tensor, Tensor]
+Inputs = tuple[
+    Tensor, ...
+]  # tokens, position ids and, where attention is cut at documents, documents: [b, s] each
 Labels = tuple[Tensor, Tensor]
 
 
@@ -50,8 +52,8 @@ class WordEmbeddings(torch.nn.Module):
         self.output_layer = _output_layer(config, vocabulary, own_weight=False) if tied else None
 
     def forward(self, inputs: Inputs) -> Inputs:
-        """(tokens, position ids) [b, s] -> (rows [b, s, h], position ids)."""
-        tokens, positions = inputs
+        """(tokens, position ids, ...) [b, s] -> (rows [b, s, h], position ids)."""
+        tokens, positions = inputs[:2]
         return self.word_embeddings(tokens), positions
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -92,6 +94,7 @@ class Block(torch.nn.Module):
     """Transformer layer `number`, counted from 1 through all stages.
 
     wrap: see models/recompute.py; None keeps all activations.
+    attention_mask: of the microbatch whose forward runs now (models/attention.py); None: causal over whole rows.
     """
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, number: int) -> None:
@@ -101,6 +104,7 @@ class Block(torch.nn.Module):
         self.tensor_parallel = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.rotary: RotaryEmbedding | None = None
         self.wrap: Wrap | None = None
+        self.attention_mask: Tensor | None = None
         if model.position_embedding_type == "rope":
             self.rotary = RotaryEmbedding(
                 kv_channels=config.kv_channels,
@@ -109,20 +113,20 @@ class Block(torch.nn.Module):
                 use_cpu_initialization=True,
             )
 
-    def _run(self, hidden: Tensor) -> Tensor:
+    def _run(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         rotary = None if self.rotary is None else self.rotary(hidden.shape[0] * self.tensor_parallel)
-        hidden, _ = self.layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
+        hidden, _ = self.layer(hidden_states=hidden, attention_mask=mask, rotary_pos_emb=rotary)
         return hidden
 
     def _as_now(self) -> Callable[[Tensor], Tensor]:
-        """`_run` with dropout on or off as now: the stream goes back and forth between evaluation and training."""
-        training = self.training
+        """`_run` with mask and dropout as now: the stream goes back and forth between evaluation and training."""
+        training, mask = self.training, self.attention_mask
 
         def run(hidden: Tensor) -> Tensor:
             before = self.training
             self.train(training)
             try:
-                return self._run(hidden)
+                return self._run(hidden, mask)
             finally:
                 self.train(before)
 
@@ -131,7 +135,7 @@ class Block(torch.nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[s(/tp), b, h] -> [s(/tp), b, h]."""
         if self.wrap is None or not torch.is_grad_enabled():
-            return self._run(hidden)
+            return self._run(hidden, self.attention_mask)
         function = with_tracker_states(self.wrap(self._as_now()))
         return checkpoint(function, hidden, use_reentrant=True)
 
@@ -183,9 +187,11 @@ class PipelineLoss:
 
     @staticmethod
     def split(microbatch: Mapping[str, Tensor]) -> tuple[Inputs, Labels]:
-        """What the first and the last stage read of a microbatch."""
+        """What the first and the last stage read of a microbatch; all stages read `documents` of the first one's
+        inputs (`GPTPipeline.expect`)."""
+        names = ("tokens", "position_ids", "documents")
         return (
-            (microbatch["tokens"], microbatch["position_ids"]),
+            tuple(microbatch[name] for name in names if name in microbatch),
             (microbatch["labels"], microbatch["loss_mask"]),
         )
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from inrun_megatron.data.identity import SampleResolver, Span
+from inrun_megatron.data.segments import places_of_documents, places_of_tokens
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
 
@@ -26,6 +27,7 @@ class Documents:
 
     def __init__(self, ledger: Ledger, moved: Mapping[int, str] | None = None) -> None:
         self.resolver = SampleResolver(ledger.datasets, moved)
+        self._granularity = ledger.granularity
 
     def shares(self, dataset: int, samples: np.ndarray) -> pa.Table:
         """Which documents make up each sample: columns dataset, sample, document, tokens (of the document in the
@@ -43,6 +45,25 @@ class Documents:
                 "document": spans["document"],
                 "tokens": tokens,
                 "share": tokens / per_sample[row],
+            }
+        )
+
+    def segments(self, dataset: int, samples: np.ndarray, counts: np.ndarray) -> pa.Table:
+        """Which documents the ledger's segments are of: columns dataset, sample, first and last (segments), document, share
+        (of those segments' values; 1 unless a segment touches several documents). counts: segments of each sample."""
+        samples = np.asarray(samples, dtype=np.int64)
+        if self._granularity == "token":
+            places = places_of_tokens(self.resolver, dataset, samples)
+        else:
+            places = places_of_documents(self.resolver, dataset, samples, np.asarray(counts))
+        return pa.table(
+            {
+                "dataset": np.full(len(places.row), dataset, dtype=np.int16),
+                "sample": samples[places.row],
+                "first": places.first,
+                "last": places.last,
+                "document": places.document,
+                "share": places.share,
             }
         )
 

@@ -3,7 +3,8 @@
 Relations that every query can use:
 
     ledger_values(step, dataset, sample, segment, target, tokens, value)   rows of values/, as they are
-    scored(... the same ..., normalised)                          finite rows, with their normalised value
+    parts(... the same ..., normalised)                           finite rows, with their normalised value
+    scored(step, dataset, sample, target, tokens, value, normalised)   the same by sample: sums over its segments
     cells(step, dataset, target, n, tokens, total, absolute, negatives)   one row per step, dataset and target
     datasets(dataset, name), targets(target, position)
 
@@ -14,7 +15,8 @@ Relations that every query can use:
 Values shrink by orders of magnitude as the loss flattens and the learning rate falls, so that sums over a run are sums
 over its first steps. In nu every step weighs the same, a typical sample has |nu| = 1, and the sign stays. Dividing by
 the step's realised loss change (as the paper's authors suggest) or by sum_j phi_j would do the same on average, but both
-come near zero and change sign from step to step, so single steps would rule the result again.
+come near zero and change sign from step to step, so single steps would rule the result again. Segments of a sample have
+the factor of their step, so that their normalised values add up to the sample's.
 """
 
 from __future__ import annotations
@@ -38,7 +40,14 @@ CREATE TEMP TABLE cells AS
 SELECT step, dataset, target, count(*) AS n, sum(CAST(tokens AS BIGINT)) AS tokens,
        sum(value) AS total, sum(abs(value)) AS absolute,
        sum(CASE WHEN value < 0 THEN 1 ELSE 0 END) AS negatives
-FROM ledger_values WHERE isfinite(value) GROUP BY step, dataset, target
+FROM {samples} WHERE isfinite(value) GROUP BY step, dataset, target
+"""
+
+# By sample: the rows themselves where samples are not cut.
+_SAMPLES = """
+CREATE TEMP VIEW sample_values AS
+SELECT step, dataset, sample, target, sum(CAST(tokens AS BIGINT)) AS tokens, sum(value) AS value
+FROM ledger_values WHERE isfinite(value) GROUP BY step, dataset, sample, target
 """
 
 _SCALES = """
@@ -48,9 +57,9 @@ FROM cells GROUP BY step, target
 """
 
 _SCORED = """
-CREATE TEMP VIEW scored AS
-SELECT v.step, v.dataset, v.sample, v.segment, v.target, v.tokens, v.value, v.value * s.factor AS normalised
-FROM ledger_values v JOIN scales s ON v.step = s.step AND v.target = s.target
+CREATE TEMP VIEW {name} AS
+SELECT v.*, v.value * s.factor AS normalised
+FROM {values} v JOIN scales s ON v.step = s.step AND v.target = s.target
 WHERE isfinite(v.value)
 """
 
@@ -77,7 +86,14 @@ class Query:
             self._create_values(paths)
             self.register("datasets", _names("dataset", pa.int16(), ledger.dataset_names))
             self.register("targets", _positions(ledger.target_names))
-            for statement in (_CELLS, _SCALES, _SCORED):
+            samples = "ledger_values" if ledger.granularity == "sample" else "sample_values"
+            for statement in (
+                _SAMPLES,
+                _CELLS.format(samples=samples),
+                _SCALES,
+                _SCORED.format(name="parts", values="ledger_values"),
+                _SCORED.format(name="scored", values=samples),
+            ):
                 self._connection.execute(statement)
         except duckdb.Error as error:
             self.close()

@@ -1,8 +1,6 @@
 """Values by sample, document or dataset: the relation `figures`, ranked or exported.
 
-A sample's value belongs to all tokens of its row. It is shared among the documents that the row was cut from in
-proportion to their tokens in it; the shares add up to the sample's value. Exact values per document need the per-token
-terms, which the ledger does not hold at this granularity.
+How values of documents come about is said in report/attribution.py.
 """
 
 from __future__ import annotations
@@ -10,12 +8,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
+from inrun_megatron.report.attribution import create_document_rows
 from inrun_megatron.report.documents import Documents
 from inrun_megatron.report.phases import Phase
 from inrun_megatron.report.query import Query, quoted
-
-CHUNK = 1 << 20
-"""Samples that are resolved to documents at a time."""
 
 
 class Level(StrEnum):
@@ -44,16 +40,15 @@ KEYS = {
     Level.dataset: ["dataset", "dataset_name"],
 }
 
-# samples: rows that contributed; tokens: loss tokens (documents: their tokens in those rows).
+# samples: rows that contributed; tokens: loss tokens (documents: see attribution.py).
 _FIGURES = """
     target, samples, tokens, first_step, last_step, value,
     value / samples AS mean, CASE WHEN tokens > 0 THEN value / tokens END AS per_token, normalised
 """
 
 _SUMS = """
-    count(*) AS samples, CAST(sum(CAST({tokens} AS BIGINT)) AS BIGINT) AS tokens,
-    min(step) AS first_step, max(step) AS last_step,
-    sum(value * {share}) AS value, sum(normalised * {share}) AS normalised
+    count(*) AS samples, CAST(sum(CAST(tokens AS BIGINT)) AS BIGINT) AS tokens,
+    min(step) AS first_step, max(step) AS last_step, sum(value) AS value, sum(normalised) AS normalised
 """
 
 
@@ -70,17 +65,13 @@ def create_figures(
         chosen += f" AND target = {quoted(target)}"
     if level is Level.document:
         assert documents is not None
-        _create_spans(query, documents, chosen)
-        sums = _SUMS.format(tokens="p.tokens", share="p.share")
-        grouped = f"""
-            SELECT s.dataset, p.document, s.target, {sums}
-            FROM scored s JOIN spans p ON s.dataset = p.dataset AND s.sample = p.sample
-            WHERE {chosen} GROUP BY s.dataset, p.document, s.target
-        """
+        create_document_rows(query, documents, chosen)
+        grouped = (
+            f"SELECT dataset, document, target, {_SUMS} FROM document_rows GROUP BY dataset, document, target"
+        )
     else:
         keys = "dataset, sample, target" if level is Level.sample else "dataset, target"
-        sums = _SUMS.format(tokens="tokens", share="1")
-        grouped = f"SELECT {keys}, {sums} FROM scored WHERE {chosen} GROUP BY {keys}"
+        grouped = f"SELECT {keys}, {_SUMS} FROM scored WHERE {chosen} GROUP BY {keys}"
     columns = ", ".join(
         f"g.{key}" if key != "dataset_name" else "d.name AS dataset_name" for key in KEYS[level]
     )
@@ -107,19 +98,3 @@ def ranked(
         f"SELECT * FROM figures WHERE target = {quoted(target)} "
         f"ORDER BY {column} {direction} NULLS LAST, {keys} LIMIT {n}"
     )
-
-
-def _create_spans(query: Query, documents: Documents, chosen: str) -> None:
-    """The relation `spans`(dataset, sample, document, tokens, share) of the samples chosen; shares of a sample sum to 1."""
-    query.run("DROP TABLE IF EXISTS spans")
-    query.run(
-        "CREATE TEMP TABLE spans(dataset SMALLINT, sample BIGINT, document BIGINT, tokens BIGINT, share DOUBLE)"
-    )
-    for dataset in query.rows(f"SELECT DISTINCT dataset FROM scored WHERE {chosen} ORDER BY dataset"):
-        index = dataset["dataset"]
-        samples = query.table(
-            f"SELECT DISTINCT sample FROM ledger_values WHERE {chosen} AND dataset = {index} ORDER BY sample"
-        )["sample"].to_numpy()
-        for start in range(0, len(samples), CHUNK):
-            query.register("new_spans", documents.shares(index, samples[start : start + CHUNK]))
-            query.run("INSERT INTO spans SELECT * FROM new_spans")

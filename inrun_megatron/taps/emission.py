@@ -59,6 +59,14 @@ class Site:
         """False where another rank of the tensor-parallel group counts the same (replicated) gradient."""
         return self.sharding is not Sharding.REPLICATED or self.tp_rank == 0
 
+    @property
+    def sequence_shard(self) -> tuple[int, int]:
+        """(which, of how many) shard of the sequence the buffers hold; (0, 1): whole rows.
+
+        Linear layers see whole rows under sequence parallelism too: gathered before the product, or not scattered yet.
+        """
+        return (self.tp_rank, self.tp_size) if self.sharding is Sharding.SEQUENCE else (0, 1)
+
 
 @dataclass
 class Emission:

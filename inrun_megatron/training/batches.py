@@ -88,11 +88,6 @@ def microbatch_loss(losses: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tens
     return (losses.float() * mask).sum() / mask.sum().clamp(min=1.0)
 
 
-def loss_tokens(microbatch: Microbatch) -> torch.Tensor:
-    """Loss tokens of each row [b], int64."""
-    return microbatch["loss_mask"].sum(-1).round().to(torch.int64)
-
-
 def evaluation_batches(
     dataset: Any, batch: Batch, iterations: int, dp_rank: int, indices: Indices
 ) -> Iterator[Microbatch]:

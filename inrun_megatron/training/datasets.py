@@ -50,10 +50,16 @@ def vocabulary(config: Config) -> Tokenizer:
         tokenizer = build_tokenizer(data.tokenizer_model)
     elif data.vocab_size is not None and any(read_summary(prefix) is None for prefix in prefixes):
         # Data that was tokenized elsewhere: the flag states the vocabulary.
-        if data.eod_mask_loss or data.reset_position_ids:
-            raise UserError(
-                "--eod-mask-loss and --reset-position-ids need to know the end-of-document token: give --tokenizer-type"
-            )
+        needing = {
+            "--eod-mask-loss": data.eod_mask_loss,
+            "--reset-position-ids": data.reset_position_ids,
+            "--reset-attention-mask": data.reset_attention_mask,
+            "--shapley-granularity document": config.shapley.enabled
+            and config.shapley.granularity == "document",
+        }
+        for flag, given in needing.items():
+            if given:
+                raise UserError(f"{flag} needs to know the end-of-document token: give --tokenizer-type")
         return NullTokenizer(data.vocab_size)
     else:
         tokenizer = prepared_tokenizer(prefixes)
@@ -77,6 +83,7 @@ def targets(config: Config, tokenizer: Tokenizer) -> list[Target]:
             eod_mask_loss=config.data.eod_mask_loss,
             vocab_size=tokenizer.vocab_size,
             reset_position_ids=config.data.reset_position_ids,
+            reset_attention_mask=config.data.reset_attention_mask,
         )
         for spec in parse_targets(config.shapley.target)
     ]
@@ -97,6 +104,7 @@ def build(config: Config, batch: Batch, tokenizer: Tokenizer) -> Data:
             tokenizer=tokenizer,
             eod_mask_loss=config.data.eod_mask_loss,
             reset_position_ids=config.data.reset_position_ids,
+            reset_attention_mask=config.data.reset_attention_mask,
             cache_dir=config.data.data_cache_path,
         )
     except UserError as error:  # `build_datasets` raises on all ranks what is wrong on one

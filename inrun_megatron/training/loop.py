@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from inrun_megatron.config import Config
 from inrun_megatron.engines.pipeline import evaluate as evaluate_pipeline
+from inrun_megatron.engines.pipeline import train_batch as train_pipeline_batch
 from inrun_megatron.models import token_losses
 from inrun_megatron.parallel import Layout
 from inrun_megatron.pipeline import PipelineStep
@@ -22,7 +23,6 @@ from inrun_megatron.training.batches import (
     Microbatch,
     StepLoader,
     evaluation_batches,
-    loss_tokens,
     microbatch_loss,
     to_device,
 )
@@ -80,6 +80,8 @@ class Run:
         """One optimizer step: all its microbatches forward and backward, then the update."""
         started = time.perf_counter()
         microbatches = loader.next_step(more=not last)
+        if self.scoring is not None:
+            microbatches = [self.scoring.cut(microbatch) for microbatch in microbatches]
         engine = self.trainer.engine
         lr = float(self.trainer.optimizer.param_groups[0]["lr"])
         here = [to_device(microbatch, self.trainer.device) for microbatch in microbatches]
@@ -131,9 +133,8 @@ class Run:
         if isinstance(scored, PipelineStep):
             return scored.train_batch(microbatches)
         engine = self.trainer.engine
-        return float(
-            engine.train_batch(iter([engine.module.loss_fn.split(microbatch) for microbatch in microbatches]))
-        )
+        split = engine.module.loss_fn.split
+        return float(train_pipeline_batch(engine, [split(microbatch) for microbatch in microbatches]))
 
     def _mean_over_replicas(self, loss: torch.Tensor) -> float:
         mean = loss.double()
@@ -268,6 +269,9 @@ def _samples(scored: ScoredStep | None, microbatch: Microbatch) -> Iterator[None
         yield
         return
     with scored.samples(
-        dataset=microbatch["dataset"], sample=microbatch["sample"], tokens=loss_tokens(microbatch)
+        dataset=microbatch["dataset"],
+        sample=microbatch["sample"],
+        tokens=microbatch["loss_mask"],
+        segments=microbatch.get("segments"),
     ):
         yield

@@ -81,7 +81,15 @@ def run(settled: Settled) -> None:
         # Imported here so that training without scoring does not depend on it.
         from inrun_megatron.training.scoring import Scoring
 
-        scoring = Scoring(config, trainer, layout, targets=targets, datasets=data.table, progress=progress)
+        scoring = Scoring(
+            config,
+            trainer,
+            layout,
+            targets=targets,
+            datasets=data.table,
+            progress=progress,
+            eod=vocabulary.eod,
+        )
     elif config.training.recompute_granularity is not None:
         trainer.recompute(config.training.recompute_num_layers)
 

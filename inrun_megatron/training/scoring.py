@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from inrun_megatron.config import Config
+from inrun_megatron.data.megatron import document_ids
 from inrun_megatron.ledger.schema import DEFAULT_SUBDIRECTORY, DRIFT, RUN_FILE, PartInfo, RunDescription
 from inrun_megatron.ledger.write import LedgerWriter, OpenLedger, commit, create_ledger, open_ledger, rollback
 from inrun_megatron.models import token_losses
@@ -68,7 +69,7 @@ class Scoring:
     """InRunShapley and its ledger for one run. Every method is a collective over the world.
 
     targets: `inrun_megatron.data.targets.Target`s. datasets: the training data's table, as plain mappings.
-    progress: of the checkpoint that was loaded; the ledger is rolled back to it.
+    progress: of the checkpoint that was loaded; the ledger is rolled back to it. eod: the end-of-document token.
     """
 
     def __init__(
@@ -80,8 +81,9 @@ class Scoring:
         targets: Sequence[Any],
         datasets: Sequence[dict[str, Any]],
         progress: Progress,
+        eod: int,
     ) -> None:
-        self.config, self.layout = config, layout
+        self.config, self.layout, self._eod = config, layout, eod
         self.directory = ledger_directory(config)
         self.target_names = [target.name for target in targets]
         self.dataset_names = [str(dataset["name"]) for dataset in datasets]
@@ -148,6 +150,15 @@ class Scoring:
     def step(self, iteration: int, microbatches: Sequence[Microbatch]) -> Any:
         """`InRunShapley.step`: the context of one optimizer step."""
         return self.shapley.step(iteration, microbatches)
+
+    def cut(self, microbatch: Microbatch) -> Microbatch:
+        """The microbatch with `segments` [b, s] where --shapley-granularity cuts its rows."""
+        tokens = microbatch["tokens"]
+        if self.config.shapley.granularity == "document":
+            return {**microbatch, "segments": document_ids(tokens, self._eod)}
+        if self.config.shapley.granularity == "token":
+            return {**microbatch, "segments": torch.arange(tokens.shape[1]).repeat(len(tokens), 1)}
+        return microbatch
 
     def commit(self, iteration: int, checkpoint: str | None = None) -> None:
         """Make everything scored up to and including `iteration` part of the ledger.

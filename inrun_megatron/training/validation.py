@@ -196,11 +196,6 @@ def _data(config: Config) -> None:
     data = config.data
     if not data.data_path:
         raise UserError("--data-path is empty: give the prefix of a .bin/.idx pair")
-    if data.reset_attention_mask:
-        raise UserError(
-            "--reset-attention-mask is not supported: attention is causal over the whole row; leave the flag out "
-            "(--reset-position-ids and --eod-mask-loss work without it)"
-        )
     if data.tokenizer_type == "HuggingFaceTokenizer" and data.tokenizer_model is None:
         raise UserError(
             "--tokenizer-type HuggingFaceTokenizer needs --tokenizer-model PATH of a tokenizer.json"

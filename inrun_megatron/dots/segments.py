@@ -1,0 +1,99 @@
+"""How the tokens of a microbatch are cut into the parts that get values of their own: documents or single tokens.
+
+A sample's dot with a direction is a sum over its tokens; cut into parts, the parts' dots add up to it:
+
+    <D, B_i^T A_i> = sum_{t in row i} B_it . (D A_it) = sum_{parts p of i} <D, B_p^T A_p>
+
+Shape legend: b rows, s positions of a whole row (s/tp in a shard of sequence parallelism), n parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Consecutive parts of the rows of one microbatch.
+
+    Attributes:
+        rows, positions: b and s.
+        offsets: int64 ``[n + 1]`` on the CPU. Part j is positions ``offsets[j]`` to ``offsets[j + 1]`` of the b * s
+            positions counted row after row; none is empty and none crosses a row.
+    """
+
+    rows: int
+    positions: int
+    offsets: Tensor
+    _lengths: dict[tuple[torch.device, int, int], Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, parts: Tensor) -> Segments:
+        """Cut where neighbours differ.
+
+        Args:
+            parts: integers ``[b, s]``, on any device: equal neighbours of a row belong together.
+        """
+        if parts.dim() != 2 or parts.numel() == 0:
+            raise ValueError(f"parts have shape {list(parts.shape)}, not [rows, positions]")
+        parts = parts.cpu()
+        starts = torch.ones(parts.shape, dtype=torch.bool)
+        starts[:, 1:] = parts[:, 1:] != parts[:, :-1]
+        end = torch.tensor([parts.numel()])
+        rows, positions = parts.shape
+        return cls(rows, positions, torch.cat((starts.flatten().nonzero().flatten(), end)))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def row(self) -> Tensor:
+        """The row of every part, int64 ``[n]`` on the CPU."""
+        return self.offsets[:-1] // self.positions
+
+    @cached_property
+    def ordinal(self) -> Tensor:
+        """The number of every part within its row, int64 ``[n]`` on the CPU."""
+        first = torch.searchsorted(self.row, torch.arange(self.rows))
+        return torch.arange(len(self)) - first[self.row]
+
+    @cached_property
+    def bounds(self) -> list[tuple[int, int, int]]:
+        """(row, first position, position after the last) of every part."""
+        begin = self.offsets[:-1] - self.row * self.positions
+        end = self.offsets[1:] - self.row * self.positions
+        return list(zip(self.row.tolist(), begin.tolist(), end.tolist(), strict=True))
+
+    def lengths(self, device: torch.device, rank: int = 0, size: int = 1) -> Tensor:
+        """How many of every part's positions lie in sequence shard ``rank`` of ``size``, int64 ``[n]``.
+
+        Sequence parallelism gives rank r the positions ``[r s / size, (r + 1) s / size)`` of every row.
+        """
+        key = (device, rank, size)
+        if key not in self._lengths:
+            shard = self.positions // size
+            begin = self.offsets[:-1] - self.row * self.positions - rank * shard
+            end = self.offsets[1:] - self.row * self.positions - rank * shard
+            self._lengths[key] = (end.clamp(0, shard) - begin.clamp(0, shard)).to(device)
+        return self._lengths[key]
+
+    def sums(self, tokens: Tensor, batch_dim: int = 0, rank: int = 0, size: int = 1) -> Tensor:
+        """Sums of every part's positions.
+
+        Args:
+            tokens: ``[b, s]`` or ``[b, s, k]``; ``[s, b]`` and ``[s, b, k]`` with ``batch_dim`` 1; s/size positions
+                of a sequence shard.
+            rank, size: which shard.
+
+        Returns:
+            ``[n]`` or ``[n, k]``, in the precision of ``tokens``.
+        """
+        flat = tokens.movedim(batch_dim, 0).flatten(0, 1)
+        # Unlike index_add_ it adds in a fixed order on a GPU too.
+        return torch.segment_reduce(
+            flat, "sum", lengths=self.lengths(flat.device, rank, size), axis=0, unsafe=True
+        )

@@ -1,0 +1,101 @@
+"""Whose values a step computes: the samples of its microbatches, and the parts they are cut into.
+
+Shape legend: b rows and s positions of a microbatch, n parts, K targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dots.segments import Segments
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class MicrobatchRows:
+    """Attributes:
+    dataset, sample: identity of each row, ``[b]``.
+    tokens: loss tokens of each row ``[b]``, of each part ``[n]`` where rows are cut.
+    dots: partial dots ``[b, K]`` or ``[n, K]``, fp64, on the training device.
+    segments: the parts; None where rows are whole.
+    """
+
+    dataset: Tensor
+    sample: Tensor
+    tokens: Tensor
+    dots: Tensor
+    segments: Segments | None
+
+
+@dataclass
+class StepRows:
+    """The rows of a step in the order of its microbatches."""
+
+    targets: int
+    device: torch.device
+    microbatches: list[MicrobatchRows] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.microbatches)
+
+    def add(self, dataset: Any, sample: Any, tokens: Any, segments: Any = None) -> MicrobatchRows:
+        """A further microbatch, with dots of zero.
+
+        Args:
+            dataset, sample: ``[b]``.
+            tokens: loss mask ``[b, s]``, or, of whole rows, their loss tokens ``[b]``.
+            segments: ``[b, s]`` integers that change where a row is cut; None: whole rows.
+
+        Raises:
+            UserError: shapes that do not fit.
+        """
+        dataset, sample, tokens = (torch.as_tensor(x).cpu() for x in (dataset, sample, tokens))
+        cut = None if segments is None else Segments.of(torch.as_tensor(segments))
+        wanted = "[b] or [b, s]" if cut is None else f"{[cut.rows, cut.positions]}, that of the segments"
+        fits = tokens.dim() in (1, 2) if cut is None else tokens.shape == (cut.rows, cut.positions)
+        if not fits or len(tokens) != len(sample):
+            raise UserError(
+                f"tokens of shape {list(tokens.shape)} for {len(sample)} samples: pass the loss mask with shape {wanted}"
+            )
+        if tokens.dim() == 2:
+            tokens = (tokens.double().sum(1) if cut is None else cut.sums(tokens.double())).round().long()
+        count = len(sample) if cut is None else len(cut)
+        dots = torch.zeros(count, self.targets, dtype=torch.float64, device=self.device)
+        self.microbatches.append(MicrobatchRows(dataset, sample, tokens, dots, cut))
+        return self.microbatches[-1]
+
+    def dots(self) -> Tensor:
+        """All partial dots, ``[parts, K]``."""
+        return torch.cat([rows.dots for rows in self.microbatches])
+
+    def joined(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(dataset, sample, tokens) of all parts in the order of ``dots``, each ``[parts]``."""
+
+        def of_parts(rows: MicrobatchRows, of_rows: Tensor) -> Tensor:
+            return of_rows if rows.segments is None else of_rows[rows.segments.row]
+
+        return (
+            torch.cat([of_parts(rows, rows.dataset) for rows in self.microbatches]),
+            torch.cat([of_parts(rows, rows.sample) for rows in self.microbatches]),
+            torch.cat([rows.tokens for rows in self.microbatches]),
+        )
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """(row, ordinal within the row) of all parts, each int64 ``[parts]``; rows count through the step."""
+        rows, ordinals, first = [], [], 0
+        for microbatch in self.microbatches:
+            cut, count = microbatch.segments, len(microbatch.sample)
+            rows.append(first + (torch.arange(count) if cut is None else cut.row))
+            ordinals.append(torch.zeros(count, dtype=torch.int64) if cut is None else cut.ordinal)
+            first += count
+        return torch.cat(rows), torch.cat(ordinals)
+
+    def of_samples(self, parts: Tensor) -> Tensor:
+        """Values of the rows, ``[rows, K]``, from those of their parts ``[parts, K]``: sums in fp64."""
+        rows, _ = self.places()
+        count = sum(len(microbatch.sample) for microbatch in self.microbatches)
+        return torch.zeros(count, parts.shape[1], dtype=parts.dtype).index_add_(0, rows, parts)
