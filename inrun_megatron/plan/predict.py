@@ -59,16 +59,18 @@ class Collective:
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating point operations of one scored step on all ranks; a multiply-add counts two."""
+    """Floating point operations of one scored step on all ranks; a multiply-add counts two. terms: dots of the directions
+    with momentum and weights, for the momentum and decay terms."""
 
     training: float
     validation: float
     batch: float
     dots: float
+    terms: float
 
     @property
     def extra(self) -> float:
-        return self.validation + self.batch + self.dots
+        return self.validation + self.batch + self.dots + self.terms
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,7 @@ def operations(job: Job) -> Operations:
         validation=validation_rows * (cost.validation_passes * whole + cost.loss_passes * forward),
         batch=job.global_batch_size * cost.batch_passes * whole,
         dots=2.0 * job.targets * linear_weights(job) * job.global_batch_size,
+        terms=4.0 * job.targets * count(job.parameters) * job.tensor_parallel * job.pipeline_parallel,
     )
 
 

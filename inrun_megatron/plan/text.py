@@ -35,13 +35,13 @@ Cell = Callable[[Mapping[str, Any]], str]
 def _layout(plan: Mapping[str, Any]) -> str:
     job = plan["job"]
     sequence = "+SP" if job["sequence_parallel"] else ""
-    return f"TP {job['tensor_parallel']}{sequence}, PP {job['pipeline_parallel']}, DP {job['data_parallel']}"
+    return f"TP{job['tensor_parallel']}{sequence} PP{job['pipeline_parallel']} DP{job['data_parallel']}"
 
 
 def _scored(plan: Mapping[str, Any]) -> str:
     job = plan["job"]
-    base = " (drift)" if job["base"] == "drift" and job["estimator"] == "first_order" else ""
-    return f"{job['estimator']}{base}, {job['targets']} x {job['target_sequences']}"
+    drifts = job["base"] == "drift" and job["estimator"] == "first_order"
+    return f"{job['estimator']}, drift" if drifts else str(job["estimator"])
 
 
 ROWS: tuple[tuple[str, Cell], ...] = (
@@ -49,7 +49,8 @@ ROWS: tuple[tuple[str, Cell], ...] = (
     ("layout", _layout),
     ("ZeRO stage", lambda p: str(p["job"]["zero_stage"])),
     ("sequence, batch", lambda p: f"{p['job']['seq_length']:,} x {p['job']['global_batch_size']:,}"),
-    ("estimator, targets x sequences", _scored),
+    ("estimator", _scored),
+    ("targets x sequences", lambda p: f"{p['job']['targets']} x {p['job']['target_sequences']}"),
     ("scored steps", lambda p: "every" if p["job"]["interval"] == 1 else f"1 of {p['job']['interval']}"),
     ("parameters per rank", lambda p: scaled(p["parameters_per_rank"])),
     ("**memory per rank**: directions", lambda p: size(p["memory"]["directions"])),
