@@ -381,6 +381,12 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert plan["job"]["parameter_bytes"] == 4 and plan["memory"]["batch_gradient"] > 0
 
 
+def test_the_table_of_the_documentation_is_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "scaling.md").read_text()
+    names = [text for preset in PRESETS for text in ("--preset", preset)]
+    assert f"inrun plan {' '.join(names)} --markdown\n\n{run(capsys, *names, '--markdown')[1]}\n" in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

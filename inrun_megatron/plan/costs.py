@@ -56,10 +56,13 @@ LEDGER_ROW_BYTES, LEDGER_SAMPLE_BYTES = 9.0, 2.5
 """Of a Parquet part, zstd: per row (its value hardly compresses), and per sample for what its K rows share."""
 
 
-def dot_traffic_bytes(targets: int, low_precision: bool) -> int:
+def dot_traffic_bytes(targets: int, low_precision: bool, rows: int) -> int:
     """Memory traffic of scoring one weight of a linear layer for one row, beyond training (dots/linear.py).
 
-    fp32: the accumulator is read and written once more (8). bf16 and fp16 on a GPU: the row's product is written in fp32
-    (4), read and added to the sum (12). Either is then read with each of the K directions (8 K).
+    rows: of the microbatch. One row: its product is training's own; bf16 and fp16 are read (2) and written as fp32 (4).
+    Several in fp32: the accumulator is read and written once more (8). Several in bf16 or fp16 on a GPU: the row's
+    product is written in fp32 (4), read and added to the sum (12). What results is read with each of the K directions (8 K).
     """
+    if rows == 1:
+        return (6 if low_precision else 0) + 8 * targets
     return (16 if low_precision else 8) + 8 * targets

@@ -250,7 +250,7 @@ def time(job: Job, hardware: Hardware) -> Time:
         # Weights that move let nothing ride along: every pass fills and drains the pipeline.
         extra += bubble * (job.cost.validation_passes + job.cost.batch_passes + job.cost.loss_passes / 3)
     weights = sum(p.numel for p in job.parameters if p.linear)
-    traffic = dot_traffic_bytes(job.targets, job.parameter_bytes < 4) * weights
+    traffic = dot_traffic_bytes(job.targets, job.parameter_bytes < 4, job.micro_batch_size) * weights
     sent = sum(own.bytes * (2 if own.kind == "all_reduce" else 1) for own in collectives(job))
     return Time(
         training=(job.microbatches + bubble) * microbatch,

@@ -44,6 +44,11 @@ def _scored(plan: Mapping[str, Any]) -> str:
     return f"{job['estimator']}, drift" if drifts else str(job["estimator"])
 
 
+def _second_pass(plan: Mapping[str, Any]) -> str:
+    work = plan["operations"]
+    return f"{work['batch'] / work['training']:+.2%}" if work["batch"] else "-"
+
+
 ROWS: tuple[tuple[str, Cell], ...] = (
     ("GPUs", lambda p: f"{p['job']['world_size']:,}"),
     ("layout", _layout),
@@ -69,7 +74,7 @@ ROWS: tuple[tuple[str, Cell], ...] = (
     ("of them validation", lambda p: f"{p['operations']['validation'] / p['operations']['training']:+.2%}"),
     (
         "a second pass over the batch",
-        lambda p: f"{p['operations']['batch'] / p['operations']['training']:+.2%}",
+        _second_pass,
     ),
     ("dots", lambda p: f"{p['operations']['dots'] / p['operations']['training']:+.3%}"),
     ("**ledger** rows", lambda p: scaled(p["ledger"]["rows"])),
@@ -88,8 +93,9 @@ def _share(plan: Mapping[str, Any], part: str) -> str:
 
 
 def table_rows(plans: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Heading and cells of every row: one column per plan."""
-    return [[name, *(cell(plan) for plan in plans.values())] for name, cell in ROWS]
+    """Heading and cells of every row, one column per plan; rows without a figure in any plan are left out."""
+    rows = [[name, *(cell(plan) for plan in plans.values())] for name, cell in ROWS]
+    return [row for row in rows if set(row[1:]) != {"-"}]
 
 
 def markdown(plans: Mapping[str, Mapping[str, Any]]) -> str:
