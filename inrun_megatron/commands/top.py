@@ -23,7 +23,7 @@ from inrun_megatron.report.documents import Documents, parse_moved, shorten
 from inrun_megatron.report.phases import Phase, choose_steps
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.ranking import Level, Measure, create_figures, ranked
-from inrun_megatron.report.summary import with_place
+from inrun_megatron.report.summary import SNIPPET_CHARACTERS, with_text
 from inrun_megatron.report.tables import console, print_json, scale_of, signed, table
 
 
@@ -58,7 +58,7 @@ def top(
     with Query(ledger) as query:
         create_figures(query, by, chosen, documents if by is Level.document else None, target)
         found = {
-            name: [_shown(documents, by, row) for row in ranked(query, by, name, rank, worst, n)]
+            name: [_with_text(documents, by, row) for row in ranked(query, by, name, rank, worst, n)]
             for name in targets
         }
     if json:
@@ -79,8 +79,18 @@ def top(
         _print(out, rows, f"{'Worst' if worst else 'Best'} {by.value}s for target {name}", by, rank, chosen)
 
 
-def _shown(documents: Documents, by: Level, row: dict[str, Any]) -> dict[str, Any]:
-    return row if by is Level.dataset else with_place(documents, by, row)
+def _with_text(documents: Documents, by: Level, row: dict[str, Any]) -> dict[str, Any]:
+    if by is Level.document:
+        return with_text(documents, row)
+    if by is Level.sample:
+        try:
+            span = documents.spans(row["dataset"], row["sample"])[0]
+            text = documents.snippet(row["dataset"], span.document, SNIPPET_CHARACTERS, span.start, span.end)
+            return row | {"source": documents.source(row["dataset"], span.document), "snippet": text}
+        except UserError:
+            # The figures of samples need no data files; without them there is no text to show.
+            return row | {"source": None, "snippet": None}
+    return row
 
 
 def _print(
