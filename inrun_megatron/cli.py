@@ -8,7 +8,10 @@ from collections.abc import Sequence
 
 import typer
 
+from inrun_megatron.commands.compare import compare
+from inrun_megatron.commands.curate import curate
 from inrun_megatron.commands.export import export
+from inrun_megatron.commands.plan import plan
 from inrun_megatron.commands.prepare import prepare
 from inrun_megatron.commands.show import show
 from inrun_megatron.commands.summary import summary
@@ -23,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (prepare, summary, top, show, export, verify):
+for _command in (prepare, summary, top, show, export, compare, curate, plan, verify):
     app.command()(_command)
 
 

@@ -118,11 +118,13 @@ def write_run(
     return np.array(rows, dtype=fields)
 
 
-def prepared_datasets(directory: Path, samples: int = 700, seq_length: int = 64) -> list[dict[str, Any]]:
-    """The dataset table of a blend of DOMAINS, from real corpora and megatron-core's own indices."""
+def prepared_datasets(
+    directory: Path, samples: int = 700, seq_length: int = 64, seed: int = 1, documents: int = 12
+) -> list[dict[str, Any]]:
+    """The dataset table of a blend of DOMAINS, from real corpora and megatron-core's own indices; `seed`: of the order."""
     from inrun_megatron.data.train import build_datasets
 
-    prefixes = [tiny_corpus(directory / name, documents=12, words=20, domain=name) for name in DOMAINS]
+    prefixes = [tiny_corpus(directory / name, documents=documents, words=20, domain=name) for name in DOMAINS]
     blend = [piece for prefix in prefixes for piece in ("1", prefix)]
     train, _ = build_datasets(
         data_path=blend,
@@ -130,7 +132,7 @@ def prepared_datasets(directory: Path, samples: int = 700, seq_length: int = 64)
         seq_length=seq_length,
         train_samples=samples,
         valid_samples=0,
-        seed=1,
+        seed=seed,
         tokenizer=ByteTokenizer(),
     )
     return [entry.to_dict() for entry in train.table]

@@ -153,6 +153,20 @@ class SampleResolver:
             )
         return opened.documents.slice(document, 1).to_pylist()[0]
 
+    def file(self, dataset: int) -> IndexedFile:
+        """The dataset's .bin/.idx, where they lie now."""
+        return self._open(dataset).data
+
+    def training_documents(self, dataset: int) -> range:
+        """Documents that the run's training split holds at least one sequence of."""
+        from inrun_megatron.data.blend import split_range  # imports torch, which resolving does not need
+
+        data, description = self.file(dataset), self._row(dataset)["description"]
+        sequences = split_range(description["split_matrix"][0], data.num_sequences)
+        first = np.searchsorted(data.document_boundaries, sequences.start, side="right") - 1
+        last = np.searchsorted(data.document_boundaries, sequences.stop, side="left")
+        return range(int(first), int(last))
+
     def documents(self, dataset: int) -> pa.Table | None:
         """PREFIX.documents.parquet, one row per document in order; None for data prepared by other tools."""
         return self._open(dataset).documents

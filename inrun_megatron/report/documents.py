@@ -26,6 +26,7 @@ class Documents:
     """
 
     def __init__(self, ledger: Ledger, moved: Mapping[int, str] | None = None) -> None:
+        self._datasets = ledger.datasets
         self.resolver = SampleResolver(ledger.datasets, moved)
         self._granularity = ledger.granularity
 
@@ -70,6 +71,10 @@ class Documents:
     def spans(self, dataset: int, sample: int) -> list[Span]:
         """The spans that a sample reads, in order."""
         return self.resolver.resolve(dataset, sample)
+
+    def idx_sha256(self, dataset: int) -> str:
+        """sha256 of the .idx that the run read."""
+        return str(self._datasets[dataset]["idx_sha256"])
 
     def metadata(self, dataset: int, document: int) -> dict[str, Any]:
         """What `inrun prepare` kept of a document."""

@@ -1,0 +1,223 @@
+"""`inrun plan`: what scoring will cost, before the run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import typer
+
+from inrun_megatron.commands.options import JsonOption
+from inrun_megatron.config import ModelConfig
+from inrun_megatron.errors import UserError
+from inrun_megatron.plan.job import Job
+from inrun_megatron.plan.predict import Hardware
+from inrun_megatron.plan.presets import PRESETS
+from inrun_megatron.plan.text import markdown, record, size, table_rows
+from inrun_megatron.report.tables import console, print_json, table
+
+Number = int | None
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def plan(
+    preset: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--preset", metavar="NAME", help=f"Start from {', '.join(PRESETS)}; repeatable: side by side."
+        ),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option("--config", metavar="YAML", help="Start from a run's config.yaml; with --world-size."),
+    ] = None,
+    num_layers: Annotated[Number, typer.Option(help="Transformer layers.")] = None,
+    hidden_size: Annotated[Number, typer.Option(help="Width of the residual stream.")] = None,
+    num_attention_heads: Annotated[Number, typer.Option(help="Attention heads.")] = None,
+    ffn_hidden_size: Annotated[Number, typer.Option(help="Width of the feed-forward layer.")] = None,
+    num_query_groups: Annotated[Number, typer.Option(help="Query groups; default: one per head.")] = None,
+    llama: Annotated[
+        bool, typer.Option("--llama", help="RMSNorm, SwiGLU, rotary positions, no biases, untied output.")
+    ] = False,
+    vocab_size: Annotated[Number, typer.Option(help="Rows of the embedding, with padding.")] = None,
+    seq_length: Annotated[Number, typer.Option(help="Tokens per sample.")] = None,
+    world_size: Annotated[Number, typer.Option(help="GPUs.")] = None,
+    micro_batch_size: Annotated[Number, typer.Option(help="Samples per forward pass.")] = None,
+    global_batch_size: Annotated[Number, typer.Option(help="Samples per step.")] = None,
+    tensor_model_parallel_size: Annotated[Number, typer.Option(help="Tensor parallel.")] = None,
+    pipeline_model_parallel_size: Annotated[Number, typer.Option(help="Pipeline stages.")] = None,
+    sequence_parallel: Annotated[
+        bool | None,
+        typer.Option("--sequence-parallel/--no-sequence-parallel", help="Shard the sequence over TP."),
+    ] = None,
+    zero_stage: Annotated[Number, typer.Option(help="DeepSpeed ZeRO stage 0-3.")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Of the weights that layers use. Default: bf16.")
+    ] = None,
+    recompute: Annotated[
+        bool | None, typer.Option("--recompute/--no-recompute", help="Full activation recomputation.")
+    ] = None,
+    train_iters: Annotated[Number, typer.Option(help="Steps of the run. Default: 1000.")] = None,
+    targets: Annotated[Number, typer.Option(help="Validation targets. Default: 1.")] = None,
+    target_sequences: Annotated[Number, typer.Option(help="Sequences of each target.")] = None,
+    target_micro_batch_size: Annotated[
+        Number, typer.Option(help="As --shapley-micro-batch-size. Default: --micro-batch-size.")
+    ] = None,
+    interval: Annotated[Number, typer.Option(help="Score every N-th step.")] = None,
+    estimator: Annotated[
+        Literal["first_order", "midpoint", "simpson"] | None, typer.Option(help="As --shapley-estimator.")
+    ] = None,
+    base: Annotated[Literal["current", "drift"] | None, typer.Option(help="As --shapley-base.")] = None,
+    segments: Annotated[
+        float | None, typer.Option(help="Ledger rows per sample and target: documents or tokens of a sample.")
+    ] = None,
+    tflops: Annotated[
+        float, typer.Option(help="What training reaches on one GPU, in 1e12 operations/s.")
+    ] = 400.0,
+    memory_gbps: Annotated[float, typer.Option(help="Memory bandwidth of one GPU, in 1e9 bytes/s.")] = 3350.0,
+    network_gbps: Annotated[float, typer.Option(help="Network bandwidth of one GPU, in 1e9 bytes/s.")] = 50.0,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Extra memory, communication, operations and time of scoring, and the size of the ledger.
+
+    Example: inrun plan --preset 7b --targets 4 --estimator midpoint --interval 10
+
+    All flags override the preset or the run's configuration. docs/scaling.md derives the formulas.
+    """
+    if json and as_markdown:
+        raise UserError("give one of --json and --markdown")
+    for flag, value in (("tflops", tflops), ("memory-gbps", memory_gbps), ("network-gbps", network_gbps)):
+        if not value > 0:
+            raise UserError(f"--{flag} {value:g} must be positive")
+    hardware = Hardware(tflops * 1e12, memory_gbps * 1e9, network_gbps * 1e9)
+    model: dict[str, Any] = {
+        "num_layers": num_layers,
+        "hidden_size": hidden_size,
+        "num_attention_heads": num_attention_heads,
+        "ffn_hidden_size": ffn_hidden_size,
+        "num_query_groups": num_query_groups,
+        "group_query_attention": None if num_query_groups is None else True,
+    }
+    if llama:
+        model |= {
+            "normalization": "RMSNorm",
+            "swiglu": True,
+            "position_embedding_type": "rope",
+            "disable_bias_linear": True,
+            "untie_embeddings_and_output_weights": True,
+        }
+    job: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "seq_length": seq_length,
+        "world_size": world_size,
+        "micro_batch_size": micro_batch_size,
+        "global_batch_size": global_batch_size,
+        "tensor_parallel": tensor_model_parallel_size,
+        "pipeline_parallel": pipeline_model_parallel_size,
+        "sequence_parallel": sequence_parallel,
+        "zero_stage": zero_stage,
+        "parameter_bytes": None if precision is None else 4 if precision == "fp32" else 2,
+        "recompute": recompute,
+        "train_iters": train_iters,
+        "targets": targets,
+        "target_sequences": target_sequences,
+        "target_micro_batch_size": target_micro_batch_size,
+        "interval": interval,
+        "estimator": estimator,
+        "base": base,
+        "segments": segments,
+    }
+    starts = _starts(preset or (), config)
+    plans = {
+        name: record(_job(own_model | _given(model), own_job | _given(job)), hardware)
+        for name, (own_model, own_job) in starts.items()
+    }
+    if json:
+        print_json(plans if len(plans) > 1 else next(iter(plans.values())))
+    elif as_markdown:
+        typer.echo(markdown(plans))
+    else:
+        _print(plans)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _starts(presets: Any, config: str | None) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Name -> (fields of ModelConfig, fields of Job) to start from."""
+    if presets and config is not None:
+        raise UserError(
+            f"--preset {presets[0]} and --config {config} both describe the job; give one of them"
+        )
+    unknown = [name for name in presets if name not in PRESETS]
+    if unknown:
+        raise UserError(f"--preset {unknown[0]!r} does not exist; use {', '.join(PRESETS)}")
+    if presets:
+        return {name: PRESETS[name] for name in presets}
+    return {"plan": ({}, {}) if config is None else _of_run(config)}
+
+
+def _of_run(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    from inrun_megatron.training.arguments import parse
+
+    found = parse(["--config", path])
+    training, parallel, shapley = found.training, found.parallel, found.shapley
+    job: dict[str, Any] = {
+        "vocab_size": found.data.vocab_size,
+        "seq_length": found.data.seq_length,
+        "micro_batch_size": training.micro_batch_size,
+        "global_batch_size": training.global_batch_size,
+        "tensor_parallel": parallel.tensor_model_parallel_size,
+        "pipeline_parallel": parallel.pipeline_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "zero_stage": parallel.zero_stage or 0,
+        "parameter_bytes": 2 if training.bf16 or training.fp16 else 4,
+        "recompute": training.recompute_granularity is not None,
+        "adam": training.optimizer == "adam" and shapley.optimizer == "auto",
+        "clips": training.clip_grad is None or training.clip_grad > 0,
+        "train_iters": training.train_iters,
+        "targets": max(1, len(shapley.target)),
+        "target_micro_batch_size": shapley.micro_batch_size,
+        "interval": shapley.interval,
+        "estimator": shapley.estimator,
+        "base": shapley.base,
+    }
+    counts = [text.rpartition(":")[2] for text in shapley.target]
+    if counts and all(text.isdecimal() for text in counts):
+        job["target_sequences"] = max(map(int, counts))
+    return dataclasses.asdict(found.model), _given(job)
+
+
+def _job(model: dict[str, Any], job: dict[str, Any]) -> Job:
+    needed = {ModelConfig: model, Job: {"model": None} | job}
+    missing = [
+        field.name
+        for kind, values in needed.items()
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.name not in values
+    ]
+    if missing:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise UserError(f"the plan needs {flags}; or start from --preset or --config")
+    return Job(model=ModelConfig(**model), **job)
+
+
+def _print(plans: dict[str, dict[str, Any]]) -> None:
+    out = console()
+    made = table([("", "left"), *plans])
+    for name, *cells in table_rows(plans):
+        made.add_row(name.replace("**", ""), *cells)
+    out.print(made)
+    if len(plans) == 1:
+        calls = table(
+            [("Collective of a scored step", "left"), ("over", "left"), ("for", "left"), "Calls", "Bytes"]
+        )
+        for own in next(iter(plans.values()))["collectives"]:
+            calls.add_row(own["kind"], own["group"], own["purpose"], f"{own['count']:,}", size(own["bytes"]))
+        out.print()
+        out.print(calls)
+    out.print(
+        "\nTime is a model (--tflops, --memory-gbps, --network-gbps), with nothing hidden behind anything else."
+    )

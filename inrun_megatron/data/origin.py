@@ -1,0 +1,59 @@
+"""Where the documents of a curated dataset come from: the number that each had in the dataset it was first prepared as.
+
+`inrun curate` writes it beside the data (curation.json, keep_list.parquet), through any number of curations. Two runs
+share a document when its dataset has the same origin and the document the same number in it, whatever the order in which
+they read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from inrun_megatron.data.indexed import IndexedFile
+from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.files import read_json
+
+CURATION_FILE = "curation.json"
+KEEP_LIST_FILE = "keep_list.parquet"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """idx_sha256: of the dataset that documents were first prepared as. numbers [documents]: theirs in it; None where
+    the dataset is that one itself."""
+
+    idx_sha256: str
+    numbers: np.ndarray | None = None
+
+    def documents(self, documents: np.ndarray) -> np.ndarray:
+        """Original numbers of these documents."""
+        return documents if self.numbers is None else self.numbers[documents]
+
+
+def origin_of(data: IndexedFile, idx_sha256: str) -> Origin:
+    """The origin of a dataset; the dataset itself where no curation wrote it."""
+    prefix = Path(data.prefix)
+    path = prefix.parent / CURATION_FILE
+    if not path.is_file():
+        return Origin(idx_sha256)
+    rows = [row for row in read_json(path)["datasets"] if row["rewritten"] and row["file"] == prefix.name]
+    if not rows:
+        return Origin(idx_sha256)
+    table = pq.read_table(
+        prefix.parent / KEEP_LIST_FILE,
+        columns=["new_document", "origin_document"],
+        filters=(pc.field("dataset") == rows[0]["name"]) & pc.field("kept"),
+    )
+    numbers = np.empty(table.num_rows, np.int64)
+    numbers[table["new_document"].to_numpy()] = table["origin_document"].to_numpy()
+    if len(numbers) != data.num_documents:
+        raise UserError(
+            f"{prefix.parent / KEEP_LIST_FILE} keeps {len(numbers)} documents of {rows[0]['name']}, "
+            f"{data.idx_path} has {data.num_documents}: they are not of one curation; run inrun curate again"
+        )
+    return Origin(str(rows[0]["origin_idx_sha256"]), numbers)

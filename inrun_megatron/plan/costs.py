@@ -1,0 +1,68 @@
+"""The constants of the formulas in one place. Where the code's own costs change, this is what to correct."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DIRECTION_BYTES = 4
+"""Per element of a direction and of the batch gradient (direction.py)."""
+
+DOT_BYTES = 8
+"""Per dot, loss or audit figure in a collective: they are fp64."""
+
+FLAT_GROUPS = 2
+"""Parameter groups of the optimizer: with and without weight decay (training/optimizer.py)."""
+
+FORWARD, BACKWARD, ATTENTION_BACKWARD = 1, 2, 2.5
+"""Operations of a pass, in forwards: a linear layer's backward takes the gradients of input and weight; flash attention's
+has five products where forward has two, because it forms the scores again."""
+
+
+@dataclass(frozen=True)
+class EstimatorCost:
+    """What an estimator needs on a scored step beside the training pass itself (estimators.py).
+
+    validation_passes: forwards and backwards of every target's sequences, one per node. loss_passes: forwards of them
+    alone, where no node gives the loss at the base point. batch_passes: forwards and backwards of the batch, whose
+    gradient then takes a buffer. moves: the weights are moved to each node and back: a copy of this rank's part of them,
+    and one all-gather per move.
+    """
+
+    validation_passes: int
+    loss_passes: int = 0
+    batch_passes: int = 0
+    moves: bool = False
+
+    @property
+    def gathers(self) -> int:
+        """Moves of the weights: to each node, and back."""
+        return self.validation_passes + 1 if self.moves else 0
+
+
+ESTIMATORS = {
+    ("first_order", "current"): EstimatorCost(1),
+    ("first_order", "drift"): EstimatorCost(1, moves=True),
+    ("midpoint", "current"): EstimatorCost(1, loss_passes=1, batch_passes=1, moves=True),
+    ("simpson", "current"): EstimatorCost(3, batch_passes=1, moves=True),
+}
+
+
+def estimator_cost(estimator: str, base: str) -> EstimatorCost:
+    """The path estimators have their own nodes: `base` changes nothing for them."""
+    return ESTIMATORS[estimator, base if estimator == "first_order" else "current"]
+
+
+LEDGER_ROW_BYTES, LEDGER_SAMPLE_BYTES = 9.0, 2.5
+"""Of a Parquet part, zstd: per row (its value hardly compresses), and per sample for what its K rows share."""
+
+
+def dot_traffic_bytes(targets: int, low_precision: bool, rows: int) -> int:
+    """Memory traffic of scoring one weight of a linear layer for one row, beyond training (dots/linear.py).
+
+    rows: of the microbatch. One row: its product is training's own; bf16 and fp16 are read (2) and written as fp32 (4).
+    Several in fp32: the accumulator is read and written once more (8). Several in bf16 or fp16 on a GPU: the row's
+    product is written in fp32 (4), read and added to the sum (12). What results is read with each of the K directions (8 K).
+    """
+    if rows == 1:
+        return (6 if low_precision else 0) + 8 * targets
+    return (16 if low_precision else 8) + 8 * targets

@@ -1,0 +1,183 @@
+"""A training job as numbers, and the parameters that each of its ranks holds.
+
+Symbols: h hidden size, s sequence length, t tensor-parallel, p pipeline-parallel, d data-parallel size, K targets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, prod
+
+from inrun_megatron.config import ModelConfig
+from inrun_megatron.errors import UserError
+from inrun_megatron.plan.costs import EstimatorCost, estimator_cost
+
+_POSITIVE = (
+    "vocab_size",
+    "seq_length",
+    "world_size",
+    "global_batch_size",
+    "micro_batch_size",
+    "tensor_parallel",
+    "pipeline_parallel",
+    "targets",
+    "target_sequences",
+    "interval",
+    "train_iters",
+    "segments",
+)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of one rank.
+
+    shape: of this rank's tensor-parallel part. uses: how often a microbatch passes through it. sequence: a replicated
+    parameter that sees sequence shards, so that its gradient is summed over tensor-parallel ranks. linear: of a linear
+    layer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    uses: int = 1
+    sequence: bool = False
+    linear: bool = False
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a run is to be. vocab_size: with padding. target_sequences: of each target. segments: rows per sample in the
+    ledger (documents or tokens with a finer --shapley-granularity).
+
+    Raises UserError where the numbers do not fit together.
+    """
+
+    model: ModelConfig
+    vocab_size: int
+    seq_length: int
+    world_size: int
+    global_batch_size: int
+    micro_batch_size: int = 1
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    sequence_parallel: bool = False
+    zero_stage: int = 1
+    parameter_bytes: int = 2
+    recompute: bool = False
+    adam: bool = True
+    clips: bool = True
+    targets: int = 1
+    target_sequences: int = 16
+    target_micro_batch_size: int | None = None
+    interval: int = 1
+    estimator: str = "first_order"
+    base: str = "current"
+    segments: float = 1.0
+    train_iters: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive")
+        t, p = self.tensor_parallel, self.pipeline_parallel
+        if self.world_size % (t * p):
+            raise UserError(
+                f"{self.world_size} GPUs are no multiple of tensor x pipeline parallel = {t} x {p}"
+            )
+        rows = self.data_parallel * self.micro_batch_size
+        if self.global_batch_size % rows:
+            raise UserError(
+                f"--global-batch-size {self.global_batch_size} is no multiple of data parallel x micro batch = "
+                f"{self.data_parallel} x {self.micro_batch_size}"
+            )
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise UserError(f"--zero-stage {self.zero_stage} does not exist: use 0, 1, 2 or 3")
+        if p > 1 and self.zero_stage > 1:
+            raise UserError(
+                f"ZeRO stage {self.zero_stage} does not work with {p} pipeline stages: use --zero-stage 0 or 1"
+            )
+        if p > self.model.num_layers:
+            raise UserError(f"{self.model.num_layers} layers cannot be cut into {p} pipeline stages")
+
+    @property
+    def data_parallel(self) -> int:
+        return self.world_size // (self.tensor_parallel * self.pipeline_parallel)
+
+    @property
+    def microbatches(self) -> int:
+        """Training microbatches of one rank and step."""
+        return self.global_batch_size // (self.data_parallel * self.micro_batch_size)
+
+    @property
+    def validation_rows(self) -> int:
+        """Rows of a validation microbatch."""
+        return self.target_micro_batch_size or self.micro_batch_size
+
+    @property
+    def validation_microbatches(self) -> int:
+        """Of one rank, all targets; the last one of a target is filled up."""
+        return self.targets * ceil(self.target_sequences / (self.data_parallel * self.validation_rows))
+
+    @property
+    def cost(self) -> EstimatorCost:
+        return estimator_cost(self.estimator, self.base)
+
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Of the rank with the most elements: that of the fullest pipeline stage."""
+        return max(map(self.stage_parameters, {0, self.pipeline_parallel - 1}), key=count)
+
+    def stage_parameters(self, stage: int) -> tuple[Parameter, ...]:
+        """Parameters of one rank of a stage, embeddings and norms included."""
+        model, t, h = self.model, self.tensor_parallel, self.model.hidden_size
+        first, last = stage == 0, stage == self.pipeline_parallel - 1
+        tied = not model.untie_embeddings_and_output_weights
+        found: list[Parameter] = []
+        if first:
+            uses = 2 if tied and last else 1
+            found.append(Parameter("embedding", (self.vocab_size // t, h), uses, linear=uses == 2))
+            if model.position_embedding_type == "learned_absolute":
+                rows = model.max_position_embeddings or self.seq_length
+                found.append(Parameter("position", (rows, h)))
+        for _ in range(ceil(model.num_layers / self.pipeline_parallel)):
+            found += self.layer_parameters()
+        if last:
+            found += self._norm("final")
+            if not tied or not first:
+                found.append(Parameter("output", (self.vocab_size // t, h), linear=True))
+        return tuple(found)
+
+    def layer_parameters(self) -> list[Parameter]:
+        """Parameters of one rank of one layer."""
+        model, t, h = self.model, self.tensor_parallel, self.model.hidden_size
+        queries = model.num_attention_heads * model.resolved_kv_channels
+        qkv = queries + 2 * model.query_groups * model.resolved_kv_channels
+        ffn = model.resolved_ffn_hidden_size
+        wide = ffn * (2 if model.swiglu else 1)
+        found = self._norm("attention norm") + self._norm("mlp norm")
+        for name, shape in (
+            ("qkv", (qkv // t, h)),
+            ("projection", (h, queries // t)),
+            ("fc1", (wide // t, h)),
+            ("fc2", (h, ffn // t)),
+        ):
+            found.append(Parameter(name, shape, linear=True))
+            if not model.disable_bias_linear or (name == "qkv" and model.add_qkv_bias):
+                row = name in ("projection", "fc2")
+                found.append(Parameter(f"{name} bias", shape[:1], sequence=self.sequence_parallel and row))
+        return found
+
+    def _norm(self, name: str) -> list[Parameter]:
+        parts = ("scale",) if self.model.normalization == "RMSNorm" else ("scale", "shift")
+        shape, seq = (self.model.hidden_size,), self.sequence_parallel
+        return [Parameter(f"{name} {part}", shape, sequence=seq) for part in parts]
+
+
+def count(parameters: tuple[Parameter, ...]) -> int:
+    """Elements of these parameters."""
+    return sum(parameter.numel for parameter in parameters)

@@ -1,0 +1,261 @@
+"""Memory, communication, operations, ledger and time of scoring, for one rank. docs/scaling.md derives each formula.
+
+Everything counts what scoring adds to training. Bytes of a collective are those of the larger of what a rank puts in and
+takes out: the whole vector for an all-reduce, reduce-scatter or all-gather.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from inrun_megatron.plan.costs import (
+    ATTENTION_BACKWARD,
+    BACKWARD,
+    DIRECTION_BYTES,
+    DOT_BYTES,
+    FLAT_GROUPS,
+    FORWARD,
+    LEDGER_ROW_BYTES,
+    LEDGER_SAMPLE_BYTES,
+    dot_traffic_bytes,
+)
+from inrun_megatron.plan.job import Job, count
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per rank that scoring adds, on the fullest rank. directions, batch_gradient: held through the run.
+    saved_weights: while weights are moved. layer: the largest of what one layer takes for a moment. conditioning: for a
+    moment per optimizer tensor. activations: of validation microbatches that are larger than training ones."""
+
+    directions: int
+    batch_gradient: int
+    saved_weights: int
+    layer: int
+    conditioning: int
+    activations: int
+
+    @property
+    def held(self) -> int:
+        return self.directions + self.batch_gradient
+
+    @property
+    def peak(self) -> int:
+        """What does not happen at the same time does not add up."""
+        return self.held + max(self.saved_weights + self.activations, self.layer, self.conditioning)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`count` calls of one collective per scored step, with `bytes` in all."""
+
+    kind: str
+    group: str
+    purpose: str
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating point operations of one scored step on all ranks; a multiply-add counts two. terms: dots of the directions
+    with momentum and weights, for the momentum and decay terms."""
+
+    training: float
+    validation: float
+    batch: float
+    dots: float
+    terms: float
+
+    @property
+    def extra(self) -> float:
+        return self.validation + self.batch + self.dots + self.terms
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Of one GPU. flops: what training really reaches, per second. memory, network: bytes per second. Default: an H100
+    SXM at 40% of its bf16 peak, and 400 Gbit/s of network."""
+
+    flops: float = 400e12
+    memory: float = 3.35e12
+    network: float = 50e9
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of one step: training without scoring, and what scoring adds to a scored one."""
+
+    training: float
+    passes: float
+    dots: float
+    communication: float
+    interval: int
+
+    @property
+    def scored_overhead(self) -> float:
+        """Of a scored step, as a share of a step without scoring."""
+        return (self.passes + self.dots + self.communication) / self.training
+
+    @property
+    def overhead(self) -> float:
+        """Over the run."""
+        return self.scored_overhead / self.interval
+
+
+def parameters_held(job: Job) -> int:
+    """Elements of a direction on one rank."""
+    d = job.data_parallel
+    if job.zero_stage == 3:
+        return sum(ceil(parameter.numel / d) for parameter in job.parameters)
+    return count(job.parameters)
+
+
+def shard(job: Job) -> int:
+    """Elements whose optimizer state this rank owns."""
+    return count(job.parameters) if job.zero_stage == 0 else ceil(count(job.parameters) / job.data_parallel)
+
+
+def memory(job: Job) -> Memory:
+    held, k = parameters_held(job), job.targets
+    largest = max(parameter.numel for parameter in job.parameters)
+    # One row's weight gradient in fp32, and the sum of the rows'.
+    layer = 2 * DIRECTION_BYTES * largest
+    if job.zero_stage == 3:
+        # K directions of the layer as they are gathered, and put together.
+        layer += 2 * k * DIRECTION_BYTES * largest
+    extra = max(0, job.validation_rows - job.micro_batch_size)
+    return Memory(
+        directions=k * DIRECTION_BYTES * held,
+        batch_gradient=DIRECTION_BYTES * held if job.cost.batch_passes else 0,
+        saved_weights=job.parameter_bytes * shard(job) if job.cost.moves else 0,
+        layer=layer,
+        conditioning=3 * DIRECTION_BYTES * shard(job),
+        activations=extra * activation_bytes(job),
+    )
+
+
+def activation_bytes(job: Job) -> int:
+    """Saved for backward by one row on one rank of the first stage: 34 s h bytes per layer in 16 bits with flash
+    attention (arXiv 2205.05198, section 4.1, without its 5 a s^2 term); 10 of the 34 are not split by tensor
+    parallelism unless the sequence is. A pipeline's first stage holds as many rows as there are stages."""
+    t = job.tensor_parallel
+    per = 34 / t if job.sequence_parallel or t == 1 else 10 + 24 / t
+    if job.recompute:
+        per = 2.0 / (t if job.sequence_parallel else 1)
+    layers = ceil(job.model.num_layers / job.pipeline_parallel) * min(job.pipeline_parallel, job.microbatches)
+    return int(job.seq_length * job.model.hidden_size * per * layers * job.parameter_bytes / 2)
+
+
+def collectives(job: Job) -> list[Collective]:
+    """Collectives of one scored step that scoring itself issues; those inside its model passes are as many as training's
+    own for as many microbatches."""
+    cost, d, t, k = job.cost, job.data_parallel, job.tensor_parallel, job.targets
+    vectors = k + (1 if cost.batch_passes else 0)
+    whole = DIRECTION_BYTES * count(job.parameters)
+    found: list[Collective] = []
+
+    def add(kind: str, group: str, purpose: str, number: int, size: float) -> None:
+        if number:
+            found.append(Collective(kind, group, purpose, number, int(size)))
+
+    if job.zero_stage == 3:
+        uses = [(parameter.numel, parameter.uses) for parameter in job.parameters]
+        each = sum(number for _, number in uses)
+        padded = sum(DIRECTION_BYTES * d * ceil(n / d) * number for n, number in uses)
+        passes = cost.validation_passes * job.validation_microbatches + cost.batch_passes * job.microbatches
+        add("reduce_scatter", "dp", "fill directions", each * passes, padded * passes)
+        add("all_gather", "dp", "read directions", each * job.microbatches, k * padded * job.microbatches)
+    elif d > 1 and job.zero_stage == 0:
+        add("all_reduce", "dp", "sum directions", FLAT_GROUPS * vectors, vectors * whole)
+    elif d > 1:
+        add("reduce_scatter", "dp", "sum directions", FLAT_GROUPS * vectors, vectors * whole)
+        add("all_gather", "dp", "publish directions", FLAT_GROUPS * k, k * whole)
+        moved = job.parameter_bytes * count(job.parameters) * cost.gathers
+        add("all_gather", "dp", "move weights", FLAT_GROUPS * cost.gathers, moved)
+    if t > 1 and any(parameter.sequence for parameter in job.parameters):
+        own = sum(parameter.numel for parameter in job.parameters if parameter.sequence)
+        share = own / d if job.zero_stage else own
+        calls = 2 if cost.batch_passes else 1
+        add("all_reduce", "tp", "sequence shards", calls, vectors * DIRECTION_BYTES * share)
+    if job.pipeline_parallel > 1 and not job.model.untie_embeddings_and_output_weights:
+        tied = DIRECTION_BYTES * job.vocab_size // t * job.model.hidden_size
+        calls = k + 1 if cost.batch_passes else k if cost.moves else 1
+        add("all_reduce", "tied", "tied embeddings", calls, vectors * tied)
+    if cost.batch_passes:
+        add("all_reduce", "world", "norm of the batch gradient", 1, DOT_BYTES)
+    elif job.adam and job.clips:
+        calls = 1 if job.pipeline_parallel == 1 or cost.moves else 1 + (d > 1)
+        add("all_reduce", "world", "norms", calls, calls * k * DOT_BYTES)
+    losses = cost.validation_passes + cost.loss_passes
+    if d > 1 or job.pipeline_parallel > 1:
+        add(
+            "all_reduce",
+            "dp" if job.pipeline_parallel == 1 else "world",
+            "target losses",
+            losses,
+            losses * k * DOT_BYTES,
+        )
+    rows = job.microbatches * job.micro_batch_size * job.segments
+    if t * job.pipeline_parallel > 1:
+        add("all_reduce", "mp", "dots", 1, rows * k * DOT_BYTES)
+    add("all_reduce", "world", "audits", 1, 4 * k * DOT_BYTES)
+    return found
+
+
+def linear_weights(job: Job) -> int:
+    """Weights of all linear layers of the model, the output layer included."""
+    layer = sum(parameter.numel for parameter in job.layer_parameters() if parameter.linear)
+    return job.tensor_parallel * layer * job.model.num_layers + job.vocab_size * job.model.hidden_size
+
+
+def operations(job: Job) -> Operations:
+    """Matrix products and attention. The causal half of attention counts in full, as torch's counter counts it."""
+    model, s = job.model, job.seq_length
+    products = 2 * s * linear_weights(job)
+    heads = model.num_attention_heads * model.resolved_kv_channels
+    attention = 4 * s * s * heads * model.num_layers
+    forward = products + attention
+    whole = (FORWARD + BACKWARD) * products + (FORWARD + ATTENTION_BACKWARD) * attention
+    if job.recompute:  # the layers' forward again
+        whole += forward - 2 * s * job.vocab_size * model.hidden_size
+    validation_rows = job.validation_microbatches * job.validation_rows * job.data_parallel
+    cost = job.cost
+    return Operations(
+        training=job.global_batch_size * whole,
+        validation=validation_rows * (cost.validation_passes * whole + cost.loss_passes * forward),
+        batch=job.global_batch_size * cost.batch_passes * whole,
+        dots=2.0 * job.targets * linear_weights(job) * job.global_batch_size,
+        terms=4.0 * job.targets * count(job.parameters) * job.tensor_parallel * job.pipeline_parallel,
+    )
+
+
+def ledger(job: Job) -> tuple[int, int]:
+    """(rows, bytes) of `values/` at the end of the run."""
+    samples = job.train_iters // job.interval * job.global_batch_size * job.segments
+    rows = samples * job.targets
+    return int(rows), int(rows * LEDGER_ROW_BYTES + samples * LEDGER_SAMPLE_BYTES)
+
+
+def time(job: Job, hardware: Hardware) -> Time:
+    """A model, not a measurement: matrix products at the rate training reaches, dots at the speed of memory, collectives
+    at that of the network, none of them hidden behind another."""
+    work, stages = operations(job), job.pipeline_parallel
+    microbatch = (work.training / job.global_batch_size) * job.micro_batch_size
+    microbatch /= job.tensor_parallel * stages * hardware.flops
+    bubble = stages - 1
+    extra = (work.validation + work.batch) / work.training * job.microbatches
+    if stages > 1 and job.cost.moves:
+        # Weights that move let nothing ride along: every pass fills and drains the pipeline.
+        extra += bubble * (job.cost.validation_passes + job.cost.batch_passes + job.cost.loss_passes / 3)
+    weights = sum(p.numel for p in job.parameters if p.linear)
+    traffic = dot_traffic_bytes(job.targets, job.parameter_bytes < 4, job.micro_batch_size) * weights
+    sent = sum(own.bytes * (2 if own.kind == "all_reduce" else 1) for own in collectives(job))
+    return Time(
+        training=(job.microbatches + bubble) * microbatch,
+        passes=extra * microbatch,
+        dots=traffic * job.microbatches * job.micro_batch_size / hardware.memory,
+        communication=sent / hardware.network,
+        interval=job.interval,
+    )

@@ -1,0 +1,129 @@
+"""`inrun compare`: runs with known values, on the same data in another order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from inrun_megatron import cli
+from inrun_megatron.errors import UserError
+from inrun_megatron.ledger import LedgerWriter, commit, create_ledger
+from tests.synthetic_ledger import Shape, description, prepared_datasets, write_run
+
+Inrun = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """a; b: the same data in another order, other values of the same rule; c: as a, other values; d: other data."""
+    directory = tmp_path_factory.mktemp("runs")
+    same = prepared_datasets(directory / "data")
+    other_order = prepared_datasets(directory / "data", seed=2)
+    other_data = prepared_datasets(directory / "other", documents=13)
+    for name, seed, table in (("a", 0, same), ("b", 1, other_order), ("c", 2, same), ("d", 3, other_data)):
+        write_run(directory / name / "shapley", Shape(seed=seed), description(table))
+    return directory
+
+
+@pytest.fixture
+def inrun(capsys: pytest.CaptureFixture[str]) -> Inrun:
+    def call(*arguments: object) -> Any:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        if exit_.value.code:
+            assert captured.out == "" and captured.err.count("\n") == 1
+            raise UserError(captured.err)
+        return json.loads(captured.out) if "--json" in arguments else captured.out
+
+    return call
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, ties with their mean rank."""
+    return np.array([(values < value).sum() + ((values == value).sum() + 1) / 2 for value in values])
+
+
+def test_documents_of_runs_in_another_order(runs: Path, inrun: Inrun) -> None:
+    a, b = runs / "a", runs / "b"
+    found = inrun("compare", a, b, "--json", "--steps", "21:60")
+    scores = []
+    for run in (a, b):
+        top = inrun("top", run, "--steps", "21:60", "--json", "-n", 100, "--target", "code")["targets"][
+            "code"
+        ]
+        scores.append(
+            {(row["dataset_name"], row["document"]): row["normalised"] / row["tokens"] for row in top}
+        )
+    keys = sorted(scores[0].keys() & scores[1].keys())
+    one, two = (np.array([side[key] for key in keys]) for side in scores)
+    code = found["targets"]["code"]
+    assert code["shared"] == len(keys) > 30 and code["same_target"]
+    assert code["spearman"] == pytest.approx(np.corrcoef(ranks(one), ranks(two))[0, 1])
+    assert code["pearson"] == pytest.approx(np.corrcoef(one, two)[0, 1])
+    assert code["same_sign"] == pytest.approx(((one < 0) == (two < 0)).mean())
+    # Both follow one rule per domain, so that they agree well but not wholly.
+    assert 0.5 < code["spearman"] < 0.999
+    change = (ranks(two) - ranks(one)) / len(keys)
+    up, down = code["movers"]["up"][0], code["movers"]["down"][0]
+    for mover, extreme in ((up, change.max()), (down, change.min())):
+        place = keys.index((mover["dataset_a"], mover["document_a"]))
+        assert mover["change"] == pytest.approx(extreme) == pytest.approx(change[place])
+        assert mover["score_a"] == pytest.approx(one[place]) and mover["score_b"] == pytest.approx(two[place])
+        assert mover["document_b"] == mover["document_a"] and mover["snippet"]
+        assert mover["source_a"] == mover["source_b"] == f"{mover['dataset_a']}/{mover['document_a']}"
+    text = inrun("compare", a, b, "--steps", "21:60", "-n", 2)
+    assert max(map(len, text.splitlines())) <= 120 and f"Spearman {code['spearman']:+.3f}" in text
+
+
+def test_samples_of_runs_in_the_same_order(runs: Path, inrun: Inrun) -> None:
+    same = inrun("compare", runs / "a", runs / "a", "--by", "sample", "--json")["targets"]["prose"]
+    assert same["shared"] == same["rows_a"] == 480 and same["top_decile"] == same["bottom_decile"] == 1.0
+    assert same["spearman"] == pytest.approx(1.0) and same["movers"] == {"up": [], "down": []}
+    other = inrun("compare", runs / "a", runs / "c", "--by", "sample", "--json")["targets"]["prose"]
+    assert 300 < other["shared"] < 480 and 0.2 < other["spearman"] < 0.95
+    with pytest.raises(UserError, match=r"no sample is the same in both runs.*compare by document"):
+        inrun("compare", runs / "a", runs / "b", "--by", "sample")
+
+
+def test_domains_side_by_side(runs: Path, inrun: Inrun) -> None:
+    found = inrun("compare", runs / "a", runs / "b", "--json", "--target", "code", "--phase", "3/3")
+    rows = {row["name"]: row for row in found["domains"]}
+    assert list(found["targets"]) == ["code"] and list(rows) == ["code", "prose", "shuffled"]
+    for letter, run in (("a", "a"), ("b", "b")):
+        top = inrun("top", runs / run, "--by", "dataset", "--target", "code", "--phase", "3/3", "--json")
+        for own in top["targets"]["code"]:
+            row = rows[own["dataset_name"]]
+            mean = own["normalised"] / own["samples"]
+            assert row[f"normalised_mean_{letter}"] == pytest.approx(mean)
+            assert row[f"samples_{letter}"] == own["samples"]
+
+
+def test_equal_values_have_no_correlation(tmp_path: Path, runs: Path, inrun: Inrun) -> None:
+    table = json.loads((runs / "a/shapley/run.json").read_text())["datasets"]
+    with create_ledger(tmp_path / "flat", description(table)):
+        writer = LedgerWriter(tmp_path / "flat", 0)
+        writer.append(1, [0] * 8, np.arange(8), [64] * 8, np.full((8, 2), 1e-3))
+        commit(tmp_path / "flat", 1, writer.write_parts())
+    code = inrun("compare", tmp_path / "flat", runs / "a", "--by", "sample", "--json")["targets"]["code"]
+    assert code["shared"] == 8 and code["spearman"] is None
+
+
+BAD = [
+    (("{runs}/a", "{runs}/d"), "no document was scored in both runs: they read code, prose, shuffled and"),
+    (("{runs}/a", "{runs}/b", "--target", "x"), "the runs have no target 'x' in common"),
+    (("{runs}/a", "{runs}/b", "--by", "dataset"), "give document or sample"),
+    (("{runs}/a", "{runs}/none"), "does not exist"),
+    (("{runs}/a", "{runs}/b", "-n", "-1"), "is no number of movers"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input_is_one_line(runs: Path, inrun: Inrun, arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        inrun("compare", *(text.format(runs=runs) for text in arguments))
