@@ -10,6 +10,7 @@ import typer
 
 from inrun_megatron.commands.export import export
 from inrun_megatron.commands.prepare import prepare
+from inrun_megatron.commands.report import report
 from inrun_megatron.commands.show import show
 from inrun_megatron.commands.summary import summary
 from inrun_megatron.commands.top import top
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (prepare, summary, top, show, export, verify):
+for _command in (prepare, summary, report, top, show, export, verify):
     app.command()(_command)
 
 
