@@ -103,7 +103,7 @@ def _embedded(record: Any) -> Markup:
 
 def _library() -> Markup:
     """vega, vega-lite and vega-embed, as vl-convert bundles them."""
-    code = vl_convert.javascript_bundle(None)
+    code = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # optional, not so in its stubs
     # Inside string literals and regular expressions these mean the same; in HTML they would end or hide the script.
     return Markup(re.sub(r"<(?=/script|!--)", r"\\x3c", code, flags=re.IGNORECASE))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.checks import setting
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.report.documents import Documents, parse_moved
 from inrun_megatron.report.domains import domain_figures
@@ -49,7 +50,7 @@ def build_figures(
     phases = phases_of(last, cuts)
     shown = [whole_run(last), *(phases if len(phases) > 1 else [])]
     figures: dict[str, Any] = {
-        "run": describe_run(ledger),
+        "run": describe_run(ledger) | {"estimator": setting(ledger.run, "estimator", group="shapley")},
         "steps": describe_steps(ledger, steps),
         "phases": [{"name": phase.name, "first": phase.first, "last": phase.last} for phase in shown],
         "datasets": [_dataset(index, dataset) for index, dataset in enumerate(ledger.datasets)],

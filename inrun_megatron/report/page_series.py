@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 
 from inrun_megatron.ledger.checks import setting
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.ledger.schema import SCORED
+from inrun_megatron.ledger.schema import DRIFT, SCORED
 from inrun_megatron.report.phases import Phase, whole_run
 
 POINTS = 400
@@ -61,7 +61,9 @@ def target_series(ledger: Ledger, steps: pa.Table, target: str) -> TargetSeries:
     known = scored | (skipped & np.append(gap == 1, True))
     values = np.where(scored, values, np.where(known, 0.0, np.nan))
     momentum, decay = (np.where(scored, np.nan_to_num(term), 0.0) for term in (momentum, decay))
-    later = np.array(pc.equal(own["base"], "drift"), dtype=bool)[1:]
+    later = np.array(pc.equal(own["base"], DRIFT), dtype=bool)[1:]
+    # What momentum and decay did up to the later loss is known only where that step was scored.
+    values[:-1][later & ~scored[1:]] = np.nan
     terms = {
         "values": values[:-1],
         "momentum": np.where(later, momentum[1:], momentum[:-1]),

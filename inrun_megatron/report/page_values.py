@@ -53,8 +53,8 @@ def composition(query: Query, last_step: int) -> list[dict[str, Any]]:
 
 
 def distribution(query: Query, phases: Sequence[Phase], last_step: int) -> list[dict[str, Any]]:
-    """Histograms of the normalised values of ledger rows, by phase, target and dataset: {phase, target, dataset, n, bins}
-    with bins = [[index, rows]]; bin i holds values in [i, i + 1) * HISTOGRAM_WIDTH."""
+    """Histograms of the normalised values of samples, by phase, target and dataset: {phase, target, dataset, n, bins}
+    with bins = [[index, samples]]; bin i holds values in [i, i + 1) * HISTOGRAM_WIDTH."""
     edge = round(HISTOGRAM_END / HISTOGRAM_WIDTH)
     cases = " ".join(f"WHEN step <= {phase.last} THEN {number}" for number, phase in enumerate(phases))
     rows = query.rows(f"""
