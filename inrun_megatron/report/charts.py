@@ -32,11 +32,13 @@ def all_charts(figures: dict[str, Any]) -> list[Chart]:
     charts += [loss_chart(figures, target) for target in figures["targets"] if target["curve"]]
     for phase in figures["phases"]:
         rows = [entry for entry in figures["domains"] if entry["phase"] == phase["name"]]
-        for measure in MEASURES:
+        for measure in MEASURES if rows else ():
             charts.append(heat_map(rows, figures, phase, measure))
             charts += bar_charts(rows, figures, phase, measure, palette)
     for target in figures["targets"]:
-        charts += [composition_chart(figures, target["name"], measure, palette) for measure in MEASURES]
+        rows = [row for row in figures["composition"] if row["target"] == target["name"]]
+        for measure in MEASURES if rows else ():
+            charts.append(composition_chart(rows, figures, target["name"], measure, palette))
     charts += histograms(figures, palette)
     if figures["timing"]["curve"]:
         charts.append(timing_chart(figures))
@@ -62,6 +64,8 @@ def bar_charts(
     charts = []
     for target in figures["targets"]:
         own = sorted((row for row in rows if row["target"] == target["name"]), key=lambda row: -row[mean])
+        if not own:
+            continue
         data = []
         for row in first_and_last(own):
             spread = 2 * (row[error] or 0.0) / unit

@@ -89,9 +89,10 @@ def training_chart(figures: dict[str, Any]) -> Chart:
     )
 
 
-def composition_chart(figures: dict[str, Any], target: str, measure: str, palette: Palette) -> Chart:
-    """Value by domain over training: positive parts stacked up from 0, negative ones down."""
-    rows = [row for row in figures["composition"] if row["target"] == target]
+def composition_chart(
+    rows: Sequence[dict[str, Any]], figures: dict[str, Any], target: str, measure: str, palette: Palette
+) -> Chart:
+    """Value by domain over training: positive parts stacked up from 0, negative ones down. rows: the target's."""
     if measure == "normalised":
         field, unit, title, number = "share", 1.0, "share of the step's |value|", ".0%"
     else:

@@ -36,7 +36,7 @@ def render(figures: dict[str, Any]) -> str:
     )
     environment.filters |= {"figure": figure, "snippet": _snippet, "seconds": _seconds}
     environment.globals["source"] = lambda name: Markup(loader.get_source(environment, name)[0])
-    charts = {chart.name: vars(chart) for chart in all_charts(figures)}
+    charts = {chart.name: vars(chart) | {"name": chart.name} for chart in all_charts(figures)}
     unit, unit_name = scale_of(
         [value["value"] for entry in figures["documents"] or [] for value in entry["values"].values()]
     )

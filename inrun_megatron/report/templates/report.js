@@ -64,7 +64,9 @@
   if (table) {
     const body = table.tBodies[0], rows = [...body.rows], heads = all("th", table);
     const search = document.getElementById("search"), list = document.getElementById("list"), domain = document.getElementById("domain");
-    const texts = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
+    // What a document is and says; not the names of targets beside its values.
+    const words = (row) => [row.cells[0], ...all("pre, .about dd", row)].map((place) => place.textContent).join(" ").toLowerCase();
+    const texts = new Map(rows.map((row) => [row, words(row)]));
 
     const sort = (column, descending) => {
       const number = heads[column].dataset.type === "number";
@@ -78,10 +80,10 @@
       body.append(...rows);
     };
     const filter = () => {
-      const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+      const wanted = search.value.toLowerCase().split(/\s+/).filter(Boolean);
       let shown = 0;
       for (const row of rows) {
-        const fits = words.every((word) => texts.get(row).includes(word)) &&
+        const fits = wanted.every((word) => texts.get(row).includes(word)) &&
           (!list.value || row.dataset.marks.split(" ").includes(list.value)) && (!domain.value || row.dataset.domain === domain.value);
         row.hidden = !fits;
         shown += fits;
