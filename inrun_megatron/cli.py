@@ -13,6 +13,7 @@ from inrun_megatron.commands.curate import curate
 from inrun_megatron.commands.export import export
 from inrun_megatron.commands.plan import plan
 from inrun_megatron.commands.prepare import prepare
+from inrun_megatron.commands.report import report
 from inrun_megatron.commands.show import show
 from inrun_megatron.commands.summary import summary
 from inrun_megatron.commands.top import top
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (prepare, summary, top, show, export, compare, curate, plan, verify):
+for _command in (prepare, summary, report, top, show, export, compare, curate, plan, verify):
     app.command()(_command)
 
 

@@ -33,3 +33,4 @@ deepspeed --num_accelerators 2 --master_port "$PORT" launch/pretrain.py \
 
 inrun summary "$RUN"
 inrun verify "$RUN"
+inrun report "$RUN"

@@ -3,6 +3,7 @@ writer and commits. For tests of the ledger and the reports."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,9 +123,16 @@ def prepared_datasets(
     directory: Path, samples: int = 700, seq_length: int = 64, seed: int = 1, documents: int = 12
 ) -> list[dict[str, Any]]:
     """The dataset table of a blend of DOMAINS, from real corpora and megatron-core's own indices; `seed`: of the order."""
+    prefixes = [tiny_corpus(directory / name, documents=documents, words=20, domain=name) for name in DOMAINS]
+    return blended(prefixes, samples, seq_length, seed)
+
+
+def blended(
+    prefixes: Sequence[str], samples: int = 700, seq_length: int = 64, seed: int = 1
+) -> list[dict[str, Any]]:
+    """The dataset table of a blend of prepared datasets in equal parts."""
     from inrun_megatron.data.train import build_datasets
 
-    prefixes = [tiny_corpus(directory / name, documents=documents, words=20, domain=name) for name in DOMAINS]
     blend = [piece for prefix in prefixes for piece in ("1", prefix)]
     train, _ = build_datasets(
         data_path=blend,

@@ -18,7 +18,7 @@ from inrun_megatron.ledger import Ledger, LedgerWriter, commit, create_ledger
 from inrun_megatron.report.summary import build_summary, print_summary
 from tests.synthetic_ledger import TARGETS, Shape, description, prepared_datasets, write_run
 
-COMMANDS = ("prepare", "summary", "top", "show", "export", "compare", "curate", "plan", "verify")
+COMMANDS = ("prepare", "summary", "report", "top", "show", "export", "compare", "curate", "plan", "verify")
 
 
 @pytest.fixture(scope="module")

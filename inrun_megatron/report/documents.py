@@ -112,6 +112,12 @@ def printable(text: str) -> str:
     return "".join(_SHORT_ESCAPES.get(character) or _escape(character) for character in text)
 
 
+def printable_lines(text: str) -> str:
+    """`printable` with line breaks and tabs left as they are."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines)
+
+
 def _escape(character: str) -> str:
     # C*: control, format (bidi overrides), surrogate, private, unassigned. Zl, Zp: line and paragraph separators.
     category = unicodedata.category(character)

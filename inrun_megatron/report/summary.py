@@ -61,20 +61,20 @@ def build_summary(
         )[0]
         summary["largest"] = largest_samples(query, phases[-1])
         summary["documents"], summary["documents_error"] = _documents(query, phases[-1], documents, moved)
-        absolute = {
-            (row["step"], row["target"]): row["absolute"]
-            for row in query.rows(
-                "SELECT step, target, sum(absolute) AS absolute FROM cells GROUP BY step, target"
-            )
-        }
-    rows = steps.to_pylist()
-    audits = [
-        check_coverage(ledger.run),
-        check_additivity(ledger.run, rows, absolute),
-        check_efficiency(ledger.run, rows),
-    ]
-    summary["audits"] = [check.to_dict() for check in audits]
+        summary["audits"] = [check.to_dict() for check in audits_of(query, steps.to_pylist())]
     return summary
+
+
+def audits_of(query: Query, steps: list[dict[str, Any]]) -> list[Check]:
+    """The audits that need no pass over files and rows. steps: rows of `Ledger.steps()`."""
+    absolute = {
+        (row["step"], row["target"]): row["absolute"]
+        for row in query.rows(
+            "SELECT step, target, sum(absolute) AS absolute FROM cells GROUP BY step, target"
+        )
+    }
+    run = query.ledger.run
+    return [check_coverage(run), check_additivity(run, steps, absolute), check_efficiency(run, steps)]
 
 
 def print_summary(

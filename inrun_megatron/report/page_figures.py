@@ -1,0 +1,109 @@
+"""All figures of `inrun report`, JSON-serialisable: what the page, the PNG files and `--json` show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.checks import setting
+from inrun_megatron.ledger.read import Ledger
+from inrun_megatron.report.documents import Documents, parse_moved
+from inrun_megatron.report.domains import domain_figures
+from inrun_megatron.report.overview import describe_run, describe_steps
+from inrun_megatron.report.page_series import explained, loss_curve, target_series, timing, training_curve
+from inrun_megatron.report.page_values import composition, distribution, documents_of
+from inrun_megatron.report.page_words import findings
+from inrun_megatron.report.phases import DEFAULT_CUTS, Phase, phases_of, whole_run
+from inrun_megatron.report.query import Query
+from inrun_megatron.report.summary import audits_of, largest_samples
+
+TEXT_CHARACTERS = 2000
+"""How much of a document's text the report holds."""
+
+VERIFY_ROWS = 20_000_000
+"""Ledgers with more rows are verified only when asked: reading and hashing every row takes minutes."""
+
+
+def build_figures(
+    run: Path | str,
+    *,
+    cuts: Sequence[Fraction] = DEFAULT_CUTS,
+    documents: int = 25,
+    moved: Sequence[str] = (),
+    verify: bool | None = None,
+) -> dict[str, Any]:
+    """Figures of a run.
+
+    run: run directory or ledger directory. cuts: where phases end, as fractions of the run. documents: how many best and
+    worst documents of each target; 0 for none. moved: `NAME=PREFIX` of datasets that have moved. verify: check files and
+    rows as `inrun verify` does; None: up to VERIFY_ROWS rows.
+
+    Raises UserError when there is no ledger, nothing is committed yet, or a part cannot be read.
+    """
+    ledger = Ledger(run)
+    if ledger.last_step < 1:
+        raise UserError(f"{ledger.directory} has no committed step yet; wait for the run's first commit")
+    last, steps = ledger.last_step, ledger.steps()
+    phases = phases_of(last, cuts)
+    shown = [whole_run(last), *(phases if len(phases) > 1 else [])]
+    figures: dict[str, Any] = {
+        "run": describe_run(ledger) | {"estimator": setting(ledger.run, "estimator", group="shapley")},
+        "steps": describe_steps(ledger, steps),
+        "phases": [{"name": phase.name, "first": phase.first, "last": phase.last} for phase in shown],
+        "datasets": [_dataset(index, dataset) for index, dataset in enumerate(ledger.datasets)],
+        "targets": [_target(ledger, steps, target, phases) for target in ledger.targets],
+        "training": training_curve(ledger, steps),
+        "timing": timing(ledger, steps),
+    }
+    with Query(ledger) as query:
+        figures["rows"] = query.rows(
+            "SELECT CAST(coalesce(sum(n), 0) AS BIGINT) AS rows, "
+            "CAST((SELECT count(*) FROM ledger_values) - coalesce(sum(n), 0) AS BIGINT) AS not_finite FROM cells"
+        )[0]
+        figures["domains"] = [entry.to_dict() for entry in domain_figures(query, shown)]
+        figures["composition"] = composition(query, last)
+        figures["distribution"] = distribution(query, phases, last)
+        figures["largest"] = largest_samples(query, phases[-1])
+        figures |= _documents(query, phases[-1], documents, moved)
+        rows = figures["rows"]["rows"]
+        full = rows <= VERIFY_ROWS if verify is None else verify
+        checks = ledger.verify() if full else audits_of(query, steps.to_pylist())
+    figures["audits"] = {"full": full, "checks": [check.to_dict() for check in checks]}
+    figures["findings"] = findings(figures)
+    return figures
+
+
+def _dataset(index: int, dataset: dict[str, Any]) -> dict[str, Any]:
+    known = {name: dataset.get(name) for name in ("path_prefix", "documents", "samples", "weight")}
+    return {"index": index, "name": str(dataset.get("name", index))} | known
+
+
+def _target(ledger: Ledger, steps: Any, target: dict[str, Any], phases: Sequence[Phase]) -> dict[str, Any]:
+    name = str(target["name"])
+    series = target_series(ledger, steps, name)
+    return {
+        "name": name,
+        "sequences": target.get("sequences"),
+        "path": target.get("path"),
+        "explained": explained(series, phases, ledger.last_step),
+        "curve": loss_curve(series, phases),
+    }
+
+
+def _documents(query: Query, phase: Phase, n: int, moved: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "documents": None,
+        "documents_error": None,
+        "documents_phase": {"name": phase.name, "first": phase.first, "last": phase.last},
+    }
+    if n > 0:
+        try:
+            documents = Documents(query.ledger, parse_moved(query.ledger, moved))
+            found["documents"] = documents_of(query, documents, phase, n, TEXT_CHARACTERS)
+        except UserError as error:
+            # Figures per domain need no data files: a ledger read on another machine still gives its report.
+            found["documents_error"] = str(error)
+    return found

@@ -1,0 +1,134 @@
+"""What values/ tells beyond means: composition over training, distribution, documents. All heavy work is SQL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from inrun_megatron.report.documents import Documents, printable_lines, shorten
+from inrun_megatron.report.phases import Phase, whole_run
+from inrun_megatron.report.query import Query, quoted
+from inrun_megatron.report.ranking import Level, create_figures
+
+COMPOSITION_BINS = 40
+HISTOGRAM_WIDTH = 0.25
+HISTOGRAM_END = 6.0
+"""Normalised values beyond +-6 share the outermost bins."""
+
+
+def composition(query: Query, last_step: int) -> list[dict[str, Any]]:
+    """Value by domain over training: one entry per target, bin of steps and dataset.
+
+    value: nats per token and scored step. share: of the sum over datasets of |normalised value|, so that each step
+    weighs the same and the shares of a bin add up to 1 in absolute terms; the sign is kept.
+    """
+    bins = min(COMPOSITION_BINS, last_step)
+    rows = query.rows(f"""
+        SELECT c.target, t.position, CAST(floor((c.step - 1) * {bins} / {last_step}) AS INTEGER) AS bin, c.dataset,
+               sum(c.total) AS total, sum(c.total * s.factor) AS normalised, count(DISTINCT c.step) AS steps
+        FROM cells c JOIN scales s ON c.step = s.step AND c.target = s.target
+        JOIN targets t ON c.target = t.target
+        GROUP BY c.target, t.position, bin, c.dataset ORDER BY t.position, bin, c.dataset
+    """)
+    steps = query.rows(f"""
+        SELECT CAST(floor((step - 1) * {bins} / {last_step}) AS INTEGER) AS bin, count(DISTINCT step) AS steps
+        FROM cells GROUP BY bin
+    """)
+    steps_of = {row["bin"]: row["steps"] for row in steps}
+    whole: dict[tuple[str, int], float] = {}
+    for row in rows:
+        key = (row["target"], row["bin"])
+        whole[key] = whole.get(key, 0.0) + abs(row["normalised"])
+    return [
+        {
+            "target": row["target"],
+            "dataset": row["dataset"],
+            "first_step": -(-row["bin"] * last_step // bins) + 1,
+            "last_step": -(-(row["bin"] + 1) * last_step // bins),
+            "value": row["total"] / steps_of[row["bin"]],
+            "share": row["normalised"] / (whole[row["target"], row["bin"]] or 1.0),
+        }
+        for row in rows
+    ]
+
+
+def distribution(query: Query, phases: Sequence[Phase], last_step: int) -> list[dict[str, Any]]:
+    """Histograms of the normalised values of samples, by phase, target and dataset: {phase, target, dataset, n, bins}
+    with bins = [[index, samples]]; bin i holds values in [i, i + 1) * HISTOGRAM_WIDTH."""
+    edge = round(HISTOGRAM_END / HISTOGRAM_WIDTH)
+    cases = " ".join(f"WHEN step <= {phase.last} THEN {number}" for number, phase in enumerate(phases))
+    rows = query.rows(f"""
+        SELECT CASE {cases} END AS phase, v.target, t.position, v.dataset,
+               CAST(greatest(least(floor(v.normalised / {HISTOGRAM_WIDTH}), {edge - 1}), {-edge}) AS INTEGER) AS bin,
+               count(*) AS n
+        FROM scored v JOIN targets t ON v.target = t.target
+        GROUP BY ALL ORDER BY phase, t.position, v.dataset, bin
+    """)
+    names = [phase.name for phase in phases]
+    found: dict[tuple[str, str, int], dict[int, int]] = {}
+    for row in rows:
+        for name in {names[row["phase"]], whole_run(last_step).name}:
+            bins = found.setdefault((name, row["target"], row["dataset"]), {})
+            bins[row["bin"]] = bins.get(row["bin"], 0) + row["n"]
+    return [
+        {
+            "phase": phase,
+            "target": target,
+            "dataset": dataset,
+            "n": sum(bins.values()),
+            "bins": [[index, n] for index, n in sorted(bins.items())],
+        }
+        for (phase, target, dataset), bins in found.items()
+    ]
+
+
+def documents_of(
+    query: Query, documents: Documents, phase: Phase, n: int, characters: int
+) -> list[dict[str, Any]]:
+    """The n best and n worst documents of each target in `phase`, each once, with their values towards every target.
+
+    `lists` says where a document stands: {"best": {target: rank}, "worst": {target: rank}}, ranks from 1.
+    """
+    create_figures(query, Level.document, phase, documents)
+    targets = ", ".join(quoted(target) for target in query.ledger.target_names)
+    query.run(f"""
+        CREATE OR REPLACE TEMP TABLE listed AS SELECT * FROM (
+            SELECT dataset, document, target,
+                   row_number() OVER (PARTITION BY target ORDER BY value DESC, dataset, document) AS best,
+                   row_number() OVER (PARTITION BY target ORDER BY value ASC, dataset, document) AS worst
+            FROM figures WHERE target IN ({targets})
+        ) WHERE best <= {n} OR worst <= {n}
+    """)
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in query.rows(
+        "SELECT f.* FROM figures f SEMI JOIN listed l ON f.dataset = l.dataset AND f.document = l.document "
+        "ORDER BY f.dataset, f.document"
+    ):
+        entry = found.setdefault(
+            (row["dataset"], row["document"]),
+            {name: row[name] for name in ("dataset", "dataset_name", "document", "tokens", "samples")}
+            | {"values": {}, "lists": {"best": {}, "worst": {}}},
+        )
+        entry["values"][row["target"]] = {name: row[name] for name in ("value", "per_token", "normalised")}
+    for row in query.rows("SELECT * FROM listed"):
+        lists = found[row["dataset"], row["document"]]["lists"]
+        for kind in ("best", "worst"):
+            # A best document has a positive value: with few documents the n best would hold the worst as well.
+            value = found[row["dataset"], row["document"]]["values"][row["target"]]["value"]
+            if row[kind] <= n and (value > 0 if kind == "best" else value < 0):
+                lists[kind][row["target"]] = row[kind]
+    return [
+        entry | _text(documents, entry, characters)
+        for entry in found.values()
+        if entry["lists"]["best"] or entry["lists"]["worst"]
+    ]
+
+
+def _text(documents: Documents, entry: dict[str, Any], characters: int) -> dict[str, Any]:
+    dataset, document = entry["dataset"], entry["document"]
+    text = documents.text(dataset, document, 0, 4 * characters + 64).strip()
+    return {
+        "source": documents.source(dataset, document),
+        "metadata": documents.metadata(dataset, document),
+        "text": shorten(printable_lines(text), characters),
+    }
