@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.distributed import Workers, assert_cases, run_cases
+from tests.distributed import assert_cases, run_cases
 from tests.layouts import LayoutCase, Ran, by_sample, deviation, train
 from tests.test_exactness import STEPS_CHECKED, TOLERANCE, _side_figures
 
@@ -43,7 +43,7 @@ COVERING = [
     four(4, 1, 1, 8, False, "sgd"),
 ]
 # Each once: sequence parallelism, recomputation, one microbatch, one and many rows, the other shape tied or untied,
-# momentum, coupled decay, the proxy, lower precision.
+# momentum, coupled decay, the proxy, lower precision (bf16 with fp32 gradients is BF16_Optimizer).
 BESIDES = [
     replace(four(2, 2, 1, 2, True, "adamw"), sp=True, recompute=True),
     replace(four(2, 2, 0, 1, False, "adamw"), sp=True),
@@ -53,7 +53,9 @@ BESIDES = [
     LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, proxy=True),
     LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, precision="bf16"),
     LayoutCase(2, 1, False, 0, 2, "llama", "sgd", pp=2, precision="bf16"),
+    LayoutCase(2, 1, False, 1, 2, "llama", "adamw", pp=2, precision="bf16", grad_accum_fp32=True),
     LayoutCase(2, 1, False, 1, 2, "gpt2", "sgd", pp=2, precision="fp16"),
+    LayoutCase(2, 1, False, 1, 2, "llama", "adamw", pp=2, precision="fp16", recompute=True),
 ]
 
 
@@ -152,79 +154,3 @@ def test_training_is_bitwise_the_same_with_scoring() -> None:
             assert torch.equal(on.rng, off.rng), case
             for name, weight in off.weights.items():
                 assert torch.equal(on.weights[name], weight), f"{case}: {name}"
-
-
-# --- the model and the ranks -----------------------------------------------------------------------------------------
-
-
-def _parameters(rank: int, world: int, shape: str, pp: int) -> dict[str, torch.Tensor]:
-    import deepspeed
-    from megatron.core import parallel_state
-
-    from inrun_megatron.config import ModelConfig
-    from inrun_megatron.models import build_gpt
-    from inrun_megatron.models.pipeline import build_pipeline
-    from tests.layouts import named_parameters
-    from tests.test_models import LLAMA
-
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    parallel_state.initialize_model_parallel(world // pp, pp)
-    model = ModelConfig(
-        num_layers=4, hidden_size=32, num_attention_heads=4, **(LLAMA if shape == "llama" else {})
-    )
-    build = build_gpt if pp == 1 else build_pipeline
-    built = build(model, vocab_size=61, seq_length=16, seed=3)
-    return {name: parameter.detach().clone() for name, parameter in named_parameters(built).items()}
-
-
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
-def test_every_pipeline_size_starts_from_the_same_parameters(shape: str) -> None:
-    with Workers(2) as workers:
-        stages = workers.run(_parameters, shape, 2)
-    with Workers(1) as workers:
-        [whole] = workers.run(_parameters, shape, 1)
-    assert set(whole) == set(stages[0]) | set(stages[1])
-    shared = set(stages[0]) & set(stages[1])
-    assert shared == ({"embedding.word_embeddings.weight"} if shape == "gpt2" else set())
-    for stage in stages:
-        for name, parameter in stage.items():
-            assert torch.equal(parameter, whole[name]), name
-
-
-def _places(rank: int, world: int, tp: int, pp: int) -> list[tuple[int, list[int]]]:
-    import deepspeed
-    import torch.distributed as dist
-    from deepspeed.runtime.pipe.topology import PipelineParallelGrid
-    from megatron.core import parallel_state
-
-    from inrun_megatron.models.pipeline import matching_topology
-    from inrun_megatron.parallel import Layout
-
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    parallel_state.initialize_model_parallel(tp, pp)
-    layout, grid = Layout.current(), PipelineParallelGrid(topology=matching_topology())
-    pairs = [
-        (layout.tp_group, grid.get_slice_parallel_group()),
-        (layout.dp_group, grid.get_data_parallel_group()),
-        (layout.pp_group, grid.get_pipe_parallel_group()),
-        (layout.mp_group, grid.get_model_parallel_group()),
-    ]
-    found = []
-    for ours, theirs in pairs:
-        ranks = sorted(dist.get_process_group_ranks(ours))
-        assert ranks == sorted(dist.get_process_group_ranks(theirs))
-        found.append(ranks)
-    assert (layout.pp_rank, layout.dp_rank, layout.tp_rank) == (
-        grid.get_stage_id(),
-        grid.get_data_parallel_id(),
-        grid.get_slice_parallel_rank(),
-    )
-    return [(len(ranks), ranks) for ranks in found]
-
-
-def test_megatrons_ranks_are_deepspeeds() -> None:
-    """Groups and places of both, on eight ranks with all three kinds of parallelism."""
-    with Workers(8) as workers:
-        for tp, pp in ((2, 2), (1, 4), (4, 2)):
-            for places in workers.run(_places, tp, pp, timeout=60):
-                assert [size for size, _ in places] == [tp, 8 // (tp * pp), pp, tp * pp]
