@@ -112,8 +112,8 @@ def test_a_step_that_overflows_has_no_values() -> None:
     """fp16's first loss scale is too large: skipped steps have no rows, those after them the values of PP 1."""
     staged = LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, precision="fp16", scale_power=19, steps=8)
     plain = LayoutCase(1, 1, False, 1, 2, "gpt2", "adamw", precision="fp16", scale_power=19, steps=8)
-    [ranks] = assert_cases(run_cases(train, 2, [staged]))
-    [alone] = assert_cases(run_cases(train, 1, [plain]))
+    [ranks] = assert_cases(run_cases(train, 2, [staged], timeout=240))
+    [alone] = assert_cases(run_cases(train, 1, [plain], timeout=240))
     statuses = alone[0].statuses
     assert {"skipped: overflow", "scored"} == set(statuses)
     for ran in ranks:
