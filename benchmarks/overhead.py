@@ -5,9 +5,8 @@
     python -m benchmarks.overhead --pp 2                # through the pipeline: benchmarks/pipeline.py
 
 Two copies of one model train side by side on the same batches: one is megatron-core + DeepSpeed as it is, the
-other has taps and scores every sample against one target. Their steps alternate, so that a machine whose
-speed drifts slows both; the ratio is the median over pairs of steps. The ideal is the validation pass itself,
-``1 + n_val / n_train`` when every step is scored.
+other has taps and scores every sample against one target (benchmarks/pairs.py). The ideal is the validation pass
+itself, ``1 + n_val / n_train`` when every step is scored.
 """
 
 from __future__ import annotations
@@ -16,13 +15,10 @@ import contextlib
 import json
 import multiprocessing
 import os
-import resource
 import socket
-import statistics
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import torch
@@ -30,38 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-
-@dataclass(frozen=True)
-class Case:
-    """One line of the table; tokens per sequence, sequences per step."""
-
-    name: str
-    hidden: int
-    layers: int
-    seq_length: int
-    train: int
-    validation: int
-    micro_batch: int
-    zero_stage: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a case came to. Times in seconds per step (medians), memory in MiB of the whole process."""
-
-    name: str
-    ratio: float
-    ideal: float
-    above_ideal: float
-    plain_s: float
-    scored_s: float
-    ratio_low: float  # quartiles of the ratio over pairs of steps
-    ratio_high: float
-    cpu_ratio: float  # the same of processor time, which a busy neighbour does not stretch
-    pairs: int
-    tokens_per_second: float
-    peak_rss_mb: float
-    case: dict[str, Any]
+from benchmarks.pairs import Case, Outcome, alternate, outcome
 
 
 def cases(hidden: int, layers: int, micro_batch: int, zero_stage: int) -> list[Case]:
@@ -146,19 +111,13 @@ def _train(engine: Any, microbatches: list[dict[str, torch.Tensor]], step: Any =
             engine.step()
 
 
-def _timed(work: Any) -> tuple[float, float]:
-    """Wall and processor seconds."""
+def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    started = time.perf_counter(), time.process_time()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started[0], time.process_time() - started[1]
 
 
 def measure(case: Case, *, pairs: int, vocab: int, bf16: bool, threads: int) -> Outcome:
-    """Alternate plain and scored steps of one case; two pairs of warm-up are not counted."""
+    """Alternate plain and scored steps of one case."""
     _start(threads)
     from inrun_megatron import InRunShapley, ShapleyTarget
     from inrun_megatron.models import token_losses
@@ -169,51 +128,26 @@ def measure(case: Case, *, pairs: int, vocab: int, bf16: bool, threads: int) -> 
     validation = [_batch(case, vocab, rows, device) for _ in range(case.validation // rows)]
     target = ShapleyTarget("validation", validation, float(case.validation * case.seq_length))
     shapley = InRunShapley(scored, [target], token_losses)
-    times: list[tuple[float, float]] = []
-    cpu: list[float] = []
-    for iteration in range(1, pairs + 3):
-        batches = [
-            _batch(case, vocab, case.micro_batch, device) for _ in range(case.train // case.micro_batch)
-        ]
 
-        def scored_step(number: int = iteration, batches: list = batches) -> None:
-            with shapley.step(number) as step:
-                _train(scored, batches, step)
-            assert step.result.scored
+    def batch(iteration: int) -> list[dict[str, torch.Tensor]]:
+        return [_batch(case, vocab, case.micro_batch, device) for _ in range(case.train // case.micro_batch)]
 
-        def plain_step(batches: list = batches) -> None:
-            _train(plain, batches)
+    def scored_step(iteration: int, microbatches: list[dict[str, torch.Tensor]]) -> None:
+        with shapley.step(iteration) as step:
+            _train(scored, microbatches, step)
+        assert step.result.scored
 
-        # Which of the two comes first alternates as well.
-        if iteration % 2:
-            first = _timed(plain_step)
-            pair = first, _timed(scored_step)
-        else:
-            second = _timed(scored_step)
-            pair = _timed(plain_step), second
-        if iteration > 2:
-            times.append((pair[0][0], pair[1][0]))
-            cpu.append(pair[1][1] / pair[0][1])
-    shapley.close()
-    ratios = sorted(b / a for a, b in times)
-    ratio, ideal = statistics.median(ratios), 1.0 + case.validation / case.train
-    scored_s = statistics.median(b for _, b in times)
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratio] * 3
-    return Outcome(
-        name=case.name,
-        ratio=ratio,
-        ideal=ideal,
-        above_ideal=ratio / ideal - 1.0,
-        plain_s=statistics.median(a for a, _ in times),
-        scored_s=scored_s,
-        ratio_low=quartiles[0],
-        ratio_high=quartiles[2],
-        cpu_ratio=statistics.median(cpu),
-        pairs=len(times),
-        tokens_per_second=case.train * case.seq_length / scored_s,
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        case=asdict(case),
-    )
+    try:
+        timed = alternate(
+            lambda iteration, microbatches: _train(plain, microbatches),
+            scored_step,
+            batch=batch,
+            pairs=pairs,
+            synchronise=_synchronise,
+        )
+    finally:
+        shapley.close()
+    return outcome(case, timed, ideal=1.0 + case.validation / case.train)
 
 
 # DeepSpeed prints to stdout while it builds its operators; the figures alone belong there.
@@ -230,7 +164,17 @@ def _in_new_process(*arguments: Any) -> Outcome:
 
 def _table(outcomes: list[Outcome], title: str) -> Table:
     table = Table(title=title)
-    for column in ("case", "plain s", "scored s", "ratio (quartiles)", "CPU", "ideal", "above", "RSS MB"):
+    for column in (
+        "case",
+        "plain s",
+        "scored s",
+        "ratio (quartiles)",
+        "ideal",
+        "above",
+        "CPU",
+        "CPU ideal",
+        "RSS MB",
+    ):
         table.add_column(column, justify="left" if column == "case" else "right")
     for o in outcomes:
         table.add_row(
@@ -238,9 +182,10 @@ def _table(outcomes: list[Outcome], title: str) -> Table:
             f"{o.plain_s:.3f}",
             f"{o.scored_s:.3f}",
             f"{o.ratio:.3f} ({o.ratio_low:.3f}-{o.ratio_high:.3f})",
-            f"{o.cpu_ratio:.3f}",
             f"{o.ideal:.4f}",
             f"{100 * o.above_ideal:+.1f}%",
+            f"{o.cpu_ratio:.3f}",
+            f"{o.cpu_ideal:.4f}",
             f"{o.peak_rss_mb:.0f}",
         )
     return table

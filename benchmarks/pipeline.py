@@ -11,19 +11,16 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import resource
 import socket
-import statistics
 import sys
-import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.overhead import Case, Outcome
+from benchmarks.pairs import Batch, Case, Outcome, Pairs, alternate, outcome
 
 
 def pipeline_cases(hidden: int, layers: int, zero_stage: int) -> list[Case]:
@@ -35,24 +32,55 @@ def pipeline_cases(hidden: int, layers: int, zero_stage: int) -> list[Case]:
     ]
 
 
+def microbatches(case: Case) -> tuple[int, int]:
+    """V and M."""
+    return case.validation // case.micro_batch, case.train // case.micro_batch
+
+
 def ideal(case: Case, stages: int) -> float:
     """(V + M + P - 1) / (M + P - 1)."""
-    train, validation = case.train // case.micro_batch, case.validation // case.micro_batch
+    validation, train = microbatches(case)
     return (validation + train + stages - 1) / (train + stages - 1)
 
 
 def measure_pipeline(case: Case, stages: int, *, pairs: int, vocab: int) -> Outcome:
-    """Spawn the stages, let them alternate plain and scored steps, and return what the first one saw."""
+    """Let the stages alternate plain and scored steps: wall time of the first, processor time of all together."""
+    ranks = on_stages(stages, _plain_and_scored, case, pairs, vocab)
+    cpu = [
+        (sum(rank.cpu[i][0] for rank in ranks), sum(rank.cpu[i][1] for rank in ranks)) for i in range(pairs)
+    ]
+    return outcome(case, ranks[0], ideal=ideal(case, stages), cpu=cpu)
+
+
+def on_stages(stages: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """``work(*arguments)`` on one new process per stage, with Megatron's groups; the answers by stage."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with ProcessPoolExecutor(stages, mp_context=multiprocessing.get_context("spawn")) as pool:
-        ranks = [pool.submit(_stage, rank, stages, port, case, pairs, vocab) for rank in range(stages)]
-        first, *_ = [rank.result() for rank in ranks]
-        return first
+        ranks = [pool.submit(_stage, rank, stages, port, work, arguments) for rank in range(stages)]
+        return [rank.result() for rank in ranks]
 
 
-def _engine(case: Case, vocab: int) -> Any:
+def _stage(rank: int, stages: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    import deepspeed
+    from megatron.core import parallel_state
+
+    from inrun_megatron.models import cpu
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(stages)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's messages; the figures alone belong to stdout
+        torch.set_num_threads(1)
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+        parallel_state.initialize_model_parallel(1, stages)
+        cpu.install()
+        cpu.seed_everything(1, tp_rank=0, dp_rank=0, pp_rank=rank)
+        return work(*arguments)
+
+
+def build_stage(case: Case, vocab: int) -> Any:
+    """This stage's engine: GPT-2 shape with tied embeddings, AdamW, clipping at 1."""
     import deepspeed
 
     from inrun_megatron.config import ModelConfig
@@ -72,7 +100,7 @@ def _engine(case: Case, vocab: int) -> Any:
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
 
 
-def _microbatches(case: Case, vocab: int, rows: int, seed: int) -> list[dict[str, torch.Tensor]]:
+def random_microbatches(case: Case, vocab: int, rows: int, seed: int) -> Batch:
     """The same on every stage."""
     tokens = torch.randint(
         0, vocab, (rows, case.seq_length + 1), generator=torch.Generator().manual_seed(seed)
@@ -89,74 +117,32 @@ def _microbatches(case: Case, vocab: int, rows: int, seed: int) -> list[dict[str
     return [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, rows, size)]
 
 
-def _stage(rank: int, stages: int, port: int, case: Case, pairs: int, vocab: int) -> Outcome:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(stages)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with contextlib.redirect_stdout(sys.stderr):
-        return _alternate(case, stages, pairs, vocab)
-
-
-def _alternate(case: Case, stages: int, pairs: int, vocab: int) -> Outcome:
-    import deepspeed
-    from megatron.core import parallel_state
-
+def scoring_of(engine: Any, case: Case, vocab: int) -> Any:
+    """``PipelineShapley`` with one target of the case's validation sequences."""
     from inrun_megatron import PipelineShapley, ShapleyTarget
-    from inrun_megatron.models import cpu
 
-    torch.set_num_threads(1)
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    parallel_state.initialize_model_parallel(1, stages)
-    cpu.install()
-    cpu.seed_everything(1, tp_rank=0, dp_rank=0, pp_rank=parallel_state.get_pipeline_model_parallel_rank())
-    plain, scored = _engine(case, vocab), _engine(case, vocab)
-    loss = scored.module.loss_fn
-    validation = _microbatches(case, vocab, case.validation, 0)
+    validation = random_microbatches(case, vocab, case.validation, 0)
     target = ShapleyTarget("validation", validation, float(case.validation * case.seq_length))
-    shapley = PipelineShapley(scored, [target], loss)
-    times: list[tuple[float, float]] = []
-    cpu_ratios: list[float] = []
-    for iteration in range(1, pairs + 3):
-        batches = _microbatches(case, vocab, case.train, iteration)
-
-        def plain_step(batches: list = batches) -> None:
-            plain.train_batch(iter([loss.split(m) for m in batches]))
-
-        def scored_step(number: int = iteration, batches: list = batches) -> None:
-            with shapley.step(number) as step:
-                step.train_batch(batches)
-            assert step.result.scored
-
-        order = [plain_step, scored_step] if iteration % 2 else [scored_step, plain_step]
-        spent = {work: _timed(work) for work in order}
-        if iteration > 2:
-            times.append((spent[plain_step][0], spent[scored_step][0]))
-            cpu_ratios.append(spent[scored_step][1] / spent[plain_step][1])
-    shapley.close()
-    ratios = sorted(b / a for a, b in times)
-    ratio, best = statistics.median(ratios), ideal(case, stages)
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratio] * 3
-    scored_s = statistics.median(b for _, b in times)
-    return Outcome(
-        name=case.name,
-        ratio=ratio,
-        ideal=best,
-        above_ideal=ratio / best - 1.0,
-        plain_s=statistics.median(a for a, _ in times),
-        scored_s=scored_s,
-        ratio_low=quartiles[0],
-        ratio_high=quartiles[2],
-        cpu_ratio=statistics.median(cpu_ratios),
-        pairs=len(times),
-        tokens_per_second=case.train * case.seq_length / scored_s,
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        case=asdict(case),
-    )
+    return PipelineShapley(engine, [target], engine.module.loss_fn)
 
 
-def _timed(work: Any) -> tuple[float, float]:
-    """Wall and processor seconds of this stage, from a common start to a common end."""
-    dist.barrier()
-    started = time.perf_counter(), time.process_time()
-    work()
-    dist.barrier()
-    return time.perf_counter() - started[0], time.process_time() - started[1]
+def scored_step(shapley: Any, iteration: int, batch: Batch) -> None:
+    with shapley.step(iteration) as step:
+        step.train_batch(batch)
+    assert step.result.scored
+
+
+def _plain_and_scored(case: Case, pairs: int, vocab: int) -> Pairs:
+    plain, scored = build_stage(case, vocab), build_stage(case, vocab)
+    shapley = scoring_of(scored, case, vocab)
+    split = plain.module.loss_fn.split
+    try:
+        return alternate(
+            lambda iteration, batch: plain.train_batch(iter([split(m) for m in batch])),
+            lambda iteration, batch: scored_step(shapley, iteration, batch),
+            batch=lambda iteration: random_microbatches(case, vocab, case.train, iteration),
+            pairs=pairs,
+            synchronise=dist.barrier,
+        )
+    finally:
+        shapley.close()

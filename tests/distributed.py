@@ -47,6 +47,9 @@ if sys.platform == "linux":
 LOG_LINES = 40
 # After the first rank's failure, how long the others have to answer before they count as stuck in a collective.
 GRACE_SECONDS = 5.0
+# Cases that one group of processes runs. A DeepSpeed engine keeps itself alive through hooks on its last loss
+# (`_backward_prologue_per_tensor`), and its process groups with it; their threads spin once another rank closed its end.
+CASES_PER_SPAWN = 8
 
 
 class DistributedError(RuntimeError):
@@ -100,11 +103,14 @@ def run_cases(
     """Run `fn(rank, world_size, case)` for every case on one group of processes; failures are collected.
 
     Between cases all process groups but the world are destroyed and the global state of megatron-core and DeepSpeed
-    is reset. A case that leaves a rank stuck or dead costs a new spawn for the ones after it. `timeout` is per case.
+    is reset; after CASES_PER_SPAWN cases new processes take over. A case that leaves a rank stuck or dead costs a new
+    spawn for the ones after it. `timeout` is per case.
     """
     outcomes: list[CaseResult] = []
     with Workers(world_size, env=env) as workers:
-        for case in cases:
+        for number, case in enumerate(cases):
+            if number and number % CASES_PER_SPAWN == 0:
+                workers.close()
             try:
                 outcomes.append(CaseResult(case, workers.run(fn, case, timeout=timeout), None))
             except DistributedError as error:

@@ -22,7 +22,7 @@ from tests.oracle_optimizer import OptimizerSpec
 from tests.oracle_shards import split_parameters
 
 VOCABULARY, SEQUENCE, EOD = 61, 12, 0
-TARGET_SEQUENCES = (5, 3)  # two targets, of several sequences each, that no layout divides evenly
+TARGET_SEQUENCES = (5, 3)  # two targets, of several sequences each; microbatches of 2 divide neither
 
 
 Trainer = TypeVar("Trainer", bound=OracleTrainer)
@@ -79,6 +79,7 @@ class LayoutCase:
     credit: str = "step"
     granularity: Literal["sample", "document", "token"] = "sample"
     reset_attention: bool = False  # attention and positions start anew with each document
+    scale_power: int = 10  # fp16's first loss scale, as a power of 2
 
     @property
     def dp(self) -> int:
@@ -211,7 +212,7 @@ def _configuration(case: LayoutCase) -> dict[str, Any]:
     if case.precision == "bf16":
         config["bf16"] = {"enabled": True}
     if case.precision == "fp16":
-        config["fp16"] = {"enabled": True, "initial_scale_power": 10}
+        config["fp16"] = {"enabled": True, "initial_scale_power": case.scale_power}
     if case.grad_accum_fp32:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     if case.pp > 1 and case.sp:
@@ -299,17 +300,14 @@ def named_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {model.gpt_name(n): p for n, p in own.items()} if hasattr(model, "gpt_name") else own
 
 
-def _share(rows: dict[str, Tensor], rank: int, world: int, size: int = 2) -> list[dict[str, Tensor]]:
-    """Microbatches of `size` rows in turn over ranks; ranks that run short get rows without loss tokens."""
-    count = len(rows["tokens"])
-    rounds = -(-count // (world * size))
-    shares = []
-    for r in range(rounds):
-        chosen = [(r * world + rank) * size + j for j in range(size)]
-        picked = {k: torch.stack([v[min(i, count - 1)] for i in chosen]) for k, v in rows.items()}
-        picked["loss_mask"] = picked["loss_mask"] * torch.tensor([[float(i < count)] for i in chosen])
-        shares.append(picked)
-    return shares
+def _share(target: OracleTarget, layout: Any, size: int, *, pipeline: bool) -> list[dict[str, Tensor]]:
+    """The microbatches that a run would give this rank (data/targets.py)."""
+    from inrun_megatron.data.targets import Target
+
+    rows = target.rows
+    tokens = torch.cat([rows["tokens"], rows["labels"][:, -1:]], dim=1)
+    sequences = Target(target.name, tokens, rows["loss_mask"], rows["position_ids"], {})
+    return sequences.microbatches(size, layout.dp_rank, layout.dp_size, full_size=pipeline)
 
 
 def train(rank: int, world: int, case: LayoutCase) -> Ran:
@@ -330,7 +328,7 @@ def train(rank: int, world: int, case: LayoutCase) -> Ran:
         enable_recompute(engine.module.decoder, 1, wrap=taps.capture)
     size = case.micro_batch if case.pp > 1 else 2  # a pipeline has one shape for all its microbatches
     targets = [
-        ShapleyTarget(t.name, _share(t.rows, layout.dp_rank, layout.dp_size, size), t.num_tokens)
+        ShapleyTarget(t.name, _share(t, layout, size, pipeline=case.pp > 1), t.num_tokens)
         for t in case.targets()
     ]
     shapley: Any = None

@@ -35,8 +35,7 @@ def _measure(rank: int, world: int, case: LayoutCase) -> Bytes:
         seen["weights"] = max(seen["weights"], sum(storages.values()))
 
     targets = [
-        ShapleyTarget(t.name, _share(t.rows, layout.dp_rank, layout.dp_size), t.num_tokens)
-        for t in case.targets()
+        ShapleyTarget(t.name, _share(t, layout, 2, pipeline=False), t.num_tokens) for t in case.targets()
     ]
     shapley = InRunShapley(engine, targets, token_losses, layout=layout, consumers=[lambda emission: live()])
     for iteration, batch in enumerate(case.batches(), start=1):

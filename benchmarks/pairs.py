@@ -1,0 +1,135 @@
+"""Two ways to do one step, alternately in one process: what their times come to.
+
+Steps alternate, and which of the two comes first does as well, so that a machine whose speed drifts slows both. The
+ratio is the median over pairs of steps.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+WARM_UP = 2  # pairs that are not counted
+
+Batch = list[dict[str, Any]]
+Step = Callable[[int, Batch], None]
+"""Does step ``iteration`` (from 1) on these microbatches."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a table; tokens per sequence, sequences per step."""
+
+    name: str
+    hidden: int
+    layers: int
+    seq_length: int
+    train: int
+    validation: int
+    micro_batch: int
+    zero_stage: int
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Seconds of this process, wall and processor, per pair of steps: (first way, second way)."""
+
+    wall: list[tuple[float, float]]
+    cpu: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case came to. Times in seconds per step (medians), memory in MiB of the whole process."""
+
+    name: str
+    ratio: float
+    ideal: float
+    above_ideal: float
+    plain_s: float
+    scored_s: float
+    ratio_low: float  # quartiles of the ratio over pairs of steps
+    ratio_high: float
+    cpu_ratio: float  # the same of processor time, which a busy neighbour does not stretch
+    cpu_ideal: float  # 1 + n_val / n_train: the work; a pipeline's idle half-steps are in `ideal` alone
+    pairs: int
+    tokens_per_second: float
+    peak_rss_mb: float
+    case: dict[str, Any]
+
+
+def alternate(
+    first: Step,
+    second: Step,
+    *,
+    batch: Callable[[int], Batch],
+    pairs: int,
+    synchronise: Callable[[], None],
+) -> Pairs:
+    """Time ``pairs`` pairs of steps after the warm-up.
+
+    Args:
+        batch: microbatches of step ``iteration``, the same for both; not timed.
+        synchronise: returns when everything that was started is done; called before and after each step.
+    """
+    timed = Pairs([], [])
+    for iteration in range(1, pairs + WARM_UP + 1):
+        order = [first, second] if iteration % 2 else [second, first]
+        microbatches = batch(iteration)
+        spent = {way: _timed(way, iteration, microbatches, synchronise) for way in order}
+        if iteration > WARM_UP:
+            (wall, cpu), (other_wall, other_cpu) = spent[first], spent[second]
+            timed.wall.append((wall, other_wall))
+            timed.cpu.append((cpu, other_cpu))
+    return timed
+
+
+def _timed(
+    step: Step, iteration: int, microbatches: Batch, synchronise: Callable[[], None]
+) -> tuple[float, float]:
+    """Wall and processor seconds."""
+    synchronise()
+    started = time.perf_counter(), time.process_time()
+    step(iteration, microbatches)
+    synchronise()
+    return time.perf_counter() - started[0], time.process_time() - started[1]
+
+
+def median_ratio(pairs: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Median and quartiles of second / first."""
+    ratios = sorted(b / a for a, b in pairs)
+    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    return low, median, high
+
+
+def outcome(
+    case: Case, timed: Pairs, *, ideal: float, cpu: list[tuple[float, float]] | None = None
+) -> Outcome:
+    """A line of the table: plain steps came first, scored ones second.
+
+    Args:
+        ideal: the ratio of wall times that could be had.
+        cpu: processor seconds of all processes; default: this one's.
+    """
+    low, ratio, high = median_ratio(timed.wall)
+    plain_s, scored_s = (statistics.median(pair[i] for pair in timed.wall) for i in (0, 1))
+    return Outcome(
+        name=case.name,
+        ratio=ratio,
+        ideal=ideal,
+        above_ideal=ratio / ideal - 1.0,
+        plain_s=plain_s,
+        scored_s=scored_s,
+        ratio_low=low,
+        ratio_high=high,
+        cpu_ratio=median_ratio(cpu or timed.cpu)[1],
+        cpu_ideal=1.0 + case.validation / case.train,
+        pairs=len(timed.wall),
+        tokens_per_second=case.train * case.seq_length / scored_s,
+        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        case=asdict(case),
+    )

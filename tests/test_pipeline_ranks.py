@@ -1,0 +1,116 @@
+"""The stages' parameters, and ranks: Megatron's groups are DeepSpeed's, for every (pipeline, data, tensor) size."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from tests.distributed import Workers
+
+
+def _parameters(rank: int, world: int, shape: str, pp: int) -> dict[str, torch.Tensor]:
+    import deepspeed
+    from megatron.core import parallel_state
+
+    from inrun_megatron.config import ModelConfig
+    from inrun_megatron.models import build_gpt
+    from inrun_megatron.models.pipeline import build_pipeline
+    from tests.layouts import named_parameters
+    from tests.test_models import LLAMA
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    parallel_state.initialize_model_parallel(world // pp, pp)
+    model = ModelConfig(
+        num_layers=4, hidden_size=32, num_attention_heads=4, **(LLAMA if shape == "llama" else {})
+    )
+    build = build_gpt if pp == 1 else build_pipeline
+    built = build(model, vocab_size=61, seq_length=16, seed=3)
+    return {name: parameter.detach().clone() for name, parameter in named_parameters(built).items()}
+
+
+def test_every_pipeline_size_starts_from_the_same_parameters() -> None:
+    shapes = ("gpt2", "llama")
+    with Workers(2) as workers:
+        staged = {shape: workers.run(_parameters, shape, 2) for shape in shapes}
+    with Workers(1) as workers:
+        alone = {shape: workers.run(_parameters, shape, 1)[0] for shape in shapes}
+    for shape, stages in staged.items():
+        whole = alone[shape]
+        assert set(whole) == set(stages[0]) | set(stages[1])
+        shared = set(stages[0]) & set(stages[1])
+        assert shared == ({"embedding.word_embeddings.weight"} if shape == "gpt2" else set())
+        for stage in stages:
+            for name, parameter in stage.items():
+                assert torch.equal(parameter, whole[name]), name
+
+
+def _places(rank: int, world: int, tp: int, pp: int) -> list[tuple[int, list[int]]]:
+    import deepspeed
+    import torch.distributed as dist
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid
+    from megatron.core import parallel_state
+
+    from inrun_megatron.models.pipeline import matching_topology
+    from inrun_megatron.parallel import Layout
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    parallel_state.initialize_model_parallel(tp, pp)
+    layout, grid = Layout.current(), PipelineParallelGrid(topology=matching_topology())
+    pairs = [
+        (layout.tp_group, grid.get_slice_parallel_group()),
+        (layout.dp_group, grid.get_data_parallel_group()),
+        (layout.pp_group, grid.get_pipe_parallel_group()),
+        (layout.mp_group, grid.get_model_parallel_group()),
+    ]
+    found = []
+    for ours, theirs in pairs:
+        ranks = sorted(dist.get_process_group_ranks(ours))
+        assert ranks == sorted(dist.get_process_group_ranks(theirs))
+        found.append(ranks)
+    assert (layout.pp_rank, layout.dp_rank, layout.tp_rank) == (
+        grid.get_stage_id(),
+        grid.get_data_parallel_id(),
+        grid.get_slice_parallel_rank(),
+    )
+    return [(len(ranks), ranks) for ranks in found]
+
+
+def _other_order(rank: int, world: int) -> str | None:
+    import deepspeed
+    from megatron.core import parallel_state
+
+    from inrun_megatron.models.pipeline import matching_topology
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    parallel_state.initialize_model_parallel(1, 2, order="tp-cp-ep-pp-dp")
+    try:
+        matching_topology()
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+def test_megatrons_ranks_are_deepspeeds() -> None:
+    """Groups and places of both, as they are built; control: with Megatron's other order they disagree."""
+    with Workers(4) as workers:
+        for tp, pp in ((2, 2), (1, 2), (1, 4)):
+            for places in workers.run(_places, tp, pp):
+                assert [size for size, _ in places] == [tp, 4 // (tp * pp), pp, tp * pp]
+        answers = workers.run(_other_order)
+    # Ranks 0 and 3 stand at the same place in both orders; the others would be given other stages' microbatches.
+    assert [error is not None for error in answers] == [False, True, True, False]
+    assert "rank 1: DeepSpeed's" in answers[1] and "Megatron's (pipe, data, model) = (1, 0, 0)" in answers[1]
+
+
+def test_both_number_ranks_alike_at_every_size() -> None:
+    """The two rank orders as arithmetic, without processes: what `matching_topology` asserts cannot fail by itself."""
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+    from megatron.core.parallel_state import RankGenerator
+
+    for pp, dp, tp in itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 4), (1, 2, 4, 8)):
+        megatron = RankGenerator(tp=tp, ep=1, dp=dp, pp=pp, cp=1, order="tp-cp-ep-dp-pp")
+        deepspeed = PipeModelDataParallelTopology(num_pp=pp, num_mp=tp, num_dp=dp)
+        for ours, theirs in (("tp", "model"), ("dp", "data"), ("pp", "pipe")):
+            if len(megatron.get_ranks(ours)[0]) > 1:  # DeepSpeed lists no groups of one rank
+                assert sorted(megatron.get_ranks(ours)) == sorted(deepspeed.get_axis_comm_lists(theirs))
