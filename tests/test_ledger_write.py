@@ -144,9 +144,13 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_behind(tmp_path: Path)
         ):
             writer.write_parts()
         assert len(list((tmp_path / "values").iterdir())) == 1
-        commit(tmp_path, 2, writer.write_parts())  # space is back: the buffer is still there
-    ledger = Ledger(tmp_path)
-    assert ledger.values().count_rows() == 2 * 5001
+        writer.append(3, [0], [1], [64], np.ones((1, 2)))
+        with pytest.raises(UserError, match="File too large"):  # a writer that lost rows writes no later ones
+            writer.write_parts()
+        resumed = LedgerWriter(tmp_path, 0)  # space is back: the run repeats what was not committed
+        resumed.append(2, [0], [2], [64], np.ones((1, 2)))
+        commit(tmp_path, 2, resumed.write_parts())
+    assert sorted_values(Ledger(tmp_path))["sample"].to_pylist() == [1, 1, 2, 2]
 
 
 def test_writer_without_a_ledger(tmp_path: Path) -> None:

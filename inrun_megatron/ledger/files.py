@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -54,11 +55,17 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         os.replace(temporary, path)
         fsync_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; what was committed before is intact: "
-            "free or repair the file system, then resume from the last checkpoint with --load"
-        ) from error
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
+        raise refused(path, error) from error
+
+
+def refused(path: Path | str, error: OSError) -> UserError:
+    """What to tell the user when the file system refuses to write."""
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}; what was committed before is intact: "
+        "free or repair the file system, then resume from the last checkpoint with --load"
+    )
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

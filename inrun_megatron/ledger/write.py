@@ -1,38 +1,28 @@
-"""One data-parallel rank's side of the ledger: buffer rows, write them as durable Parquet parts.
+"""One data-parallel rank's side of the ledger: buffer rows, hand them to a thread that writes durable parts.
 
 Legend: n samples of one step on this rank, K targets in run.json's order.
 """
 
 from __future__ import annotations
 
-import hashlib
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from inrun_megatron.errors import UserError
-from inrun_megatron.ledger.files import read_json, write_atomically
+from inrun_megatron.ledger.background import Background
+from inrun_megatron.ledger.files import read_json
+from inrun_megatron.ledger.parts import Block, PartWriter
 from inrun_megatron.ledger.run import OpenLedger, commit, create_ledger, open_ledger, rollback
 from inrun_megatron.ledger.schema import (
-    META_RUN,
-    META_TABLE,
-    META_VERSION,
     PER_TARGET_FIELDS,
     RUN_FILE,
-    SCHEMA_VERSION,
-    SCHEMAS,
-    STEPS,
-    STEPS_SCHEMA,
-    VALUES,
     PartInfo,
     RunDescription,
     StepRecord,
     check_version,
-    part_name,
 )
 
 __all__ = [
@@ -47,20 +37,23 @@ __all__ = [
     "rollback",
 ]
 
-ROW_GROUP_ROWS = 1 << 18
-"""Rows per Parquet row group: readers skip groups by their step range."""
-
 BUFFER_ROWS = 1 << 21
-"""Rows a writer holds in memory (about 60 MB) before it writes a part on its own; the next commit names that
-part."""
+"""Rows a writer buffers (about 60 MB) before it hands them over on its own; the next commit names their part."""
+
+BACKLOG_BUFFERS = 3
+"""Full buffers that may wait for the file system; `append` waits only beyond them."""
+
+BUFFER_RECORDS = 1 << 14
+"""Step records that are buffered before they are handed over without a commit."""
 
 
 class LedgerWriter:
-    """Writes the rows of one data-parallel rank. Not thread-safe.
+    """Writes the rows of one data-parallel rank. Called from one thread; files are written by another.
 
     directory: the ledger directory; rank 0 has created or opened it before (so a barrier lies between).
     writer: this rank's number among the writers; unique, 0 for the one that also writes the steps.
-    buffer_rows: upper bound of rows in memory, up to one step's rows more.
+    buffer_rows: upper bound of rows that are buffered, up to one step's rows more. In all, buffered and waiting
+    for the file system, a writer holds at most 1 + BACKLOG_BUFFERS times as many.
 
     Nothing reaches a reader before `commit`. Raises UserError when the directory holds no ledger of this
     schema.
@@ -75,11 +68,14 @@ class LedgerWriter:
         self.targets = [str(target["name"]) for target in run["targets"]]
         self._datasets = len(run["datasets"])
         self._buffer_rows = buffer_rows
-        self._blocks: list[dict[str, NDArray[Any]]] = []
+        self._blocks: list[Block] = []
         self._buffered = 0
         self._last_step = 0
         self._records: list[StepRecord] = []
-        self._written: list[PartInfo] = []
+        self._parts = PartWriter(self.directory, writer, self.run_id, self.targets)
+        self._written: list[PartInfo] = []  # by the thread
+        self._lock = threading.Lock()  # of _written
+        self._thread = Background(f"ledger-writer-{writer}", BACKLOG_BUFFERS * buffer_rows)
 
     def append(
         self,
@@ -91,12 +87,12 @@ class LedgerWriter:
         segment: ArrayLike | None = None,
     ) -> None:
         """Buffer n samples of `step`: dataset [n], sample [n], tokens [n] (loss tokens), values [n, K] in
-        nats, segment [n] (part of the sample, 0 where samples are not cut).
+        nats, segment [n] (part of the sample, 0 where samples are not cut). Touches no file.
 
         Steps may not go back. Raises ValueError on shapes that do not fit and on a dataset index that
         run.json lacks.
         """
-        block: dict[str, NDArray[Any]] = {
+        block: Block = {
             "dataset": np.asarray(dataset).reshape(-1),
             "sample": np.asarray(sample, dtype=np.int64).reshape(-1),
             "tokens": np.asarray(tokens, dtype=np.int32).reshape(-1),
@@ -123,11 +119,12 @@ class LedgerWriter:
             return
         if step > self._last_step and self._buffered >= self._buffer_rows:
             # Only between steps, so that no two parts of this writer share a step.
-            self._written += self._write_values()
+            self._hand_over_values()
         self._last_step = step
         block["step"] = np.full(n, step, dtype=np.int32)
         block["dataset"] = block["dataset"].astype(np.int16)
-        self._blocks.append(block)
+        # Copies: the caller's arrays may change before the thread has written them.
+        self._blocks.append({name: np.array(column) for name, column in block.items()})
         self._buffered += n * len(self.targets)
 
     def append_step(self, record: StepRecord) -> None:
@@ -140,87 +137,67 @@ class LedgerWriter:
                 raise ValueError(
                     f"step {record.step}: {name} has {len(figures)} entries for {len(self.targets)} targets"
                 )
+        if len(self._records) >= BUFFER_RECORDS:
+            self._hand_over_steps()
         self._records.append(record)
 
+    def hand_over(self) -> None:
+        """Give everything buffered to the thread. Touches no file and does not wait for one, unless the backlog
+        is full."""
+        self._hand_over_values()
+        self._hand_over_steps()
+
+    @property
+    def busy(self) -> bool:
+        """Is anything that was handed over not yet written?"""
+        return self._thread.busy
+
+    @property
+    def failed(self) -> bool:
+        """Has the thread failed to write? `check` says why."""
+        return self._thread.failed
+
+    def check(self) -> None:
+        """Raise the UserError of the thread, if it failed."""
+        self._thread.check()
+
+    def in_background(self, job: Callable[[], None]) -> None:
+        """Run `job` on the writing thread after what it has to do (rank 0: a commit)."""
+        self._thread.submit(job)
+
+    def take_parts(self, step: int | None = None) -> list[PartInfo]:
+        """The parts written since the last call, of steps up to `step` if given; they are durable."""
+        self.check()
+        with self._lock:
+            taken = [part for part in self._written if step is None or part.last_step <= step]
+            self._written = [part for part in self._written if part not in taken]
+        return taken
+
     def write_parts(self) -> list[PartInfo]:
-        """Write everything buffered, durably, and return all parts written since the last call ([] if none).
+        """Write everything buffered, wait until it is durable, and return all parts since the last call.
 
         Raises UserError when the file system refuses or a part of that name exists (a resume without
         `rollback`).
         """
-        parts = self._written + self._write_values() + self._write_steps()
-        self._written = []
-        return parts
+        self.hand_over()
+        self._thread.wait()
+        return self.take_parts()
 
-    def _write_values(self) -> list[PartInfo]:
-        if not self._blocks:
-            return []
-        targets = len(self.targets)
-        columns = {
-            name: np.concatenate([block[name] for block in self._blocks])
-            for name in ("step", "dataset", "sample", "segment", "tokens", "value")
-        }
-        rows = {
-            name: column if name == "value" else np.repeat(column, targets)
-            for name, column in columns.items()
-        }
-        table = pa.table(
-            {
-                "step": rows["step"],
-                "dataset": rows["dataset"],
-                "sample": rows["sample"],
-                "segment": rows["segment"],
-                "target": _target_column(
-                    np.tile(np.arange(targets, dtype=np.int32), len(columns["step"])), self.targets
-                ),
-                "tokens": rows["tokens"],
-                "value": rows["value"].reshape(-1),
-            },
-            schema=SCHEMAS[VALUES],
-        )
-        part = self._write(VALUES, table, int(columns["step"][0]), int(columns["step"][-1]))
-        self._blocks, self._buffered = [], 0
-        return [part]
+    def close(self) -> None:
+        """End the thread. What was not handed over is dropped."""
+        self._thread.close()
 
-    def _write_steps(self) -> list[PartInfo]:
-        if not self._records:
-            return []
-        targets, records = len(self.targets), self._records
-        columns: dict[str, Any] = {}
-        for name in STEPS_SCHEMA.names:
-            if name == "target":
-                columns[name] = _target_column(
-                    np.tile(np.arange(targets, dtype=np.int32), len(records)), self.targets
-                )
-            elif name in PER_TARGET_FIELDS:
-                columns[name] = [x for record in records for x in (getattr(record, name) or [None] * targets)]
-            else:
-                columns[name] = [getattr(record, name) for record in records for _ in range(targets)]
-        table = pa.table(columns, schema=SCHEMAS[STEPS])
-        steps = [record.step for record in records]
-        part = self._write(STEPS, table, min(steps), max(steps))
-        self._records = []
-        return [part]
+    def _hand_over_values(self) -> None:
+        if self._blocks:
+            blocks, rows = self._blocks, self._buffered
+            self._blocks, self._buffered = [], 0
+            self._thread.submit(lambda: self._add(self._parts.write_values(blocks)), rows)
 
-    def _write(self, kind: str, table: pa.Table, first_step: int, last_step: int) -> PartInfo:
-        name = part_name(kind, first_step, last_step, self.writer)
-        path = self.directory / name
-        if path.exists():
-            # Never replace a part: it may be committed, and a commit record holds its hash.
-            raise UserError(
-                f"{path} exists already; roll the ledger back to the loaded checkpoint before writing"
-            )
-        metadata = {META_VERSION: str(SCHEMA_VERSION), META_RUN: self.run_id, META_TABLE: kind}
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            table.replace_schema_metadata(metadata), sink, compression="zstd", row_group_size=ROW_GROUP_ROWS
-        )
-        content = sink.getvalue()
-        # Hashed in memory, so that the record holds what was meant to reach the disk.
-        digest = hashlib.sha256(content).hexdigest()
-        write_atomically(path, memoryview(content))
-        return PartInfo(name, table.num_rows, content.size, digest, first_step, last_step)
+    def _hand_over_steps(self) -> None:
+        if self._records:
+            records, self._records = self._records, []
+            self._thread.submit(lambda: self._add(self._parts.write_steps(records)))
 
-
-def _target_column(indices: NDArray[np.int32], targets: list[str]) -> pa.DictionaryArray:
-    return pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), pa.array(targets, pa.string()))
+    def _add(self, part: PartInfo) -> None:
+        with self._lock:
+            self._written.append(part)

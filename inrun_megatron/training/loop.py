@@ -192,13 +192,17 @@ class Run:
         return sums
 
     def _save(self, iteration: int, last: bool) -> None:
-        """Checkpoint and ledger. The ledger is committed first: see training/scoring.py."""
+        """Checkpoint and ledger. The ledger is committed first: see docs/ledger.md."""
         options = self.config.checkpoint
         due = options.save is not None and options.save_interval != 0
         due = due and (last or _at(iteration, options.save_interval))
-        if self.scoring is not None and (due or last or _at(iteration, self.config.shapley.commit_interval)):
-            self.scoring.commit(iteration, checkpoint.tag_of(iteration) if due else None)
-            self.progress.ledger_step = iteration
+        if self.scoring is not None:
+            if due or last:
+                self.scoring.commits.now(iteration, checkpoint.tag_of(iteration) if due else None)
+                self.progress.ledger_step = iteration
+            else:
+                commit = _at(iteration, self.config.shapley.commit_interval)
+                self.scoring.commits.after_step(iteration, commit)
         if due:
             checkpoint.save(self.config, self.trainer, self.progress)
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from inrun_megatron.config import Config
 from inrun_megatron.data.megatron import document_ids
-from inrun_megatron.ledger.schema import DEFAULT_SUBDIRECTORY, DRIFT, RUN_FILE, PartInfo, RunDescription
-from inrun_megatron.ledger.write import LedgerWriter, OpenLedger, commit, create_ledger, open_ledger, rollback
+from inrun_megatron.ledger.schema import DEFAULT_SUBDIRECTORY, DRIFT, RUN_FILE, RunDescription
+from inrun_megatron.ledger.write import LedgerWriter, OpenLedger, create_ledger, open_ledger, rollback
 from inrun_megatron.models import token_losses
 from inrun_megatron.models.pipeline import GPTPipeline
 from inrun_megatron.parallel import Layout
@@ -24,6 +24,7 @@ from inrun_megatron.taps import Coverage, attach_taps
 from inrun_megatron.training.arguments import to_mapping
 from inrun_megatron.training.batches import Microbatch, to_device
 from inrun_megatron.training.checkpoint import Progress
+from inrun_megatron.training.commits import Commits
 from inrun_megatron.training.distributed import all_ranks
 from inrun_megatron.training.engine import Trainer
 
@@ -102,6 +103,7 @@ class Scoring:
         self.writer: LedgerWriter | None = all_ranks(
             lambda: LedgerWriter(self.directory, layout.dp_rank) if layout.writes_ledger else None
         )
+        self.commits = Commits(self.directory, self.writer, trainer.device)
         rows = config.shapley.micro_batch_size or config.training.micro_batch_size
         pipeline = layout.pp_size > 1
 
@@ -160,26 +162,10 @@ class Scoring:
             return {**microbatch, "segments": torch.arange(tokens.shape[1]).repeat(len(tokens), 1)}
         return microbatch
 
-    def commit(self, iteration: int, checkpoint: str | None = None) -> None:
-        """Make everything scored up to and including `iteration` part of the ledger.
-
-        Every writer's parts are durable before rank 0 names them in the commit; at a checkpoint this comes before the
-        checkpoint is saved, so that a crash in between is rolled back on resume.
-        """
-        own: list[PartInfo] = all_ranks(lambda: self.writer.write_parts() if self.writer is not None else [])
-        gathered: list[list[PartInfo] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, own)
-        parts = [part for written in gathered for part in written or []]
-
-        def name_them() -> None:
-            if dist.get_rank() == 0 and (parts or checkpoint is not None):
-                commit(self.directory, iteration, parts, checkpoint)
-
-        all_ranks(name_them)
-
     def close(self) -> None:
         """Take the taps out of the model and give the ledger directory free."""
         self.shapley.close()
+        self.commits.close()
         if self._open is not None:
             self._open.close()
 

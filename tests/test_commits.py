@@ -1,0 +1,86 @@
+"""Commits inside the training loop: who touches files, and how a rank's failure to write ends the run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import DistributedError, Workers
+from tests.test_pretrain import TARGETS, arguments, data, ledger  # noqa: F401
+
+FLAGS = ("--train-iters", "8", "--shapley-commit-interval", "2", "--zero-stage", "1", "--eval-iters", "0")
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Workers]:
+    with Workers(2) as workers:
+        yield workers
+
+
+def _run(rank: int, world: int, argv: list[str], full: bool) -> list[tuple[int, str]]:
+    """Trains; returns (iteration, thread) of every fsync of a ledger file. `full`: rank 1's disk is, from the first
+    part on."""
+    from inrun_megatron.ledger import files
+    from inrun_megatron.training.arguments import parse
+    from inrun_megatron.training.loop import Run
+    from inrun_megatron.training.run import prepare, run
+
+    synced: list[tuple[int, str]] = []
+    iteration = 0
+    fsync, step = os.fsync, Run._step
+
+    def counted(descriptor: int) -> None:
+        synced.append((iteration, threading.current_thread().name))
+        if full and rank == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    def stepped(self: Run, number: int, *rest: object) -> None:
+        nonlocal iteration
+        iteration = number
+        step(self, number, *rest)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files.os, "fsync", counted)
+        patch.setattr(Run, "_step", stepped)
+        run(prepare(parse(argv), world))
+    return synced
+
+
+def test_the_training_thread_syncs_no_file_between_checkpoints(
+    two_ranks: Workers,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    argv = arguments(data, *TARGETS, *FLAGS, "--save", str(tmp_path), "--save-interval", "6")
+    for rank, synced in enumerate(two_ranks.run(_run, argv, False, timeout=300.0)):
+        inside = [name for step, name in synced if 1 <= step < 6]
+        assert inside and set(inside) == {f"ledger-writer-{rank}"}, inside
+    commits = sorted(path.name for path in (tmp_path / "shapley" / "commits").iterdir())
+    # A commit that found the one before it unfinished takes its parts along.
+    assert {"0000000006.json", "0000000008.json"} <= set(commits) and len(commits) in (3, 4)
+    last = [json.loads((tmp_path / "shapley/commits" / name).read_text())["checkpoint"] for name in commits]
+    assert last[-2:] == ["iter_0000006", "iter_0000008"]
+    rows = ledger(tmp_path, "values")
+    assert len(rows) == 8 * 8 * 2 and len(ledger(tmp_path, "steps")) == 8 * 2
+
+
+def test_a_full_disk_of_one_rank_ends_the_run_on_all(
+    two_ranks: Workers,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    argv = arguments(data, *TARGETS, *FLAGS, "--save", str(tmp_path), "--save-interval", "0")
+    with pytest.raises(DistributedError) as caught:
+        two_ranks.run(_run, argv, True, timeout=300.0)
+    assert caught.value.alive, "a rank hangs"
+    message = str(caught.value)
+    assert "AgreedError" in message and "-w1.parquet: No space left on device; what was committed" in message
+    assert "failed first; ranks" in message  # both raise
+    assert "after_step" in message, "the loop's end found it, not a step"
