@@ -1,7 +1,7 @@
 """The three audits (design: additivity, efficiency, coverage), judged from what the run recorded.
 
 additivity   sum_i <d, g_i> = <d, G_t>       taps, reductions and scaling are complete
-efficiency   sum_i phi_i + momentum + decay  against  L_k(w_t) - L_k(w_{t+1})
+efficiency   sum_i phi_i + momentum + decay  against  the loss change between two steps (step_table.py)
 coverage     every trainable parameter has a tap
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from inrun_megatron.ledger.checks import Check, setting
 from inrun_megatron.ledger.schema import SCORED
+from inrun_megatron.ledger.step_table import loss_changes
 
 ADDITIVITY_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}
 """Largest |lhs - rhs| of a step, relative to sum_i |<d, g_i>|, by the precision of the weights' gradients.
@@ -70,8 +71,9 @@ def check_additivity(
     """Worst step of |lhs - rhs| / (sum_i |phi_i| / c_t), within the tolerance of the run's precision.
 
     steps: rows of steps/. absolute: sum of |values| of each (step, target); lhs and rhs are before clipping,
-    the values after it, hence the clip coefficient c_t.
+    the values after it, hence the clip coefficient c_t (and under trajectory credit the credit factor).
     """
+    trajectory = setting(run, "credit", group="shapley") == "trajectory"
     precision = precision_of(run)
     tolerance = ADDITIVITY_TOLERANCE[precision]
     worst: dict[str, dict[str, Any]] = {}
@@ -85,7 +87,8 @@ def check_additivity(
         if lhs is None or rhs is None:
             continue
         judged += 1
-        scale = absolute.get((row["step"], row["target"]), 0.0) / (row["clip_coefficient"] or 1.0)
+        factor = (row["clip_coefficient"] or 1.0) * ((row["credit_factor"] or 1.0) if trajectory else 1.0)
+        scale = absolute.get((row["step"], row["target"]), 0.0) / factor
         error = _ratio(abs(lhs - rhs), scale if scale > 0 else max(abs(lhs), abs(rhs)))
         if not error <= tolerance:
             failed.append(row["step"])
@@ -123,29 +126,23 @@ def check_additivity(
 def check_efficiency(run: Mapping[str, Any], steps: list[dict[str, Any]]) -> Check:
     """Predicted against realised loss change over all scored steps where both are known, per target.
 
-    Explained fraction = sum_t (sum_values + momentum_term + decay_term) / sum_t realised. Fails on figures
-    that are not finite, and, where it can be judged (see the constants), on a wrong sign or an absurd scale.
-    Values of the SGD proxy under another optimizer are not meant to add up to the realised change: reported
+    Explained fraction = sum_t (batch + momentum + decay) / sum_t realised; the figures give each of the three sums.
+    Fails on figures that are not finite, and, where it can be judged (see the constants), on a wrong sign or an absurd
+    scale. Values of the SGD proxy under another optimizer are not meant to add up to the realised change: reported
     only.
     """
     proxy = _is_proxy(run)
     figures: dict[str, Any] = {"proxy": proxy, "targets": {}}
     story, faults = [], []
     targets = list(dict.fromkeys(row["target"] for row in steps))
+    changes = loss_changes(run, steps)
     for target in targets:
-        rows = [
-            row
-            for row in steps
-            if row["target"] == target
-            and row["status"] == SCORED
-            and row["realised"] is not None
-            and row["sum_values"] is not None
-        ]
-        predicted = np.array(
-            [row["sum_values"] + (row["momentum_term"] or 0.0) + (row["decay_term"] or 0.0) for row in rows]
-        )
-        realised = np.array([row["realised"] for row in rows])
+        own = [change for change in changes if change.target == target]
+        predicted = np.array([change.predicted for change in own])
+        realised = np.array([change.realised for change in own])
         entry, fault = judge_efficiency(predicted, realised, proxy)
+        for name in ("batch", "momentum", "decay"):
+            entry[name] = _finite(sum(getattr(change, name) for change in own))
         figures["targets"][target] = entry
         if fault:
             faults.append(f"{target}: {fault}")

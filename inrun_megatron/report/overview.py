@@ -10,7 +10,7 @@ import pyarrow as pa
 from inrun_megatron.ledger.audits import precision_of
 from inrun_megatron.ledger.checks import setting
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.ledger.schema import SCORED
+from inrun_megatron.ledger.step_table import loss_changes
 
 
 def describe_run(ledger: Ledger) -> dict[str, Any]:
@@ -74,21 +74,19 @@ def describe_steps(ledger: Ledger, steps: pa.Table) -> dict[str, Any]:
 def describe_targets(ledger: Ledger, steps: pa.Table) -> list[dict[str, Any]]:
     """First and last loss of each target, the loss change of the scored steps, and what the values explain of it.
 
-    explained_fraction = sum(sum_values + momentum_term + decay_term) / sum(realised) over scored steps that have both.
+    explained_fraction = (sum_values + momentum_term + decay_term) / realised, sums over the scored steps where all are
+    known; see ledger/step_table.py. Under trajectory credit sum_values is that of the steps' own games.
     """
     rows = steps.to_pylist()
+    changes = loss_changes(ledger.run, rows)
     described = []
     for target in ledger.targets:
         own = [row for row in rows if row["target"] == target["name"] and row["target_loss"] is not None]
-        known = [
-            row
-            for row in own
-            if row["status"] == SCORED and row["realised"] is not None and row["sum_values"] is not None
-        ]
-        realised = sum(row["realised"] for row in known)
-        values = sum(row["sum_values"] for row in known)
-        momentum = sum(row["momentum_term"] or 0.0 for row in known)
-        decay = sum(row["decay_term"] or 0.0 for row in known)
+        known = [change for change in changes if change.target == target["name"]]
+        realised = sum(change.realised for change in known)
+        values = sum(change.batch for change in known)
+        momentum = sum(change.momentum for change in known)
+        decay = sum(change.decay for change in known)
         described.append(
             {
                 "name": target["name"],
