@@ -23,7 +23,7 @@ from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.report.documents import Documents, parse_moved
 from inrun_megatron.report.phases import choose_steps
 from inrun_megatron.report.query import Query, quoted
-from inrun_megatron.report.ranking import KEYS, Level, create_figures
+from inrun_megatron.report.ranking import create_figures, keys_of, level_of
 from inrun_megatron.report.tables import print_json
 
 
@@ -31,15 +31,6 @@ class Format(StrEnum):
     csv = "csv"
     jsonl = "jsonl"
     parquet = "parquet"
-
-
-class Rows(StrEnum):
-    """What a row of the export is."""
-
-    row = "row"
-    sample = "sample"
-    document = "document"
-    dataset = "dataset"
 
 
 _COPY_OPTIONS = {
@@ -56,8 +47,13 @@ def export(
         Format | None, typer.Option("--format", help="Default: by the suffix of --output.")
     ] = None,
     by: Annotated[
-        Rows, typer.Option(help="row: the ledger's rows; or values added up by sample, document or dataset.")
-    ] = Rows.row,
+        str,
+        typer.Option(
+            metavar="LEVEL",
+            help="row: the ledger's rows; or values added up by sample, document, dataset, file, or a field kept by "
+            "inrun prepare (source, url, language).",
+        ),
+    ] = "row",
     target: TargetOption = None,
     steps: StepsOption = None,
     phase: PhaseOption = None,
@@ -70,7 +66,7 @@ def export(
     Example: inrun export runs/demo --by document --phase 3/3 --output values.csv
 
     Document values come from sample values: a sample's value is shared among its documents in proportion to their tokens
-    in it, unless the run was scored with --shapley-granularity document or token. Rows come out ordered; the ledger's own Parquet files can also be read directly (docs/ledger.md).
+    in it. Rows come out ordered; the ledger's own Parquet files can also be read directly (docs/ledger.md).
     """
     path = Path(output).expanduser()
     kind = format or _format_of(path)
@@ -84,27 +80,24 @@ def export(
     if not os.access(path.absolute().parent, os.W_OK):
         raise UserError(f"{path.absolute().parent} is not writable; choose another --output")
     with Query(ledger) as query:
-        if by is Rows.row:
+        if by == "row":
             where = f"s.step BETWEEN {chosen.first} AND {chosen.last}"
             if target is not None:
                 where += f" AND s.target = {quoted(target)}"
             selection = (
                 "SELECT s.step, s.dataset, d.name AS dataset_name, s.sample, s.segment, s.target, s.tokens, s.value, "
-                f"s.normalised FROM parts s JOIN datasets d ON s.dataset = d.dataset WHERE {where} "
+                f"s.normalised, s.relative FROM parts s JOIN datasets d ON s.dataset = d.dataset WHERE {where} "
                 "ORDER BY s.step, s.dataset, s.sample, s.segment, s.target"
             )
         else:
-            level = Level(by.value)
-            documents = Documents(ledger, parse_moved(ledger, data or ())) if by is Rows.document else None
-            create_figures(query, level, chosen, documents, target)
-            selection = f"SELECT * FROM figures ORDER BY {', '.join(KEYS[level])}, target"
+            level = level_of(by)
+            create_figures(query, level, chosen, Documents(ledger, parse_moved(ledger, data or ())), target)
+            selection = f"SELECT * FROM figures ORDER BY {', '.join(keys_of(level))}, target"
         rows = _copy(query, selection, path, kind)
     if json:
-        print_json(
-            {"run": ledger.run_id, "file": str(path), "format": kind.value, "by": by.value, "rows": rows}
-        )
+        print_json({"run": ledger.run_id, "file": str(path), "format": kind.value, "by": by, "rows": rows})
     else:
-        typer.echo(f"{path}: {rows:,} rows by {by.value}, steps {chosen.first}-{chosen.last}")
+        typer.echo(f"{path}: {rows:,} rows by {by}, steps {chosen.first}-{chosen.last}")
 
 
 def _format_of(path: Path) -> Format:

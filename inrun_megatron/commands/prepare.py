@@ -39,7 +39,10 @@ def prepare(
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FIELD", help="Metadata fields to keep, repeated or with commas (source,url,language)."
+            "--metadata-fields",
+            "--keep",
+            metavar="FIELD",
+            help="Metadata fields to keep, repeated or with commas (source,url,language).",
         ),
     ] = None,
     format: Annotated[

@@ -19,10 +19,10 @@ from inrun_megatron.commands.options import (
 from inrun_megatron.commands.targets import chosen_targets
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.documents import Documents, parse_moved, shorten
+from inrun_megatron.report.documents import Documents, parse_moved, printable, shorten
 from inrun_megatron.report.phases import Phase, choose_steps
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level, Measure, create_figures, ranked
+from inrun_megatron.report.ranking import Level, Measure, create_figures, level_of, ranked
 from inrun_megatron.report.summary import SNIPPET_CHARACTERS, with_text
 from inrun_megatron.report.tables import console, print_json, scale_of, signed, table
 
@@ -30,10 +30,18 @@ from inrun_megatron.report.tables import console, print_json, scale_of, signed, 
 def top(
     run: RunArgument,
     target: TargetOption = None,
-    by: Annotated[Level, typer.Option(help="What values are added up by.")] = Level.document,
+    by: Annotated[
+        str,
+        typer.Option(
+            metavar="LEVEL",
+            help="sample, document, dataset, file, or a field kept by inrun prepare (source, url, language).",
+        ),
+    ] = "document",
     rank: Annotated[
         Measure,
-        typer.Option(help="What ranks: the sum, per sample, per token, or the sum of normalised values."),
+        typer.Option(
+            help="What ranks: the sum, per sample, per token, or the sum of normalised or relative values."
+        ),
     ] = Measure.value,
     worst: Annotated[bool, typer.Option("--worst", help="The lowest first.")] = False,
     n: Annotated[int, typer.Option("-n", help="How many.")] = 10,
@@ -42,30 +50,32 @@ def top(
     data: DataOption = None,
     json: JsonOption = False,
 ) -> None:
-    """The most valuable samples, documents or datasets; with --worst the most harmful.
+    """The most valuable samples, documents, datasets, files or sources; with --worst the most harmful.
 
     Example: inrun top runs/demo --target code --by document --worst --phase 3/3
 
     Document values come from sample values: a sample's value is shared among its documents in proportion to their tokens
-    in it, unless the run was scored with --shapley-granularity document or token. Early steps rule sums over a whole run; look at a late phase (--phase 3/3), or --rank normalised.
+    in it, unless the run was scored with --shapley-granularity document or token; --by source and the like add documents
+    up. Early steps rule sums over a whole run; look at a late phase (--phase 3/3), or --rank normalised.
     """
     if n < 1:
         raise UserError(f"-n {n} shows nothing; give 1 or more")
     ledger = Ledger(run)
     targets = chosen_targets(ledger, target)
     chosen = choose_steps(steps, phase, ledger.last_step)
+    level = level_of(by)
     documents = Documents(ledger, parse_moved(ledger, data or ()))
     with Query(ledger) as query:
-        create_figures(query, by, chosen, documents if by is Level.document else None, target)
+        create_figures(query, level, chosen, documents, target)
         found = {
-            name: [_with_text(documents, by, row) for row in ranked(query, by, name, rank, worst, n)]
+            name: [_with_text(documents, level, row) for row in ranked(query, level, name, rank, worst, n)]
             for name in targets
         }
     if json:
         print_json(
             {
                 "run": ledger.run_id,
-                "by": by.value,
+                "by": by,
                 "rank": rank.value,
                 "worst": worst,
                 "first_step": chosen.first,
@@ -76,10 +86,10 @@ def top(
         return
     out = console()
     for name, rows in found.items():
-        _print(out, rows, f"{'Worst' if worst else 'Best'} {by.value}s for target {name}", by, rank, chosen)
+        _print(out, rows, f"{'Worst' if worst else 'Best'} {by}s for target {name}", level, rank, chosen)
 
 
-def _with_text(documents: Documents, by: Level, row: dict[str, Any]) -> dict[str, Any]:
+def _with_text(documents: Documents, by: Level | str, row: dict[str, Any]) -> dict[str, Any]:
     if by is Level.document:
         return with_text(documents, row)
     if by is Level.sample:
@@ -94,39 +104,53 @@ def _with_text(documents: Documents, by: Level, row: dict[str, Any]) -> dict[str
 
 
 def _print(
-    out: Console, rows: list[dict[str, Any]], title: str, by: Level, rank: Measure, phase: Phase
+    out: Console, rows: list[dict[str, Any]], title: str, by: Level | str, rank: Measure, phase: Phase
 ) -> None:
     # A document is part of samples, so that "per sample" says little of it.
     each, heading = ("per_token", "Per token") if by is Level.document else ("mean", "Per sample")
     unit, name = scale_of([row["value"] for row in rows])
     each_unit, each_name = scale_of([row[each] or 0.0 for row in rows])
+    texts = by in (Level.sample, Level.document)
     columns: list[str | tuple[str, str]] = [
-        (by.value.capitalize(), "left"),
+        (by.capitalize(), "left"),
         f"Value\n{name}",
         f"{heading}\n{each_name}",
-        "Normalised",
+        *([] if texts else ["± s.e.", "Negative", "Samples"]),
+        "Relative" if rank is Measure.relative else "Normalised",
         "Tokens",
     ]
-    with_source = by is not Level.dataset
-    if with_source:
+    if texts:
         columns += [("From", "left"), ("Text", "left")]
     made = table(columns)
-    if with_source:
+    if texts:
         made.columns[-1].ratio, made.expand = 1, True
     for row in rows:
-        key = shorten(row["dataset_name"], 20)
-        if with_source:
-            key += f":{row[by.value]}"
+        key = (
+            shorten(row["dataset_name"], 20) if isinstance(by, Level) else shorten(printable(row["name"]), 40)
+        )
+        if texts:
+            key += f":{row[by]}"
         cells: list[str | Text] = [
             Text(key),
             signed(row["value"] / unit),
             signed(None if row[each] is None else row[each] / each_unit),
-            signed(row["normalised"]),
+            *([] if texts else _spread(row, each_unit)),
+            signed(row["relative" if rank is Measure.relative else "normalised"]),
             f"{row['tokens']:,}",
         ]
-        if with_source:
+        if texts:
             cells += [Text(shorten(row["source"] or "-", 22, keep_end=True)), Text(row["snippet"] or "-")]
         made.add_row(*cells)
     out.print(Text(f"{title}, steps {phase.first}-{phase.last}, by {rank.value}", style="bold"))
     out.print(made)
     out.print()
+
+
+def _spread(row: dict[str, Any], unit: float) -> list[str | Text]:
+    """Error of the mean, share of negative samples, samples."""
+    error = row["standard_error"]
+    return [
+        "-" if error is None else f"{error / unit:.2f}",
+        f"{row['negative_share']:.0%}",
+        f"{row['samples']:,}",
+    ]

@@ -167,6 +167,10 @@ class SampleResolver:
         last = np.searchsorted(data.document_boundaries, sequences.stop, side="left")
         return range(int(first), int(last))
 
+    def document_count(self, dataset: int) -> int:
+        """Documents in the dataset's files."""
+        return self._open(dataset).data.num_documents
+
     def documents(self, dataset: int) -> pa.Table | None:
         """PREFIX.documents.parquet, one row per document in order; None for data prepared by other tools."""
         return self._open(dataset).documents

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from inrun_megatron.report import sql
 from inrun_megatron.report.phases import Phase
 from inrun_megatron.report.query import Query
 
@@ -52,18 +53,11 @@ def domain_figures(query: Query, phases: Sequence[Phase]) -> list[DomainFigures]
 
 
 def _of_phase(query: Query, phase: Phase) -> list[DomainFigures]:
-    rows = query.rows(f"""
-        SELECT c.target, c.dataset, d.name, count(*) AS steps,
-               CAST(sum(c.n) AS BIGINT) AS n, CAST(sum(c.tokens) AS BIGINT) AS tokens,
-               CAST(sum(c.negatives) AS BIGINT) AS negatives, sum(CAST(c.n AS DOUBLE) * c.n) AS n_squared,
-               sum(c.total) AS total, sum(c.total * c.total) AS total_squared, sum(c.total * c.n) AS total_n,
-               sum(c.total * s.factor) AS norm, sum(c.total * s.factor * c.total * s.factor) AS norm_squared,
-               sum(c.total * s.factor * c.n) AS norm_n
-        FROM cells c JOIN scales s ON c.step = s.step AND c.target = s.target
-        JOIN datasets d ON c.dataset = d.dataset JOIN targets t ON c.target = t.target
-        WHERE c.step BETWEEN {phase.first} AND {phase.last}
-        GROUP BY c.target, c.dataset, d.name, t.position ORDER BY t.position, c.dataset
-    """)
+    sums = sql.DOMAINS.format(first=phase.first, last=phase.last)
+    rows = query.rows(
+        f"SELECT x.*, d.name FROM ({sums}) x JOIN datasets d ON x.dataset = d.dataset "
+        "JOIN targets t ON x.target = t.target ORDER BY t.position, x.dataset"
+    )
     return [
         DomainFigures(
             phase=phase.name,

@@ -1,11 +1,13 @@
 """SQL over the committed parts, with DuckDB in this process: it reads the Parquet files lazily and spills to disk.
 
-Relations that every query can use:
+Relations that every query can use (report/sql.py has their SQL):
 
     ledger_values(step, dataset, sample, segment, target, tokens, value)   rows of values/, as they are
-    parts(... the same ..., normalised)                           finite rows, with their normalised value
-    scored(step, dataset, sample, target, tokens, value, normalised)   the same by sample: sums over its segments
+    ledger_steps(step, target, realised)
+    scored(step, dataset, sample, target, tokens, value, normalised, relative)     finite values, one row per sample
+    parts(... with segment ...)                                   the same, one row per segment of a sample
     cells(step, dataset, target, n, tokens, total, absolute, negatives)   one row per step, dataset and target
+    scales(step, target, factor, per_change)
     datasets(dataset, name), targets(target, position)
 
 **Normalised value.** phi_i of step t divided by the mean of |phi_j| over the samples j of that step (same target):
@@ -13,15 +15,18 @@ Relations that every query can use:
     nu_i = phi_i * n_t / sum_j |phi_j|
 
 Values shrink by orders of magnitude as the loss flattens and the learning rate falls, so that sums over a run are sums
-over its first steps. In nu every step weighs the same, a typical sample has |nu| = 1, and the sign stays. Dividing by
-the step's realised loss change (as the paper's authors suggest) or by sum_j phi_j would do the same on average, but both
-come near zero and change sign from step to step, so single steps would rule the result again. Segments of a sample have
-the factor of their step, so that their normalised values add up to the sample's.
+over its first steps. In nu every step weighs the same, a typical sample has |nu| = 1, and the sign stays. Segments of a
+sample have the factor of their step, so that their normalised values add up to the sample's.
+
+**Relative value.** phi_i divided by the size of the step's realised loss change, |realised_t|; null where that is not
+known or zero. It comes near zero and changes sign from step to step, so that single steps may rule sums of it: judge by
+normalised values, and use this one for single steps and to compare with other work.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,37 +36,13 @@ import pyarrow as pa
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger, one_line
 from inrun_megatron.ledger.schema import VALUES, VALUES_SCHEMA
+from inrun_megatron.report import sql
 
-MEMORY_LIMIT = "3GB"
-"""DuckDB spills to a temporary directory beyond this."""
+MEMORY_LIMIT = "2GB"
+"""DuckDB spills to a temporary directory beyond this. Arrow tables on their way in and out come on top."""
 
-_CELLS = """
-CREATE TEMP TABLE cells AS
-SELECT step, dataset, target, count(*) AS n, sum(CAST(tokens AS BIGINT)) AS tokens,
-       sum(value) AS total, sum(abs(value)) AS absolute,
-       sum(CASE WHEN value < 0 THEN 1 ELSE 0 END) AS negatives
-FROM {samples} WHERE isfinite(value) GROUP BY step, dataset, target
-"""
-
-# By sample: the rows themselves where samples are not cut.
-_SAMPLES = """
-CREATE TEMP VIEW sample_values AS
-SELECT step, dataset, sample, target, sum(CAST(tokens AS BIGINT)) AS tokens, sum(value) AS value
-FROM ledger_values WHERE isfinite(value) GROUP BY step, dataset, sample, target
-"""
-
-_SCALES = """
-CREATE TEMP TABLE scales AS
-SELECT step, target, CASE WHEN sum(absolute) > 0 THEN sum(n) / sum(absolute) ELSE 0 END AS factor
-FROM cells GROUP BY step, target
-"""
-
-_SCORED = """
-CREATE TEMP VIEW {name} AS
-SELECT v.*, v.value * s.factor AS normalised
-FROM {values} v JOIN scales s ON v.step = s.step AND v.target = s.target
-WHERE isfinite(v.value)
-"""
+RANGE_ROWS = 1 << 22
+"""Rows of a range of steps that is worked on at a time."""
 
 
 class Query:
@@ -84,17 +65,18 @@ class Query:
         paths = ledger.paths(VALUES)
         try:
             self._create_values(paths)
+            self.register("ledger_steps", ledger.steps().select(["step", "target", "realised"]))
             self.register("datasets", _names("dataset", pa.int16(), ledger.dataset_names))
             self.register("targets", _positions(ledger.target_names))
-            samples = "ledger_values" if ledger.granularity == "sample" else "sample_values"
-            for statement in (
-                _SAMPLES,
-                _CELLS.format(samples=samples),
-                _SCALES,
-                _SCORED.format(name="parts", values="ledger_values"),
-                _SCORED.format(name="scored", values=samples),
+            cut = ledger.granularity != "sample"
+            for kind, name, select in (
+                ("VIEW", "samples", sql.CUT_SAMPLES if cut else sql.SAMPLES),
+                ("TABLE", "cells", sql.CELLS),
+                ("TABLE", "scales", sql.SCALES),
+                ("VIEW", "scored", sql.SCORED),
+                ("VIEW", "parts", sql.PARTS),
             ):
-                self._connection.execute(statement)
+                self._connection.execute(f"CREATE TEMP {kind} {name} AS {select}")
         except duckdb.Error as error:
             self.close()
             raise self._failure(error) from error
@@ -122,6 +104,15 @@ class Query:
         except duckdb.Error as error:
             raise self._failure(error) from error
 
+    def drop(self, kind: str, name: str) -> None:
+        """Drop a TABLE or VIEW of this session if it is there."""
+        found = self.rows(
+            f"SELECT table_type FROM information_schema.tables WHERE table_name = {quoted(name)} "
+            "AND table_catalog = 'temp'"
+        )
+        if found and (found[0]["table_type"] == "VIEW") == (kind == "VIEW"):
+            self.run(f"DROP {kind} {name}")
+
     def copy(self, statement: str) -> int:
         """Execute a COPY ... TO; returns the number of rows written."""
         try:
@@ -140,6 +131,20 @@ class Query:
     def rows(self, statement: str) -> list[dict[str, Any]]:
         """The result of a SELECT as one dict per row."""
         return self.table(statement).to_pylist()
+
+    def step_ranges(self, first: int, last: int, rows: int = RANGE_ROWS) -> Iterator[tuple[int, int]]:
+        """Consecutive ranges of steps, both ends included, of at most `rows` scored samples times targets (or one step)."""
+        start, held, end = first, 0, first
+        for row in self.rows(
+            f"SELECT step, CAST(sum(n) AS BIGINT) AS n FROM cells WHERE step BETWEEN {first} AND {last} "
+            "GROUP BY step ORDER BY step"
+        ):
+            if held and held + row["n"] > rows:
+                yield start, end
+                start, held = row["step"], 0
+            end, held = row["step"], held + row["n"]
+        if held:
+            yield start, end
 
     def _failure(self, error: duckdb.Error) -> UserError:
         return UserError(

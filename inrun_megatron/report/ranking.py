@@ -1,6 +1,6 @@
-"""Values by sample, document or dataset: the relation `figures`, ranked or exported.
+"""Values by sample, document, dataset, file or metadata field: the relation `figures`, ranked or exported.
 
-How values of documents come about is said in report/attribution.py.
+How values of documents come about is said in report/attribution.py. Documents of samples are looked up for a range of steps at a time, so that memory does not grow with the run.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
+from inrun_megatron.report import sql
 from inrun_megatron.report.attribution import create_document_rows
 from inrun_megatron.report.documents import Documents
+from inrun_megatron.report.groups import Groups
 from inrun_megatron.report.phases import Phase
 from inrun_megatron.report.query import Query, quoted
 
@@ -25,13 +27,15 @@ class Level(StrEnum):
 class Measure(StrEnum):
     """What ranks.
 
-    value: the sum. mean: per sample. per-token: per token. normalised: the sum of normalised values.
+    value: the sum. mean: per sample. per-token: per token. normalised, relative: the sum of normalised or relative
+    values (report/query.py).
     """
 
     value = "value"
     mean = "mean"
     per_token = "per-token"
     normalised = "normalised"
+    relative = "relative"
 
 
 KEYS = {
@@ -40,51 +44,72 @@ KEYS = {
     Level.dataset: ["dataset", "dataset_name"],
 }
 
-# samples: rows that contributed; tokens: loss tokens (documents: see attribution.py).
-_FIGURES = """
-    target, samples, tokens, first_step, last_step, value,
-    value / samples AS mean, CASE WHEN tokens > 0 THEN value / tokens END AS per_token, normalised
-"""
 
-_SUMS = """
-    count(*) AS samples, CAST(sum(CAST(tokens AS BIGINT)) AS BIGINT) AS tokens,
-    min(step) AS first_step, max(step) AS last_step, sum(value) AS value, sum(normalised) AS normalised
-"""
+def level_of(text: str) -> Level | str:
+    """A level by its name; any other name is a field of the documents (`file`, or what `inrun prepare` kept)."""
+    return Level(text) if text in Level.__members__ else text
+
+
+def keys_of(level: Level | str) -> list[str]:
+    """The columns of `figures` that name a row; a metadata field gives the column its own name."""
+    return KEYS[level] if isinstance(level, Level) else ["name"]
 
 
 def create_figures(
-    query: Query, level: Level, phase: Phase, documents: Documents | None = None, target: str | None = None
+    query: Query,
+    level: Level | str,
+    phase: Phase,
+    documents: Documents | None = None,
+    target: str | None = None,
 ) -> None:
-    """(Re)create the relation `figures`: one row per target and sample, document or dataset, over the steps of `phase`.
+    """(Re)create the relation `figures`: one row per target and sample, document, dataset or value of a metadata field,
+    over the steps of `phase`.
 
-    Columns: KEYS[level], then target, samples, tokens, first_step, last_step, value, mean, per_token, normalised.
-    level document needs `documents`. Raises UserError when the data files are not there or have changed.
+    Columns: keys_of(level), then target, samples, tokens, first_step, last_step, value, mean, standard_error,
+    negative_share, per_token, normalised, relative. `samples`: scored samples that it is part of; tokens: loss tokens
+    (documents and fields: see attribution.py). The error of the mean takes steps as independent draws, for
+    samples and documents each scored sample. All levels but sample and dataset need `documents`. Raises UserError
+    when the data files are not there or have changed.
     """
-    chosen = f"step BETWEEN {phase.first} AND {phase.last}"
+    for kind in ("TABLE", "VIEW"):
+        query.drop(kind, "figures")
+    scope = f"step BETWEEN {phase.first} AND {phase.last}"
     if target is not None:
-        chosen += f" AND target = {quoted(target)}"
-    if level is Level.document:
-        assert documents is not None
-        create_document_rows(query, documents, chosen)
-        grouped = (
-            f"SELECT dataset, document, target, {_SUMS} FROM document_rows GROUP BY dataset, document, target"
-        )
+        scope += f" AND target = {quoted(target)}"
+    if level is Level.dataset:
+        keys, draws = ["dataset"], f"SELECT * FROM cells WHERE {scope}"
+        source = f"({sql.moments(keys, draws)})"
+    elif level is Level.sample:
+        if _once(query, phase):
+            _samples_as_they_are(query, scope)
+            return
+        keys = ["dataset", "sample"]
+        source = f"({sql.moments(keys, sql.rows_of(keys, f'(SELECT * FROM samples WHERE {scope})'))})"
     else:
-        keys = "dataset, sample, target" if level is Level.sample else "dataset, target"
-        grouped = f"SELECT {keys}, {_SUMS} FROM scored WHERE {chosen} GROUP BY {keys}"
-    columns = ", ".join(
-        f"g.{key}" if key != "dataset_name" else "d.name AS dataset_name" for key in KEYS[level]
-    )
-    query.run("DROP TABLE IF EXISTS figures")
+        assert documents is not None
+        groups = None if isinstance(level, Level) else Groups(query.ledger, documents, level)
+        if groups is not None:
+            query.register("document_groups", groups.documents())
+        keys = ["dataset", "document"] if groups is None else ["grp"]
+        _add_up(query, phase, target, keys, documents)
+        source = f"({sql.added(keys, 'some_moments')})"
+        if groups is not None:
+            query.register("groups", groups.names())
+            query.run(
+                f"CREATE TEMP TABLE figures AS "
+                f"{sql.figures('g.name', f'{source} m JOIN groups g ON m.grp = g.grp')}"
+            )
+            return
+    columns = ", ".join(["m.dataset", "d.name AS dataset_name", *(f"m.{key}" for key in keys[1:])])
     query.run(
-        f"CREATE TEMP TABLE figures AS SELECT {columns}, {_FIGURES} "
-        f"FROM ({grouped}) g JOIN datasets d ON g.dataset = d.dataset"
+        f"CREATE TEMP TABLE figures AS "
+        f"{sql.figures(columns, f'{source} m JOIN datasets d ON m.dataset = d.dataset')}"
     )
 
 
 def ranked(
     query: Query,
-    level: Level,
+    level: Level | str,
     target: str,
     measure: Measure = Measure.value,
     worst: bool = False,
@@ -93,8 +118,47 @@ def ranked(
     """The n best (or worst) rows of `figures` towards `target`; ties in the order of the keys."""
     column = measure.name
     direction = "ASC" if worst else "DESC"
-    keys = ", ".join(KEYS[level])
+    keys = ", ".join(keys_of(level))
     return query.rows(
         f"SELECT * FROM figures WHERE target = {quoted(target)} "
         f"ORDER BY {column} {direction} NULLS LAST, {keys} LIMIT {n}"
     )
+
+
+def _once(query: Query, phase: Phase) -> bool:
+    """Was every sample scored at most once? So it is in a training run: a sample's number is its place in the order.
+
+    Then nothing needs adding up, and a ranking passes over the rows once instead of grouping them all.
+    """
+    scope = f"step BETWEEN {phase.first} AND {phase.last}"
+    first = quoted(query.ledger.target_names[0])
+    found = query.rows(
+        f"SELECT coalesce(bool_and(n = samples), true) AS once FROM (SELECT count(*) AS n, count(DISTINCT sample) AS samples "
+        f"FROM samples WHERE {scope} AND target = {first} GROUP BY dataset)"
+    )
+    return bool(found[0]["once"])
+
+
+def _samples_as_they_are(query: Query, scope: str) -> None:
+    qualified = scope.replace("step ", "s.step ").replace("target ", "s.target ")
+    query.run(f"""
+        CREATE TEMP VIEW figures AS
+        SELECT s.dataset, d.name AS dataset_name, s.sample, s.target, CAST(1 AS BIGINT) AS samples,
+               CAST(s.tokens AS BIGINT) AS tokens, s.step AS first_step, s.step AS last_step, s.value, s.value AS mean,
+               CAST(NULL AS DOUBLE) AS standard_error, CASE WHEN s.value < 0 THEN 1.0 ELSE 0.0 END AS negative_share,
+               CASE WHEN s.tokens > 0 THEN s.value / s.tokens END AS per_token, s.normalised, s.relative
+        FROM scored s JOIN datasets d ON s.dataset = d.dataset WHERE {qualified}
+    """)
+
+
+def _add_up(query: Query, phase: Phase, target: str | None, keys: list[str], documents: Documents) -> None:
+    """The relation `some_moments`: moments of each range of steps, by document or (keys grp) by group of documents."""
+    query.drop("TABLE", "some_moments")
+    only = "" if target is None else f" AND target = {quoted(target)}"
+    grouped = keys == ["grp"]
+    draws = sql.steps_of(keys, f"({sql.GROUP_ROWS})") if grouped else sql.rows_of(keys, "document_rows")
+    # An empty range where nothing was scored, so that the relation is there.
+    for position, (first, last) in enumerate(list(query.step_ranges(phase.first, phase.last)) or [(0, 0)]):
+        create_document_rows(query, documents, f"step BETWEEN {first} AND {last}{only}")
+        statement = "INSERT INTO some_moments" if position else "CREATE TEMP TABLE some_moments AS"
+        query.run(f"{statement} {sql.moments(keys, draws)}")
