@@ -1,0 +1,201 @@
+"""A generated ledger of 100 million rows: how long the reports' queries take, and how much memory.
+
+    python -m benchmarks.ledger                      100 million rows in a temporary directory (about 3 GB)
+    python -m benchmarks.ledger --rows 4000000       a smaller one
+    python -m benchmarks.ledger --keep DIR           leave the ledger in DIR and use it again
+
+Rows: 4 targets, 1,024 samples a step, 4 datasets with 20 sources each; documents of 8 to 64 tokens and samples of 16, so
+that most samples are cut from one or two documents. The rows go through the real writer and its commits, the samples
+through megatron-core's own index arrays. Each query runs in a process of its own; memory is that process's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+TARGETS = ("code", "prose", "maths", "dialogue")
+DATASETS, SOURCES, BATCH, WRITERS, SEQUENCE = 4, 20, 1024, 4, 16
+COMMIT_EVERY = 500
+
+QUERIES = {
+    "cells and values by dataset and phase": "domains",
+    "inrun top --by dataset": "dataset",
+    "inrun top --by source": "source",
+    "inrun top --by document": "document",
+    "inrun top --by sample": "sample",
+}
+
+
+def write_data(directory: Path, samples: int) -> list[dict[str, Any]]:
+    """Datasets as `inrun prepare` leaves them (token files are sparse: nothing reads them), and their table."""
+    from inrun_megatron.data.documents import documents_path
+    from inrun_megatron.data.megatron import IndexedDatasetBuilder
+    from inrun_megatron.data.tokenizers import ByteTokenizer
+    from inrun_megatron.data.train import build_datasets
+
+    generator = np.random.default_rng(0)
+    blend: list[str] = []
+    for index in range(DATASETS):
+        prefix = directory / f"set{index}"
+        lengths = generator.integers(8, 65, size=int(samples / DATASETS * 1.1 * SEQUENCE / 36) + 100)
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        builder.sequence_lengths = lengths.tolist()
+        builder.document_indices = list(range(len(lengths) + 1))
+        builder.finalize(f"{prefix}.idx")
+        os.truncate(f"{prefix}.bin", int(lengths.sum()) * 2)
+        names = pa.array([f"source {index}.{number}" for number in range(SOURCES)])
+        codes = pa.array(generator.integers(0, SOURCES, len(lengths)), pa.int32())
+        table = pa.table(
+            {
+                "document": np.arange(len(lengths)),
+                "source": pa.DictionaryArray.from_arrays(codes, names).cast(pa.string()),
+                "file": pa.array(["generated"] * len(lengths)),
+                "line": np.arange(1, len(lengths) + 1),
+                "tokens": lengths,
+            }
+        )
+        pq.write_table(table, documents_path(prefix))
+        blend += ["1", str(prefix)]
+    train, _ = build_datasets(
+        data_path=blend,
+        split="100,0,0",
+        seq_length=SEQUENCE,
+        train_samples=samples,
+        valid_samples=0,
+        seed=1,
+        tokenizer=ByteTokenizer(),
+    )
+    return [entry.to_dict() for entry in train.table]
+
+
+def write_ledger(directory: Path, rows: int) -> dict[str, Any]:
+    """Generate; returns the figures of the writing."""
+    from inrun_megatron.ledger import LedgerWriter, RunDescription, StepRecord, commit, create_ledger
+
+    steps = rows // (BATCH * len(TARGETS))
+    directory.mkdir(parents=True, exist_ok=True)
+    table = write_data(directory, steps * BATCH + BATCH)
+    described = RunDescription(
+        targets=[{"name": name, "sequences": 8} for name in TARGETS],
+        datasets=table,
+        configuration={
+            "training": {"optimizer": "adam"},
+            "shapley": {"interval": 1, "estimator": "first_order"},
+        },
+        coverage={"parameters": 1, "tapped": 1, "missing": []},
+    )
+    generator = np.random.default_rng(1)
+    nothing = np.zeros(DATASETS, dtype=np.int64)
+    started, inside = time.perf_counter(), 0.0
+    losses = np.full(len(TARGETS), 6.0)
+    share = BATCH // WRITERS
+    with create_ledger(directory / "shapley", described):
+        writers = [LedgerWriter(directory / "shapley", number) for number in range(WRITERS)]
+        for step in range(1, steps + 1):
+            dataset = np.arange(BATCH) % DATASETS
+            sample = nothing[dataset] + np.arange(BATCH) // DATASETS
+            nothing += BATCH // DATASETS
+            values = generator.normal(1e-5, 1e-4, (BATCH, len(TARGETS))) / (1 + step / 1000)
+            sums = values.sum(0)
+            record = StepRecord(
+                step=step,
+                samples=BATCH,
+                consumed_samples=step * BATCH,
+                clip_coefficient=1.0,
+                target_loss=losses.tolist(),
+                sum_values=sums.tolist(),
+                additivity_lhs=sums.tolist(),
+                additivity_rhs=sums.tolist(),
+            )
+            losses = losses - sums
+            before = time.perf_counter()
+            writers[0].append_step(record)
+            for number, writer in enumerate(writers):
+                own = slice(number * share, (number + 1) * share)
+                writer.append(step, dataset[own], sample[own], np.full(share, SEQUENCE), values[own])
+            inside += time.perf_counter() - before
+            if step % COMMIT_EVERY == 0 or step == steps:
+                parts = [part for writer in writers for part in writer.write_parts()]
+                commit(directory / "shapley", step, parts)
+    size = sum(path.stat().st_size for path in (directory / "shapley" / "values").iterdir())
+    return {
+        "rows": steps * BATCH * len(TARGETS),
+        "steps": steps,
+        "bytes_per_row": size / (steps * BATCH * len(TARGETS)),
+        "seconds": time.perf_counter() - started,
+        "append_microseconds_per_step_and_writer": inside / steps / WRITERS * 1e6,
+    }
+
+
+def query(directory: Path, name: str) -> dict[str, Any]:
+    """One query in this process."""
+    from inrun_megatron.ledger import Ledger
+    from inrun_megatron.report.documents import Documents
+    from inrun_megatron.report.domains import domain_figures
+    from inrun_megatron.report.phases import phases_of, whole_run
+    from inrun_megatron.report.query import Query
+    from inrun_megatron.report.ranking import create_figures, level_of, ranked
+
+    started = time.perf_counter()
+    ledger = Ledger(directory)
+    whole = whole_run(ledger.last_step)
+    with Query(ledger) as session:
+        if name == "domains":
+            found = len(domain_figures(session, [whole, *phases_of(ledger.last_step)]))
+        else:
+            level = level_of(name)
+            create_figures(session, level, whole, Documents(ledger))
+            found = sum(len(ranked(session, level, target)) for target in TARGETS)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": time.perf_counter() - started, "peak_gib": peak, "rows_shown": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=100_000_000)
+    parser.add_argument("--keep", type=Path)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--query", nargs=2, metavar=("DIR", "NAME"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.query:
+        print(json.dumps(query(Path(options.query[0]), options.query[1])))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = options.keep or Path(temporary)
+        figures: dict[str, Any] = {}
+        if not (directory / "shapley" / "run.json").exists():
+            figures["writing"] = written = write_ledger(directory, options.rows)
+            print(
+                f"{written['rows']:,} rows written in {written['seconds']:.0f} s ({written['bytes_per_row']:.1f} bytes a row); "
+                f"append takes {written['append_microseconds_per_step_and_writer']:.0f} us per step and writer"
+            )
+        for title, name in QUERIES.items():
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.ledger", "--query", str(directory), name],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            figures[title] = found = json.loads(done.stdout.splitlines()[-1])
+            print(f"{title:<40} {found['seconds']:6.1f} s   peak {found['peak_gib']:.2f} GiB", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
