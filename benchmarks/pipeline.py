@@ -133,12 +133,14 @@ def scored_step(shapley: Any, iteration: int, batch: Batch) -> None:
 
 
 def _plain_and_scored(case: Case, pairs: int, vocab: int) -> Pairs:
+    from inrun_megatron.engines.pipeline import train_batch
+
     plain, scored = build_stage(case, vocab), build_stage(case, vocab)
     shapley = scoring_of(scored, case, vocab)
     split = plain.module.loss_fn.split
     try:
         return alternate(
-            lambda iteration, batch: plain.train_batch(iter([split(m) for m in batch])),
+            lambda iteration, batch: train_batch(plain, [split(m) for m in batch]),
             lambda iteration, batch: scored_step(shapley, iteration, batch),
             batch=lambda iteration: random_microbatches(case, vocab, case.train, iteration),
             pairs=pairs,

@@ -149,9 +149,20 @@ def test_pipeline_engine_runs_the_map_and_the_schedule_that_the_adapter_replaces
     assert "if self.is_last_stage():" in _source(PipelineEngine._backward_prologue_per_tensor)
     for name in ("set_dataiterator", "is_pipe_partitioned", "is_grad_partitioned"):
         assert name in _source(PipelineEngine)
+    for state in ("self.total_loss = None", "self._compute_loss = True", "self._exec_schedule(sched)"):
+        assert state in _source(PipelineEngine.train_batch)  # run_detached does the same for a run of its own
+    assert "if self._compute_loss" in forward
     evaluation = _source(PipelineEngine.eval_batch)
     assert "if compute_loss and (bcast_loss or self.monitor.enabled)" in evaluation
     assert "if reduce is None:" in _source(PipelineEngine._reduce_outputs)
+
+
+def test_a_schedule_ends_with_the_three_instructions_that_detached_runs_leave_out() -> None:
+    from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTiedGrads, TrainSchedule
+
+    for stage in (0, 1):
+        *_, last = TrainSchedule(micro_batches=3, stages=2, stage_id=stage)
+        assert [type(command) for command in last[-3:]] == [ReduceTiedGrads, ReduceGrads, OptimizerStep]
 
 
 def test_a_stage_runs_microbatches_in_order_forwards_and_backwards() -> None:
@@ -166,25 +177,25 @@ def test_a_stage_runs_microbatches_in_order_forwards_and_backwards() -> None:
                 assert buffers == [m % schedule.num_pipe_buffers() for m in range(7)]
 
 
-def test_no_stage_waits_in_vain_for_the_first_ones_direction() -> None:
-    """Half-steps between a stage's first training backward and the first stage's last validation backward.
+def test_the_stream_without_a_flush_waits_for_half_as_many_half_steps() -> None:
+    """The figures of docs/pipeline.md, counted on DeepSpeed's own schedule (benchmarks/schedule.py).
 
-    The collectives of pipeline.py are waited for at the former and complete with the latter: the last stage waits
-    P - 2 half-steps, stages before it less, and nobody needs anything that comes after its own wait.
+    A stage's first training backward needs the last validation backward of all stages. Waiting for it costs the last
+    stage, and the step, P - 2 half-steps; a flush costs 2 (P - 1).
     """
-    from deepspeed.runtime.pipe.schedule import BackwardPass, TrainSchedule
-
-    validation = 3
-
-    def backward_at(stages: int, stage: int, microbatch: int) -> int:
-        schedule = TrainSchedule(micro_batches=9, stages=stages, stage_id=stage)
-        steps = [at for at, cmds in enumerate(schedule) for c in cmds if type(c) is BackwardPass]
-        return steps[microbatch]
+    from benchmarks.schedule import timeline
 
     for stages in (2, 3, 4, 8):
-        complete = backward_at(stages, 0, validation - 1) + 1
-        waits = [max(0, complete - backward_at(stages, stage, validation)) for stage in range(stages)]
-        assert waits[-1] == stages - 2 and waits == [max(0, stage - 1) for stage in range(stages)]
+        for validation, training in ((1, 8), (3, 8), (4, 16)):
+            ideal = 2 * (validation + training + stages - 1)
+            nothing, in_front, flushed = (
+                timeline(validation, training, stages, flush=flush, crosses=crosses)
+                for flush, crosses in ((False, False), (False, True), (True, True))
+            )
+            assert nothing.length == ideal and sum(nothing.waits) == 0
+            assert in_front.length == ideal + stages - 2
+            assert in_front.waits == [0] * (stages - 1) + [stages - 2]
+            assert flushed.length == ideal + 2 * (stages - 1) and sum(flushed.waits) == 0
 
 
 def test_pipeline_module_marks_and_ties_what_the_directions_read() -> None:

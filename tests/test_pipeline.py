@@ -73,14 +73,10 @@ def full_product() -> list[LayoutCase]:
     ]
 
 
-# Of the largest value. What fp32 itself makes of values at four layers, with one stage as with four: Adam's first steps
-# divide by gradients that are near zero. At two layers 1e-5 holds.
-FOUR_LAYERS = 2e-5
-SAME_LEDGER = 1e-5
-
-
-def tolerance(case: LayoutCase) -> float:
-    return FOUR_LAYERS if case.precision == "fp32" and case.layers == 4 else TOLERANCE[case.precision]
+SAME_LEDGER = 1e-5  # of the largest value, from the run at PP 1
+# What fp32 may make of values at four layers, with one stage as with four: Adam's first steps divide by gradients that
+# are near zero. Measured: 1.8e-5; at two layers less than 1e-5.
+FP32_AT_FOUR_LAYERS = 5e-5
 
 
 def without_stages(case: LayoutCase) -> LayoutCase:
@@ -112,18 +108,21 @@ def _check(cases: list[LayoutCase], *, against_one_stage: bool) -> None:
         oracle = _oracle(replace(without_stages(case), zero=0))
         alone = ran[without_stages(case)] if against_one_stage else None
         for step in range(case.steps):
-            found = deviation(ran[case], oracle, step)
+            found, allowed = deviation(ran[case], oracle, step), TOLERANCE[case.precision]
             line = f"{case}: step {step + 1}: {found:.1e} from the oracle"
-            if step in STEPS_CHECKED and not found < tolerance(case):
-                failures.append(f"{line}: too much")
             if alone is not None:
-                same = _difference(ran[case], alone, step)
-                line += f", {same:.1e} from PP 1, whose {deviation(alone, oracle, step):.1e}"
+                same, rounding = _difference(ran[case], alone, step), deviation(alone, oracle, step)
+                line += f", {same:.1e} from PP 1, which is {rounding:.1e} from it"
                 if not same < SAME_LEDGER:
                     failures.append(f"{line}: not the ledger of PP 1")
+                if case.layers == 4:
+                    assert rounding < FP32_AT_FOUR_LAYERS, line
+                    allowed += rounding
+            if step in STEPS_CHECKED and not found < allowed:
+                failures.append(f"{line}: too much")
             print(line)
             for rank in ran[case]:
-                if abs(rank.losses[step] - oracle.steps[step].train_loss) > tolerance(case) * 10:
+                if abs(rank.losses[step] - oracle.steps[step].train_loss) > TOLERANCE[case.precision] * 10:
                     failures.append(f"{case}: step {step + 1}: training loss {rank.losses[step]}")
         failures += _side_figures(case, ran[case], oracle)
     assert not failures, "\n".join(failures)
