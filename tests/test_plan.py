@@ -170,7 +170,7 @@ def _measure(rank: int, world: int, case: Case) -> Measured:
     layout = Layout.current()
     rows = layout_case.targets()[0]
     assert len(rows.rows["tokens"]) == SEQUENCES
-    share = _share(rows.rows, layout.dp_rank, layout.dp_size, MICRO_BATCH)
+    share = _share(rows, layout, MICRO_BATCH, pipeline=False)
     targets = [ShapleyTarget(f"target{k}", share, rows.num_tokens) for k in range(TARGETS)]
     shapley = InRunShapley(
         engine, targets, token_losses, layout=layout, estimator=case.estimator, base=case.base

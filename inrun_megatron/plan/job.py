@@ -114,14 +114,22 @@ class Job:
         return self.global_batch_size // (self.data_parallel * self.micro_batch_size)
 
     @property
-    def validation_rows(self) -> int:
-        """Rows of a validation microbatch."""
-        return self.target_micro_batch_size or self.micro_batch_size
+    def _target_microbatches(self) -> int:
+        """Of one rank and target (data/targets.py: Target.microbatches)."""
+        limit = self.target_micro_batch_size or self.micro_batch_size
+        return ceil(ceil(self.target_sequences / self.data_parallel) / limit)
 
     @property
     def validation_microbatches(self) -> int:
-        """Of one rank, all targets; the last one of a target is filled up."""
-        return self.targets * ceil(self.target_sequences / (self.data_parallel * self.validation_rows))
+        """Of one rank, all targets."""
+        return self.targets * self._target_microbatches
+
+    @property
+    def validation_rows(self) -> int:
+        """Rows of a validation microbatch, those that only fill it up included; a pipeline has one size for all."""
+        if self.pipeline_parallel > 1:
+            return self.micro_batch_size
+        return ceil(ceil(self.target_sequences / self.data_parallel) / self._target_microbatches)
 
     @property
     def cost(self) -> EstimatorCost:

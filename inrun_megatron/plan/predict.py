@@ -185,7 +185,7 @@ def collectives(job: Job) -> list[Collective]:
         add("all_reduce", "tied", "tied embeddings", calls, vectors * tied)
     if cost.batch_passes:
         add("all_reduce", "world", "norm of the batch gradient", 1, DOT_BYTES)
-    elif job.adam and job.clips:
+    if job.adam and job.clips:
         calls = 1 if job.pipeline_parallel == 1 or cost.moves else 1 + (d > 1)
         add("all_reduce", "world", "norms", calls, calls * k * DOT_BYTES)
     losses = cost.validation_passes + cost.loss_passes
