@@ -126,3 +126,13 @@ def test_rows_of_a_step() -> None:
         rows.add(torch.zeros(4), torch.arange(4), torch.ones(4), PARTS)
     with pytest.raises(UserError, match="3 samples"):
         rows.add(torch.zeros(3), torch.arange(3), mask, PARTS)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_bounds_within_sequence_shards_hold_the_lengths(size: int) -> None:
+    segments = Segments.of(torch.tensor([[0, 0, 1, 1, 1, 2], [5, 5, 5, 5, 5, 5]]))
+    for rank in range(size):
+        bounds = segments.shard_bounds(rank, size)
+        assert [row for row, _, _ in bounds] == segments.row.tolist()
+        lengths = segments.lengths(torch.device("cpu"), rank, size)
+        assert [end - begin for _, begin, end in bounds] == lengths.tolist()

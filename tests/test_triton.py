@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from inrun_megatron.dots import triton_elementwise, triton_linear
+from tests.distributed import run_distributed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 S, ROWS, IN, OUT, VOCABULARY, TARGETS = 7, 3, 20, 36, 11, 3
@@ -193,6 +194,53 @@ def test_embedding(batch_dim: int, bounds: Bounds | None) -> None:
     dots = torch.zeros_like(expected)
     triton_elementwise.embedding_dots(b, ids, batch_dim, directions, dots, bounds)
     _close(dots, expected, 2e-6)
+
+
+def _score_a_model(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
+    """Dots of every parameter of a small model: by torch's operations and by the kernels, whole rows and documents."""
+    from inrun_megatron import Layout, attach_taps
+    from inrun_megatron.direction import Directions
+    from inrun_megatron.dots.segments import Segments
+    from inrun_megatron.engines.shards import FlatGroup, Residence, Span
+    from inrun_megatron.scoring import RowScorer
+    from inrun_megatron.taps import Pass
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(VOCABULARY, 16),
+        torch.nn.LayerNorm(16),
+        torch.nn.Linear(16, 8),
+        torch.nn.RMSNorm(8),
+    ).to(DEVICE)
+    taps = attach_taps(model)
+    spans, start = [], 0
+    for parameter in model.parameters():
+        spans.append(Span(parameter, start, parameter.numel()))
+        start += parameter.numel()
+    group = FlatGroup(Residence.REPLICATED, start, 0, start, spans, torch.device(DEVICE))
+    directions = Directions([group], taps.sharding, Layout.data_parallel(), TARGETS)
+    directions.shards()[0].normal_()
+    ids = torch.randint(0, VOCABULARY, (ROWS, S), device=DEVICE)
+    found = []
+    for parts in (None, torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0] * 7, [0, 1, 2, 2, 2, 2, 2]])):
+        segments = None if parts is None else Segments.of(parts)
+        both = []
+        for fused in (False, True):
+            count = ROWS if segments is None else len(segments)
+            dots = torch.zeros(count, TARGETS, dtype=torch.float64, device=DEVICE)
+            scorer = RowScorer(directions, dots, segments)
+            scorer.fused = fused
+            with taps.during(Pass(consumers=(scorer,))):
+                model(ids).square().sum().backward()
+            both.append(dots.cpu())
+        found.append((both[0], both[1]))
+    return found
+
+
+def test_a_model_scored_by_the_kernels_has_the_values_of_torch() -> None:
+    [cases] = run_distributed(_score_a_model, 1)
+    for by_torch, by_kernels in cases:
+        _close(by_kernels, by_torch, 2e-6)
 
 
 COMPILE = """
