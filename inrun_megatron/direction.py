@@ -132,13 +132,13 @@ class Directions:
         for group, buffer in zip(self.groups, self._buffers, strict=True):
             if self.layout.dp_size == 1 or group.residence is Residence.PARTITIONED:
                 continue
+            if group.residence is Residence.REPLICATED:
+                dist.all_reduce(buffer, group=self.layout.dp_group)
+                continue
             for row in buffer:
-                if group.residence is Residence.REPLICATED:
-                    dist.all_reduce(row, group=self.layout.dp_group)
-                else:
-                    part = torch.empty_like(row[group.start : group.stop])
-                    dist.reduce_scatter_tensor(part, row, group=self.layout.dp_group)
-                    row[group.start : group.stop].copy_(part)
+                part = torch.empty_like(row[group.start : group.stop])
+                dist.reduce_scatter_tensor(part, row, group=self.layout.dp_group)
+                row[group.start : group.stop].copy_(part)
         if self.layout.tp_size > 1 and any(self._sequence):
             pieces = [
                 shard[:, lo:hi]
@@ -200,11 +200,11 @@ class Directions:
                 squares += torch.linalg.vector_norm(shard[:, lo:hi], dim=1).double().square()
         return squares
 
-    def norms(self) -> list[float]:
-        """Euclidean norms of the K vectors whose shards are held now; a collective over the world."""
+    def norms(self) -> Tensor:
+        """Euclidean norms of the K vectors whose shards are held now, ``[K]`` fp64; a collective over the world."""
         squares = self.squares()
         dist.all_reduce(squares)
-        return squares.sqrt().tolist()
+        return squares.sqrt()
 
     def inner_products(self, group: int, start: int, vector: Tensor) -> Tensor:
         """``<d_k, vector>`` for all k over what this rank counts, ``[K]`` fp64.

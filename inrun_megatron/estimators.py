@@ -109,7 +109,7 @@ def place(step: Step, share: float, path: Tensor | None, out: Tensor) -> None:
 def condition(
     step: Step,
     gradients: Sequence[Tensor],
-    clips: Sequence[float],
+    clips: Sequence[float] | Tensor,
     counted: Sequence[tuple[int, int]],
     path: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -143,14 +143,17 @@ def condition(
                 for lo, hi in stretches:
                     dot = torch.dot(gradient[lo:hi], vector[lo:hi].to(gradient.dtype)) * factor
                     terms[which, k] += dot
-        _multiply(here, near, clips, None if path is None else path[part])
+        here_clips = clips.to(near[0].device) if isinstance(clips, Tensor) else clips
+        _multiply(here, near, here_clips, None if path is None else path[part])
         for gradient, own in zip(parts, near, strict=True):
             if own.device != gradient.device:
                 gradient.copy_(own)
     return terms[0], terms[1]
 
 
-def _multiply(step: Step, gradients: Sequence[Tensor], clips: Sequence[float], path: Tensor | None) -> None:
+def _multiply(
+    step: Step, gradients: Sequence[Tensor], clips: Sequence[float] | Tensor, path: Tensor | None
+) -> None:
     if path is None:
         for gradient, clip in zip(gradients, clips, strict=True):
             step.precondition(gradient, clip)

@@ -47,8 +47,9 @@ class Step(Protocol):
         """The step of a part of the tensor."""
         ...
 
-    def precondition(self, gradient: Tensor, clip: float) -> None:
-        """Multiply grad L_k by J in place; ``clip`` is what the optimizer would multiply such a gradient by."""
+    def precondition(self, gradient: Tensor, clip: float | Tensor) -> None:
+        """Multiply grad L_k by J in place; ``clip`` (a number, or a scalar on
+        the device, which is not waited for) is what the optimizer would multiply such a gradient by."""
         ...
 
     def drift(self) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
@@ -100,7 +101,7 @@ class SGDStep:
         gain = 1.0 if self.momentum_buffer is None else 1.0 - self.dampening
         return self.lr * (1.0 + self.momentum * gain if self.nesterov else gain)
 
-    def precondition(self, gradient: Tensor, clip: float) -> None:
+    def precondition(self, gradient: Tensor, clip: float | Tensor) -> None:
         gradient.mul_(self.jacobian())
 
     def drift(self) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
@@ -162,18 +163,18 @@ class AdamStep:
     def _coupled(self) -> Tensor | None:
         return None if self.decoupled or not self.weight_decay else self.weights * self.weight_decay
 
-    def _second_moment(self, gradient: Tensor | None, clip: float = 1.0) -> Tensor:
+    def _second_moment(self, gradient: Tensor | None, clip: float | Tensor = 1.0) -> Tensor:
         """v0 ``[n]``: the bias-corrected second moment, with the stand-in for what it has not seen (None: without)."""
         _, bc2 = self._corrections()
         v0 = self.exp_avg_sq * (self.beta2 / bc2)
         fresh = (1.0 - self.beta2) / bc2
         if gradient is not None:
             share = clip if self.t == 1 else clip * STAND_IN
-            v0.addcmul_(gradient, gradient, value=fresh * share * share)
+            v0.addcmul_(gradient, gradient * (fresh * share * share))
         coupled = self._coupled()
         return v0 if coupled is None else v0.addcmul_(coupled, coupled, value=fresh)
 
-    def precondition(self, gradient: Tensor, clip: float) -> None:
+    def precondition(self, gradient: Tensor, clip: float | Tensor) -> None:
         bc1, bc2 = self._corrections()
         root = self._second_moment(gradient, clip).sqrt_()
         gain = self.lr * (1.0 - self.beta1) / bc1
@@ -237,7 +238,7 @@ class ProxyStep:
     def block(self, part: slice) -> ProxyStep:
         return ProxyStep(self.lr, self.weights[part])
 
-    def precondition(self, gradient: Tensor, clip: float) -> None:
+    def precondition(self, gradient: Tensor, clip: float | Tensor) -> None:
         gradient.mul_(self.lr)
 
     def drift(self) -> tuple[None, None]:

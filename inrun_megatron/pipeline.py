@@ -133,7 +133,7 @@ class PipelineStep(ScoredStep):
         loss = owner.pipeline.train_batch(stream, [owner.loss.split(m) for m in microbatches], prepended)
         if stream is not None and self.result.scored:
             if owner.rides:
-                self.result.target_losses = owner.passes.total(stream.losses).tolist()
+                self._target_losses = owner.passes.total(stream.losses)
                 self._terms = stream.terms
             self.result.seconds_scoring += stream.seconds
         return float(loss)
@@ -260,9 +260,9 @@ class ScoringStream:
         """Before this stage's first training backward."""
         if not self._reduced:
             self._reduce()
-        norms = [0.0] * len(self.owner.targets)
+        norms = torch.zeros_like(self.losses)
         if self._squares is not None:
             squares, work = self._squares
             work.wait()
-            norms = squares.sqrt().tolist()
+            norms = squares.sqrt()
         self.terms = self.owner.preparation.condition(norms)

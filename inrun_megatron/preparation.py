@@ -45,7 +45,7 @@ class Prepared:
             to first order if the batch's gradient were zero.
     """
 
-    target_losses: list[float]
+    target_losses: Tensor
     terms: tuple[Tensor, Tensor]
 
 
@@ -104,7 +104,7 @@ class Preparation:
 
     # -- gradients -----------------------------------------------------------------------------------
 
-    def _add_gradients(self, passes: Passes, weight: float) -> list[float]:
+    def _add_gradients(self, passes: Passes, weight: float) -> Tensor:
         """Add ``weight * grad L_k`` at the weights as they are; returns the L_k."""
         sums = torch.zeros(len(self.targets), dtype=torch.float64, device=self.directions.device)
 
@@ -122,14 +122,12 @@ class Preparation:
             for microbatch in target.microbatches
         ]
         passes.run(tasks, training=False)
-        found: list[float] = passes.total(sums).tolist()
-        return found
+        return passes.total(sums)
 
-    def _losses(self, passes: Passes) -> list[float]:
+    def _losses(self, passes: Passes) -> Tensor:
         """L_k at the weights as they are, by forwards alone."""
         sums = torch.stack([passes.loss_sum(t.microbatches) / t.num_tokens for t in self.targets])
-        found: list[float] = passes.total(sums).tolist()
-        return found
+        return passes.total(sums)
 
     def _path(self, passes: Passes, microbatches: Sequence[Microbatch] | None) -> Directions:
         """``c G`` of the coming step in the layout of a direction, from a pass of its own over the batch."""
@@ -205,13 +203,11 @@ class Preparation:
             for shard in self.directions.shards():
                 shard.div_(scale)
 
-    def condition(
-        self, norms: Sequence[float] | None = None, path: Directions | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def condition(self, norms: Tensor | None = None, path: Directions | None = None) -> tuple[Tensor, Tensor]:
         """Times the Jacobian, on the shards; then to where the layers read it.
 
         Args:
-            norms: of the targets' gradients over all ranks; default: computed here if they are needed.
+            norms: ``[K]``, of the targets' gradients over all ranks; default: computed here if they are needed.
             path: c G for path estimators.
 
         Returns:
@@ -221,7 +217,7 @@ class Preparation:
         momentum_terms = torch.zeros(len(self.targets), dtype=torch.float64, device=directions.device)
         decay_terms = torch.zeros_like(momentum_terms)
         if norms is None:
-            norms = directions.norms() if self.needs_norms else [0.0] * len(self.targets)
+            norms = directions.norms() if self.needs_norms else torch.zeros_like(decay_terms)
         clips = self.adapter.clip_coefficients(norms)
         along = None if path is None else path.shards()
         for index, (group, shard) in enumerate(zip(self.adapter.groups, directions.shards(), strict=True)):

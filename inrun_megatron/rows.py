@@ -31,6 +31,12 @@ class MicrobatchRows:
     segments: Segments | None
 
 
+def _on_host(column: Any) -> Tensor:
+    """Identities come from the data loader, on the host: nothing to wait for."""
+    tensor = torch.as_tensor(column)
+    return tensor if tensor.device.type == "cpu" else tensor.cpu()
+
+
 @dataclass
 class StepRows:
     """The rows of a step in the order of its microbatches."""
@@ -53,7 +59,7 @@ class StepRows:
         Raises:
             UserError: shapes that do not fit.
         """
-        dataset, sample, tokens = (torch.as_tensor(x).cpu() for x in (dataset, sample, tokens))
+        dataset, sample, tokens = (_on_host(x) for x in (dataset, sample, tokens))
         cut = None if segments is None else Segments.of(torch.as_tensor(segments))
         wanted = "[b] or [b, s]" if cut is None else f"{[cut.rows, cut.positions]}, that of the segments"
         fits = tokens.dim() in (1, 2) if cut is None else tokens.shape == (cut.rows, cut.positions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from .direction import Directions
@@ -15,7 +16,7 @@ from .dots.elementwise import (
     token_vector_dots,
     vector_dots,
 )
-from .dots.linear import weight_gradient_and_dots, weight_gradient_fp32
+from .dots.linear import HAS_TRITON, weight_gradient_and_dots, weight_gradient_fp32
 from .dots.segments import Segments
 from .errors import UserError
 from .taps import Emission
@@ -58,6 +59,8 @@ class RowScorer:
         self.directions = directions
         self.dots = dots
         self.segments = segments
+        # Vectors and embeddings in one Triton pass; on CPUs, and in fp64, by torch's operations.
+        self.fused = dots.is_cuda and HAS_TRITON
 
     def __call__(self, e: Emission) -> None:
         # Under ZeRO-3 reading a direction is a collective, and every rank of the data-parallel group (same
@@ -71,6 +74,8 @@ class RowScorer:
         if e.site.kind == "linear":
             assert a is not None
             e.weight_grad = weight_gradient_and_dots(a, b, directions, dim, self.dots, self.segments)
+        elif self.fused and b.dtype != torch.float64:
+            self._score_fused(e, directions)
         elif e.site.kind == "bias":
             self._add_vectors(e, b, directions)
         elif e.site.kind == "embedding":
@@ -86,6 +91,23 @@ class RowScorer:
                 self._add_vectors(e, b, self.directions.of(e.bias))
         else:
             raise AssertionError(f"no dots for sites of kind {e.site.kind}")
+
+    def _score_fused(self, e: Emission, directions: Sequence[Tensor]) -> None:
+        """Any layer but a linear one, by the kernels of dots/triton_elementwise.py."""
+        from .dots import triton_elementwise as kernels  # where there is no GPU, Triton need not be installed
+
+        b, a, dim = e.output_grad, e.activation, e.site.batch_dim
+        bounds = None if self.segments is None else self.segments.shard_bounds(*e.site.sequence_shard)
+        if e.site.kind == "bias":
+            kernels.bias_dots(b, dim, directions, self.dots, bounds)
+            return
+        assert a is not None
+        if e.site.kind == "embedding":
+            kernels.embedding_dots(b, a, dim, directions, self.dots, bounds)
+            return
+        assert e.site.kind == "norm", e.site.kind
+        shifts = self.directions.of(e.bias) if e.bias is not None and e.bias.requires_grad else None
+        kernels.norm_dots(b, a, dim, directions, shifts, self.dots, bounds)
 
     def _add_vectors(self, e: Emission, tokens: Tensor, directions: Sequence[Tensor]) -> None:
         """Dots of a vector parameter whose gradient is the sum of ``tokens [s, b, h]``."""

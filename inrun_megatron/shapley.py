@@ -27,6 +27,7 @@ from .engines import ZeroAdapter
 from .engines.inner import require_known
 from .errors import UserError
 from .estimators import CREDITS, Estimator, credit_factor
+from .host import to_host
 from .ledger.schema import CURRENT, DRIFT, StepRecord
 from .parallel import Layout
 from .passes import Microbatch, ModulePasses, Passes, TokenLoss, TrainingLoss, mean_loss
@@ -202,6 +203,7 @@ class ScoredStep:
         self.consumed_samples: int | None = None
         self._started = time.perf_counter()
         self._rows = StepRows(len(owner.targets), owner.device)
+        self._target_losses: Tensor | None = None  # [K], on the device until the step is settled
         self._terms: tuple[Tensor, Tensor] | None = None
         self._loss_scale = 1.0
         # Read before engine.step(), which may move the schedule on.
@@ -212,7 +214,7 @@ class ScoredStep:
         started = time.perf_counter()
         self._begin()
         prepared = self.owner.preparation.run(self.owner.passes, microbatches)
-        self.result.target_losses, self._terms = prepared.target_losses, prepared.terms
+        self._target_losses, self._terms = prepared.target_losses, prepared.terms
         self.result.seconds_scoring += time.perf_counter() - started
 
     def _begin(self) -> None:
@@ -249,27 +251,37 @@ class ScoredStep:
         """Steps 4 to 6, after ``engine.step()``."""
         owner, result = self.owner, self.result
         started = time.perf_counter()
-        result.gradient_norm = owner.adapter.gradient_norm()
-        result.clip_coefficient = owner.adapter.clip_coefficient()
         if result.scored and not owner.adapter.step_applied():
             result.status = "skipped: overflow"
+        nothing = torch.empty(0, dtype=torch.float64, device=owner.device)
+        norm = owner.adapter.gradient_norm()
+        clip = owner.adapter.clip_coefficients(torch.zeros((), device=owner.device) if norm is None else norm)
+        losses = nothing if self._target_losses is None else self._target_losses
+        scores, figures = nothing, nothing
         if result.scored:
-            self._settle_scores()
+            scores, figures = self._sum_scores(clip)
         else:
             owner._probe.disarm()
+        # Nothing was read from the device until here, and everything is read at once.
+        read = to_host(nothing if norm is None else norm, clip, losses, scores, figures)
+        result.gradient_norm = None if norm is None else float(read[0])
+        result.clip_coefficient = float(read[1])
+        result.target_losses = None if self._target_losses is None else read[2].tolist()
+        if result.scored:
+            self._settle_scores(torch.from_numpy(read[3]), read[4].tolist())
         result.seconds_scoring += time.perf_counter() - started
         self._append()
 
-    def _settle_scores(self) -> None:
-        owner, result = self.owner, self.result
-        layout, expected = owner.layout, owner.adapter.gradient_accumulation_steps
+    def _sum_scores(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Values of all parts ``[parts, K]``; and over all ranks ``[4, K]``: sums, ``<d, c_t G_t>``, the drift terms."""
+        owner, layout = self.owner, self.owner.layout
+        expected = owner.adapter.gradient_accumulation_steps
         if len(self._rows) != expected:
             raise UserError(
                 f"step {self.iteration} saw {len(self._rows)} microbatches, but the engine accumulates {expected}; "
                 f"put all microbatches of one optimizer step inside one `with shapley.step(...)`"
             )
-        clip = result.clip_coefficient
-        assert clip is not None and self._terms is not None
+        assert self._terms is not None
         scores = self._rows.dots()
         if layout.mp_size > 1:
             dist.all_reduce(scores, group=layout.mp_group)
@@ -284,13 +296,18 @@ class ScoredStep:
             ]
         )
         dist.all_reduce(figures)
-        sums, optimizer_side, momentum, decay = figures.tolist()
+        return scores, figures
+
+    def _settle_scores(self, scores: Tensor, figures: list[list[float]]) -> None:
+        """What ``_sum_scores`` made, on the host."""
+        result, clip = self.result, self.result.clip_coefficient
+        sums, optimizer_side, momentum, decay = figures
         if not all(math.isfinite(x) for x in sums):
             result.status = "skipped: values are not finite"  # a NaN loss in fp32 or bf16
             return
-        assert result.credit_factor is not None
-        factor = result.credit_factor if owner.credit == "trajectory" else 1.0
-        result.parts, result.places = (scores * factor).cpu(), self._rows.places()
+        assert result.credit_factor is not None and clip is not None
+        factor = result.credit_factor if self.owner.credit == "trajectory" else 1.0
+        result.parts, result.places = scores * factor, self._rows.places()
         result.values = self._rows.of_samples(result.parts)
         result.step_sums, result.sums = sums, [x * factor for x in sums]
         result.additivity_lhs = [x / clip for x in sums]

@@ -9,12 +9,17 @@ import os
 import sys
 from pathlib import Path
 
-# Before torch or deepspeed are imported: they read these once.
+# Before torch, triton or deepspeed are imported: they read these once.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault(
     "TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions")
 )  # see launch/build_ops.py
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter
 
 import pytest
 

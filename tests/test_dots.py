@@ -6,8 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from inrun_megatron.dots import cost
 from inrun_megatron.dots.elementwise import embedding_dots, embedding_gradient, row_gradients, vector_dots
-from inrun_megatron.dots.linear import weight_gradient, weight_gradient_and_dots, weight_gradient_fp32
+from inrun_megatron.dots.linear import (
+    blocks_and_dots,
+    weight_gradient,
+    weight_gradient_and_dots,
+    weight_gradient_fp32,
+)
+from inrun_megatron.dots.projection import token_dots
 
 S, IN, OUT, TARGETS = 7, 12, 20, 3
 
@@ -39,7 +46,7 @@ def test_linear(rows: int, batch_dim: int, dtype: torch.dtype) -> None:
     grad, expected = _reference(a, b, directions, batch_dim)
     start = torch.randn(rows, TARGETS, dtype=torch.float64)
     dots = start.clone()
-    found = weight_gradient_and_dots(a, b, directions, batch_dim, dots)
+    found = blocks_and_dots(a, b, directions, batch_dim, dots)
     assert found.dtype == dtype
     exact = {torch.float64: 1e-12, torch.float32: 3e-6}
     # One row of lower precision is scored from the product that training uses, rounding included.
@@ -70,7 +77,7 @@ def test_several_rows_of_bf16_are_no_less_precise_than_the_plain_product() -> No
     a[:, 1] = a[:, 0]
     b[:, 1] = -b[:, 0] + 0.01 * torch.randn(S, OUT, generator=generator).bfloat16()
     exact = b.flatten(0, 1).double().t() @ a.flatten(0, 1).double()
-    scored = weight_gradient_and_dots(a, b, [torch.zeros(OUT, IN)], 1, torch.zeros(2, 1, dtype=torch.float64))
+    scored = blocks_and_dots(a, b, [torch.zeros(OUT, IN)], 1, torch.zeros(2, 1, dtype=torch.float64))
     blocks = sum((b[:, i].t() @ a[:, i]) for i in range(2))  # what summing bf16 blocks would give
 
     def error(grad: Tensor) -> float:
@@ -113,3 +120,37 @@ def test_embedding() -> None:
         embedding_gradient(b[i], ids[i], gradient)
         for k, direction in enumerate(directions):
             assert abs(dots[i, k] - (gradient * direction).sum()) < 1e-4
+
+
+@pytest.mark.parametrize("features", [(IN, OUT), (OUT, IN)])  # projected to either side
+def test_projection(features: tuple[int, int]) -> None:
+    a, b = torch.randn(S, 2, features[0]), torch.randn(S, 2, features[1])
+    directions = [torch.randn(features[1], features[0]) for _ in range(TARGETS)]
+    expected = torch.einsum("sbo,koi,sbi->sbk", b.double(), torch.stack(directions).double(), a.double())
+    assert (token_dots(a, b, directions) - expected).abs().max() <= 3e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("tokens", "form"), [(2, "projection"), (64, "blocks")])
+def test_the_form_is_chosen_by_shape_and_changes_no_value(tokens: int, form: str) -> None:
+    """Rows of a few tokens are projected, longer ones are blocks; both give the dots of the other."""
+    rows, features = 16, 256
+    a, b = torch.randn(tokens, rows, features), torch.randn(tokens, rows, features)
+    directions = [torch.randn(features, features)]
+    shape = cost.Shape(rows * tokens, rows, features, features, 1)
+    assert cost.cheapest(shape, cost.CPU, "blocks", "projection") == form
+    found, blocks = (torch.zeros(rows, 1, dtype=torch.float64) for _ in range(2))
+    grad = weight_gradient_and_dots(a, b, directions, 1, found)
+    expected = blocks_and_dots(a, b, directions, 1, blocks)
+    assert (found - blocks).abs().max() <= 1e-5 * blocks.abs().max()
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_cost_of_blocks_grows_with_segments_and_that_of_projection_with_tokens() -> None:
+    few, many = cost.Shape(1024, 8, 512, 512, 2), cost.Shape(1024, 64, 512, 512, 2)
+    longer = cost.Shape(4096, 8, 512, 512, 2)
+    for rates in (cost.CPU, cost.CUDA):
+        assert cost.seconds("blocks", many, rates) == pytest.approx(8 * cost.seconds("blocks", few, rates))
+        assert cost.seconds("blocks", longer, rates) == cost.seconds("blocks", few, rates)
+        assert cost.seconds("projection", many, rates) == cost.seconds("projection", few, rates)
+        assert cost.seconds("projection", longer, rates) > cost.seconds("projection", few, rates)
+        assert cost.seconds("fused", few, rates) < cost.seconds("blocks", few, rates)

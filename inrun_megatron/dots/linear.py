@@ -15,23 +15,22 @@ Parts of rows (segments.py) are blocks of the same sum; where they are short, pr
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from . import cost
+from .projection import token_dots
 from .segments import Segments
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Rows that share an accumulator: a row's dot is the difference of two dots of the accumulator, so its
 # rounding error grows with the square root of the rows before it.
 ROWS_PER_ACCUMULATOR = 8
-
-# Mean tokens of a part below which tokens are projected. A block costs its part a pass over accumulator and direction,
-# 4 elements per weight and target with reads and writes; the projection costs 2 operations per weight, token and
-# target. On a CPU core they meet between 16 and 32 tokens.
-PROJECTED_TOKENS = 24
 
 
 def weight_gradient(activation: Tensor, output_grad: Tensor) -> Tensor:
@@ -71,9 +70,44 @@ def weight_gradient_and_dots(
         bitwise what training without scoring computes; with several, blocks of lower precision are accumulated in
         fp32.
     """
-    if segments is not None and projects(segments):
-        dots += segments.sums(token_dots(activation, output_grad, directions), batch_dim)
+    form = _form(activation, output_grad, len(dots), len(directions))
+    if form == "projection":
+        products = token_dots(activation, output_grad, directions)
+        dots += products.sum(1 - batch_dim) if segments is None else segments.sums(products, batch_dim)
         return weight_gradient(activation, output_grad)
+    if form == "fused":
+        from . import triton_linear  # where there is no GPU, Triton need not be installed
+
+        bounds = None if segments is None else segments.bounds
+        return triton_linear.weight_gradient_and_dots(
+            activation, output_grad, directions, batch_dim, dots, bounds
+        )
+    return blocks_and_dots(activation, output_grad, directions, batch_dim, dots, segments)
+
+
+def _form(activation: Tensor, output_grad: Tensor, segments: int, targets: int) -> cost.Form:
+    """The cheapest form for these buffers (cost.py); a single one is scored from the product that training uses."""
+    if segments == 1 or activation.dim() != 3:
+        return "blocks"
+    features_in, features_out = activation.shape[-1], output_grad.shape[-1]
+    shape = cost.Shape(activation.numel() // features_in, segments, features_in, features_out, targets)
+    if not activation.is_cuda:
+        return cost.cheapest(shape, cost.CPU, "blocks", "projection")
+    forms: tuple[cost.Form, ...] = ("blocks", "projection")
+    if activation.dtype in LOW_PRECISION and HAS_TRITON:
+        forms = ("fused", *forms)
+    return cost.cheapest(shape, cost.CUDA, *forms)
+
+
+def blocks_and_dots(
+    activation: Tensor,
+    output_grad: Tensor,
+    directions: Sequence[Tensor],
+    batch_dim: int,
+    dots: Tensor,
+    segments: Segments | None = None,
+) -> Tensor:
+    """``weight_gradient_and_dots`` from the segments' blocks of the weight gradient."""
     if len(dots) == 1:
         grad = weight_gradient(activation, output_grad)
         flat = grad.reshape(-1).to(directions[0].dtype)
@@ -94,24 +128,6 @@ def weight_gradient_and_dots(
         stop = start + ROWS_PER_ACCUMULATOR
         grad.add_(_running_dots(a[start:stop], b[start:stop], flat_directions, dots[start:stop]))
     return grad.to(dtype)
-
-
-def projects(segments: Segments) -> bool:
-    """Is projecting every token cheaper than a block per part? It is for short parts: see PROJECTED_TOKENS."""
-    return segments.rows * segments.positions < PROJECTED_TOKENS * len(segments)
-
-
-def token_dots(activation: Tensor, output_grad: Tensor, directions: Sequence[Tensor]) -> Tensor:
-    """``B_t . (D_k A_t)`` of every token: A ``[*, in]``, B ``[*, out]`` -> ``[*, K]``, fp64.
-
-    The projection goes to the narrower side, so that what it holds is at most the size of a buffer.
-    """
-    a, b = activation.to(directions[0].dtype), output_grad.to(directions[0].dtype)
-    wide = b.shape[-1] > a.shape[-1]
-    columns = [
-        torch.linalg.vecdot(b @ d, a) if wide else torch.linalg.vecdot(a @ d.t(), b) for d in directions
-    ]
-    return torch.stack(columns, dim=-1).double()
 
 
 def _blocks(buffer: Tensor, batch_dim: int, segments: Segments | None) -> list[Tensor]:

@@ -68,6 +68,16 @@ class Segments:
         end = self.offsets[1:] - self.row * self.positions
         return list(zip(self.row.tolist(), begin.tolist(), end.tolist(), strict=True))
 
+    def shard_bounds(self, rank: int, size: int) -> list[tuple[int, int, int]]:
+        """``bounds`` within sequence shard ``rank`` of ``size``; parts that lie elsewhere are empty."""
+        shard = self.positions // size
+        first = rank * shard
+
+        def within(position: int) -> int:
+            return min(max(position - first, 0), shard)
+
+        return [(row, within(begin), within(end)) for row, begin, end in self.bounds]
+
     def lengths(self, device: torch.device, rank: int = 0, size: int = 1) -> Tensor:
         """How many of every part's positions lie in sequence shard ``rank`` of ``size``, int64 ``[n]``.
 

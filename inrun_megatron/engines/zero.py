@@ -7,7 +7,6 @@ runtime/bf16_optimizer.py, runtime/fp16/fused_optimizer.py, runtime/fp16/unfused
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,20 +85,18 @@ class ZeroAdapter:
             return 1.0
         return float(self.engine.optimizer.loss_scale)
 
-    def gradient_norm(self) -> float | None:
-        """Norm of the step's gradient before clipping; None where DeepSpeed did not compute one."""
+    def gradient_norm(self) -> Tensor | None:
+        """Norm of the step's gradient before clipping, fp64 on the device; None where DeepSpeed did not compute one."""
         norm = self._fp32_norm if self._fp32_norm is not None else self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        device = self.groups[0].device
+        if norm is None or isinstance(norm, Tensor):
+            return None if norm is None else norm.detach().reshape(()).to(device, torch.float64)
+        return torch.full((), norm, dtype=torch.float64, device=device)
 
-    def clip_coefficients(self, norms: Sequence[float]) -> list[float]:
+    def clip_coefficients(self, norms: Tensor) -> Tensor:
         """``1 / max(1, (norm + 1e-6) / clip)``: what DeepSpeed would multiply gradients of these norms by."""
         clip = float(self.engine.gradient_clipping())
-        return [1.0 if clip <= 0.0 else 1.0 / max(1.0, (norm + 1e-6) / clip) for norm in norms]
-
-    def clip_coefficient(self) -> float:
-        """``c_t`` of the step just taken."""
-        norm = self.gradient_norm()
-        return 1.0 if norm is None else self.clip_coefficients([norm])[0]
+        return torch.ones_like(norms) if clip <= 0.0 else ((norms + 1e-6) / clip).clamp(min=1.0).reciprocal()
 
     def step_applied(self) -> bool:
         return bool(self.engine.was_step_applied())

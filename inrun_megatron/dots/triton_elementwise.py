@@ -1,0 +1,253 @@
+"""Per-segment dots of biases, norms and embeddings, each in one Triton pass over the output gradient.
+
+    bias       dots[g, k] = sum_{t in g} B_t . D_k
+    norm       dots[g, k] = sum_{t in g} B_t . (D_k * xhat_t) (+ B_t . Dshift_k),   xhat = (x - mean) * rstd
+    embedding  dots[g, k] = sum_{t in g} B_t . D_k[id_t]
+
+Shape legend: B ``[s, b, h]`` or ``[b, s, h]`` (rows along ``batch_dim``), D_k ``[h]`` or ``[vocabulary, h]``, dots
+``[segments, K]``. A program sums a block of features over a segment's tokens in fp32; neither the products nor xhat
+are ever written. Programs write their parts side by side, summed afterwards in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_launch import Bounds, equally_spaced, features_together, segment_table
+
+BLOCK_TOKENS, BLOCK_FEATURES = 32, 128
+
+
+@triton.jit
+def _vector_kernel(
+    b_ptr,
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    scale_ptr,
+    shift_ptr,
+    segments_ptr,
+    partial_ptr,
+    features,
+    num_targets,
+    b_token,
+    b_row,
+    x_token,
+    x_row,
+    stat_token,
+    stat_row,
+    scale_target,
+    shift_target,
+    SCALE: tl.constexpr,  # is there a D_k for B * xhat?
+    SHIFT: tl.constexpr,  # is there a D_k for B?
+    MEAN: tl.constexpr,
+    STATISTICS: tl.constexpr,  # False: x is xhat
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+):
+    block, segment = tl.program_id(0), tl.program_id(1)
+    columns = block * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    inside = columns < features
+    row = tl.load(segments_ptr + 3 * segment).to(tl.int64)
+    start = tl.load(segments_ptr + 3 * segment + 1)
+    stop = tl.load(segments_ptr + 3 * segment + 2)
+    scaled = tl.zeros((BLOCK_FEATURES,), dtype=tl.float32)
+    shifted = tl.zeros((BLOCK_FEATURES,), dtype=tl.float32)
+    for token in range(start, stop, BLOCK_TOKENS):
+        tokens = token + tl.arange(0, BLOCK_TOKENS)
+        there = tokens < stop
+        tokens = tokens.to(tl.int64)
+        mask = there[:, None] & inside[None, :]
+        b = tl.load(
+            b_ptr + row * b_row + tokens[:, None] * b_token + columns[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
+        if SHIFT:
+            shifted += tl.sum(b, axis=0)
+        if SCALE:
+            x = tl.load(
+                x_ptr + row * x_row + tokens[:, None] * x_token + columns[None, :], mask=mask, other=0.0
+            ).to(tl.float32)
+            if STATISTICS:
+                place = row * stat_row + tokens * stat_token
+                if MEAN:
+                    x -= tl.load(mean_ptr + place, mask=there, other=0.0)[:, None]
+                x *= tl.load(rstd_ptr + place, mask=there, other=0.0)[:, None]
+            scaled += tl.sum(b * x, axis=0)
+    out = partial_ptr + (block * tl.num_programs(1) + segment) * num_targets
+    for k in range(num_targets):
+        total = tl.zeros((BLOCK_FEATURES,), dtype=tl.float32)
+        if SCALE:
+            total += scaled * tl.load(scale_ptr + k * scale_target + columns, mask=inside, other=0.0).to(
+                tl.float32
+            )
+        if SHIFT:
+            total += shifted * tl.load(shift_ptr + k * shift_target + columns, mask=inside, other=0.0).to(
+                tl.float32
+            )
+        tl.store(out + k, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _embedding_kernel(
+    b_ptr,
+    ids_ptr,
+    direction_ptr,
+    segments_ptr,
+    partial_ptr,
+    features,
+    num_targets,
+    b_token,
+    b_row,
+    id_token,
+    id_row,
+    direction_target,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_FEATURES: tl.constexpr,
+):
+    block, segment = tl.program_id(0), tl.program_id(1)
+    columns = block * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    inside = columns < features
+    row = tl.load(segments_ptr + 3 * segment).to(tl.int64)
+    start = tl.load(segments_ptr + 3 * segment + 1)
+    stop = tl.load(segments_ptr + 3 * segment + 2)
+    out = partial_ptr + (block * tl.num_programs(1) + segment) * num_targets
+    for k in range(num_targets):
+        total = tl.zeros((BLOCK_FEATURES,), dtype=tl.float32)
+        for token in range(start, stop, BLOCK_TOKENS):
+            tokens = token + tl.arange(0, BLOCK_TOKENS)
+            there = tokens < stop
+            tokens = tokens.to(tl.int64)
+            mask = there[:, None] & inside[None, :]
+            ids = tl.load(ids_ptr + row * id_row + tokens * id_token, mask=there, other=0)
+            b = tl.load(
+                b_ptr + row * b_row + tokens[:, None] * b_token + columns[None, :], mask=mask, other=0.0
+            ).to(tl.float32)
+            d = tl.load(
+                direction_ptr + k * direction_target + ids[:, None] * features + columns[None, :],
+                mask=mask,
+                other=0.0,
+            ).to(tl.float32)
+            total += tl.sum(b * d, axis=0)
+        tl.store(out + k, tl.sum(total, axis=0))
+
+
+def bias_dots(
+    output_grad: Tensor, batch_dim: int, directions: Sequence[Tensor], dots: Tensor, bounds: Bounds = None
+) -> None:
+    """``dots[g, k] += sum_{t in g} B_t . D_k``; ``bounds`` as in ``triton_linear``."""
+    _vector_dots(output_grad, None, None, None, batch_dim, None, directions, dots, bounds)
+
+
+def norm_dots(
+    output_grad: Tensor,
+    x: Tensor,
+    batch_dim: int,
+    directions: Sequence[Tensor],
+    shifts: Sequence[Tensor] | None,
+    dots: Tensor,
+    bounds: Bounds = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+) -> None:
+    """``dots[g, k] += sum_{t in g} B_t . (D_k * xhat_t) (+ B_t . Dshift_k)``.
+
+    Args:
+        output_grad: B.
+        x: the norm's input; its normalised input where ``rstd`` is None.
+        batch_dim: dimension that counts the rows.
+        directions, shifts: K tensors ``[h]`` of the scale and of the shift (None: there is none).
+        dots: ``[segments, K]``; the dots are added to it.
+        bounds: the segments.
+        mean, rstd: the tokens' statistics, fp32, shaped like B but with one feature; no mean: RMSNorm.
+    """
+    _vector_dots(output_grad, x, mean, rstd, batch_dim, directions, shifts, dots, bounds)
+
+
+def _vector_dots(
+    output_grad: Tensor,
+    x: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    batch_dim: int,
+    scales: Sequence[Tensor] | None,
+    shifts: Sequence[Tensor] | None,
+    dots: Tensor,
+    bounds: Bounds,
+) -> None:
+    b = features_together(output_grad)
+    a = b if x is None else features_together(x)
+    statistics = b if rstd is None else rstd
+    assert mean is None or (rstd is not None and mean.stride() == rstd.stride())
+    token_dim = 1 - batch_dim
+    scale, scale_target = equally_spaced(scales) if scales is not None else (b, 0)
+    shift, shift_target = equally_spaced(shifts) if shifts is not None else (b, 0)
+    segments = segment_table(bounds, b.shape[batch_dim], b.shape[token_dim], b.device)
+    features, targets = b.shape[-1], dots.shape[1]
+    blocks = triton.cdiv(features, BLOCK_FEATURES)
+    partial = torch.empty(blocks, len(segments), targets, dtype=torch.float32, device=b.device)
+    _vector_kernel[(blocks, len(segments))](
+        b,
+        a,
+        b if mean is None else mean,
+        statistics,
+        scale,
+        shift,
+        segments,
+        partial,
+        features,
+        targets,
+        b.stride(token_dim),
+        b.stride(batch_dim),
+        a.stride(token_dim),
+        a.stride(batch_dim),
+        statistics.stride(token_dim),
+        statistics.stride(batch_dim),
+        scale_target,
+        shift_target,
+        SCALE=scales is not None,
+        SHIFT=shifts is not None,
+        MEAN=mean is not None,
+        STATISTICS=rstd is not None,
+        BLOCK_TOKENS=BLOCK_TOKENS,
+        BLOCK_FEATURES=BLOCK_FEATURES,
+    )
+    dots += partial.sum(0, dtype=dots.dtype)
+
+
+def embedding_dots(
+    output_grad: Tensor,
+    ids: Tensor,
+    batch_dim: int,
+    directions: Sequence[Tensor],
+    dots: Tensor,
+    bounds: Bounds = None,
+) -> None:
+    """``dots[g, k] += sum_{t in g} B_t . D_k[id_t]``; ids shaped like B without its features."""
+    b, token_dim = features_together(output_grad), 1 - batch_dim
+    direction, direction_target = equally_spaced(directions)
+    segments = segment_table(bounds, b.shape[batch_dim], b.shape[token_dim], b.device)
+    features, targets = b.shape[-1], dots.shape[1]
+    blocks = triton.cdiv(features, BLOCK_FEATURES)
+    partial = torch.empty(blocks, len(segments), targets, dtype=torch.float32, device=b.device)
+    _embedding_kernel[(blocks, len(segments))](
+        b,
+        ids,
+        direction,
+        segments,
+        partial,
+        features,
+        targets,
+        b.stride(token_dim),
+        b.stride(batch_dim),
+        ids.stride(token_dim),
+        ids.stride(batch_dim),
+        direction_target,
+        BLOCK_TOKENS=BLOCK_TOKENS,
+        BLOCK_FEATURES=BLOCK_FEATURES,
+    )
+    dots += partial.sum(0, dtype=dots.dtype)

@@ -1,0 +1,43 @@
+"""What the Triton kernels have in common: how buffers, directions and segments are handed to them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Triton's interpreter runs kernels on the CPU, for tests. Its tl.dot takes bf16 numbers for the integers they are
+# stored as (triton 3.9, runtime/interpreter.py: create_dot), so kernels widen them there: exact, only slower.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+Bounds = Sequence[tuple[int, int, int]] | None
+"""(row, first token, token after the last) of every segment; None: every row is one segment."""
+
+
+def segment_table(bounds: Bounds, rows: int, tokens: int, device: torch.device) -> Tensor:
+    """Segments as int32 ``[segments, 3]`` on the device, in a copy that the host does not wait for."""
+    whole = [(row, 0, tokens) for row in range(rows)] if bounds is None else list(bounds)
+    host = torch.tensor(whole, dtype=torch.int32)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def features_together(buffer: Tensor) -> Tensor:
+    """The buffer with its features next to each other, as kernels read them."""
+    return buffer if buffer.stride(-1) == 1 else buffer.contiguous()
+
+
+def equally_spaced(directions: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """The first direction, and how many elements further the next ones are; copied only if they are not so laid out.
+
+    Directions are rows of one buffer (direction.py), so that the kernels reach all of them from one address.
+    """
+    first, size = directions[0], directions[0].element_size()
+    gap = directions[1].data_ptr() - first.data_ptr() if len(directions) > 1 else 0
+    if gap >= 0 and all(
+        d.is_contiguous() and d.data_ptr() == first.data_ptr() + k * gap for k, d in enumerate(directions)
+    ):
+        return first, gap // size
+    stacked = torch.stack(list(directions))
+    return stacked, stacked.stride(0)

@@ -1,0 +1,60 @@
+"""Counting what a step asks of the machine: collectives by type, and the host's reads from the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Every way by which Python gets a number out of a tensor, and with it waits for a device.
+READS = {
+    Tensor.item,
+    Tensor.tolist,
+    Tensor.cpu,
+    Tensor.__float__,
+    Tensor.__int__,
+    Tensor.__bool__,
+    Tensor.__index__,
+}
+
+
+class HostReads(TorchFunctionMode):
+    """Counts reads of tensors by the host, by name; on a CPU too, where they cost nothing.
+
+    Args:
+        ignored: tensors whose reads do not count: the optimizer's step counters, which torch keeps on the CPU.
+    """
+
+    def __init__(self, ignored: Callable[[], Iterable[Tensor]] = tuple) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self._ignored = ignored
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READS and not any(args[0] is tensor for tensor in self._ignored()):
+            self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives of this rank by name and number of elements; those of the backward pass as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = args[0] if isinstance(args[0], list) else [args[0]]
+            self.counts[func.__name__.split(".")[0].strip("_"), sum(t.numel() for t in tensors)] += 1
+        return func(*args, **(kwargs or {}))
+
+    def by_type(self) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for (name, _), count in self.counts.items():
+            total[name] += count
+        return total

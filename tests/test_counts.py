@@ -1,0 +1,120 @@
+"""What scoring adds to a step: collectives by type, and reads by the host."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.counting import Collectives, HostReads
+from tests.distributed import assert_cases, run_cases
+from tests.layouts import LayoutCase, _forward_backward, _share, build_engine
+
+
+@dataclass(frozen=True)
+class Case:
+    layout: LayoutCase
+    targets: int = 2
+    scoring: bool = True
+
+
+CASES = [
+    Case(LayoutCase(2, 2, True, 0, 2, "gpt2", steps=2)),
+    Case(LayoutCase(2, 2, True, 1, 2, "gpt2", steps=2), targets=6),
+    Case(LayoutCase(2, 1, False, 2, 2, "gpt2", steps=2)),
+    Case(LayoutCase(2, 2, False, 2, 2, "llama", steps=2, layers=4), targets=1),
+    Case(LayoutCase(2, 1, False, 3, 2, "llama", steps=2)),
+]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of the second step, whose optimizer state exists."""
+
+    prepare: Counter[str]  # collectives before the first training microbatch
+    rest: Counter[str]  # and from there on
+    reads: Counter[str]
+    emissions: int  # of layers that are scored on this rank
+
+
+def _count(rank: int, world: int, counted: Case) -> Counted:
+    """A step with scoring, or a plain one where the case says so; a function for `run_cases`."""
+    from inrun_megatron import InRunShapley, Layout, ShapleyTarget
+    from inrun_megatron.models import token_losses
+
+    case = counted.layout
+    engine = build_engine(case)
+    layout = Layout.current()
+    emissions = 0
+
+    def count(emission: Any) -> None:
+        nonlocal emissions
+        emissions += emission.site.counts_here
+
+    shapley = None
+    if counted.scoring:
+        given = [
+            ShapleyTarget(t.name, _share(t.rows, layout.dp_rank, layout.dp_size), t.num_tokens)
+            for t in (case.targets() * 3)[: counted.targets]
+        ]
+        shapley = InRunShapley(engine, given, token_losses, layout=layout, consumers=[count])
+    before, during = Collectives(), Collectives()
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    reads = HostReads(lambda: [s["step"] for s in inner.state.values() if "step" in s])
+    for iteration, batch in enumerate(case.batches(), start=1):
+        before.counts.clear(), during.counts.clear(), reads.counts.clear()
+        emissions = 0
+        microbatches = batch[layout.dp_rank]
+        with reads:
+            if shapley is None:
+                with during:
+                    for microbatch in microbatches:
+                        _forward_backward(engine, microbatch)
+                    norm = engine.get_global_grad_norm()  # what a training loop reports
+                    float(norm) if isinstance(norm, torch.Tensor) else norm
+                continue
+            with before:
+                context = shapley.step(iteration)
+                step = context.__enter__()
+            with during:
+                for microbatch in microbatches:
+                    with step.samples(
+                        microbatch["dataset"], microbatch["sample"], microbatch["loss_mask"].sum(1)
+                    ):
+                        _forward_backward(engine, microbatch)
+                context.__exit__(None, None, None)
+            assert step.result.scored
+    return Counted(before.by_type(), during.by_type(), reads.counts, emissions)
+
+
+@pytest.fixture(scope="module")
+def counted() -> list[tuple[Case, Counted, Counted]]:
+    both = [c for case in CASES for c in (case, replace(case, scoring=False))]
+    results = [ranks[0] for ranks in assert_cases(run_cases(_count, 2, both, timeout=300))]
+    return list(zip(CASES, results[::2], results[1::2], strict=True))
+
+
+def test_one_collective_for_the_dots(counted: list[tuple[Case, Counted, Counted]]) -> None:
+    """Whatever the layers, targets and microbatches; a second one of 4 K figures is the audit's."""
+    for case, scored, plain in counted:
+        extra = scored.rest - plain.rest
+        print(f"{case}: before the step {dict(scored.prepare)}, in it {dict(extra)} more than a plain one")
+        assert not plain.rest - scored.rest, case
+        # At stage 3 directions are gathered with their layer, once for every use that is scored.
+        gathers = {"allgather_base": scored.emissions} if case.layout.zero == 3 else {}
+        assert extra == {"allreduce": 1 + (case.layout.tp > 1), **gathers}, f"{case}: {extra}"
+
+
+def test_no_read_by_the_host_that_plain_training_does_not_have(
+    counted: list[tuple[Case, Counted, Counted]],
+) -> None:
+    """A training loop reads the gradient norm of a plain step; of a scored one everything comes in that one copy.
+
+    At stage 0 in fp32 DeepSpeed reads the norm itself, in order to clip, so that the copy is one more.
+    """
+    for case, scored, plain in counted:
+        print(f"{case}: scored {dict(scored.reads)}, plain {dict(plain.reads)}")
+        assert sum(scored.reads.values()) <= sum(plain.reads.values()) + (case.layout.zero == 0), case

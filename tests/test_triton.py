@@ -1,0 +1,286 @@
+"""The Triton kernels against a loop over segments in fp64.
+
+Where there is no GPU they run in Triton's interpreter, which executes the kernel's own program block by block on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from inrun_megatron.dots import triton_elementwise, triton_linear
+from tests.distributed import run_distributed
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+S, ROWS, IN, OUT, VOCABULARY, TARGETS = 7, 3, 20, 36, 11, 3
+BLOCKS = (16, 16, 16)  # smaller than every dimension but the tokens: several tiles, all with a ragged edge
+Bounds = list[tuple[int, int, int]]
+DOCUMENTS: Bounds = [(0, 0, 3), (0, 3, 7), (1, 0, 7), (2, 0, 1), (2, 1, 2), (2, 2, 7)]
+TOKENS: Bounds = [(row, t, t + 1) for row in range(ROWS) for t in range(S)]
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def _tokens(batch_dim: int, features: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return _tensor(*((S, ROWS) if batch_dim == 1 else (ROWS, S)), features, dtype=dtype, seed=seed)
+
+
+def _cut(buffer: Tensor, batch_dim: int, bounds: Bounds | None) -> list[Tensor]:
+    rows = [buffer.select(batch_dim, i).double() for i in range(ROWS)]
+    return rows if bounds is None else [rows[i][lo:hi] for i, lo, hi in bounds]
+
+
+def _close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def _linear_reference(
+    a: Tensor, b: Tensor, directions: list[Tensor], batch_dim: int, bounds: Bounds | None
+) -> tuple[Tensor, Tensor]:
+    blocks = [y.t() @ x for x, y in zip(_cut(a, batch_dim, bounds), _cut(b, batch_dim, bounds), strict=True)]
+    dots = torch.stack([torch.stack([(w * d.double()).sum() for d in directions]) for w in blocks])
+    return torch.stack(blocks).sum(0), dots
+
+
+@pytest.mark.parametrize(
+    ("batch_dim", "bounds", "splits", "dtype"),
+    [
+        (1, None, 1, torch.float32),
+        (0, None, 2, torch.bfloat16),
+        (1, DOCUMENTS, 1, torch.bfloat16),
+        (0, DOCUMENTS, 4, torch.float32),
+        (1, None, 1, torch.float16),
+        (1, TOKENS, 1, torch.float32),  # more segments than share an accumulator
+        (0, TOKENS, 2, torch.bfloat16),
+    ],
+)
+def test_linear(batch_dim: int, bounds: Bounds | None, splits: int, dtype: torch.dtype) -> None:
+    a, b = _tokens(batch_dim, IN, dtype), _tokens(batch_dim, OUT, dtype, seed=1)
+    directions = list(_tensor(TARGETS, OUT, IN))
+    grad, expected = _linear_reference(a, b, directions, batch_dim, bounds)
+    start = _tensor(*expected.shape).double()
+    dots = start.clone()
+    found = triton_linear.weight_gradient_and_dots(
+        a, b, directions, batch_dim, dots, bounds, blocks=BLOCKS, splits=splits
+    )
+    _close(dots - start, expected, 2e-6)  # fp32 accumulation, whatever the buffers' precision
+    assert found.dtype == dtype
+    _close(found.double(), grad, {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype])
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_linear_adds_into_a_gradient(splits: int) -> None:
+    a, b, directions = (
+        _tokens(1, IN, torch.bfloat16),
+        _tokens(1, OUT, torch.bfloat16, seed=1),
+        list(_tensor(1, OUT, IN)),
+    )
+    grad, _ = _linear_reference(a, b, directions, 1, None)
+    into = _tensor(OUT, IN)
+    before, dots = into.double(), torch.zeros(ROWS, 1, dtype=torch.float64, device=DEVICE)
+    found = triton_linear.weight_gradient_and_dots(
+        a, b, directions, 1, dots, into=into, blocks=BLOCKS, splits=splits
+    )
+    assert found is into
+    _close(into.double() - before, grad, 2e-6)
+
+
+def test_linear_takes_directions_and_buffers_as_they_lie() -> None:
+    """bf16 directions, directions that are not equally spaced, features that are not next to each other."""
+    a, b = _tokens(1, IN), _tokens(1, OUT, seed=1)
+    storage = _tensor(5, OUT, IN, dtype=torch.bfloat16)
+    directions = [storage[0], storage[1], storage[4]]
+    _, expected = _linear_reference(a, b, directions, 1, None)
+    dots = torch.zeros(ROWS, 3, dtype=torch.float64, device=DEVICE)
+    strided = a.transpose(0, 2).contiguous().transpose(0, 2)
+    assert strided.stride(-1) != 1
+    triton_linear.weight_gradient_and_dots(strided, b, directions, 1, dots, blocks=BLOCKS)
+    _close(dots, expected, 2e-6)
+
+
+def test_linear_is_deterministic() -> None:
+    a, b, directions = _tokens(1, IN), _tokens(1, OUT, seed=1), list(_tensor(TARGETS, OUT, IN))
+    runs = []
+    for _ in range(2):
+        dots = torch.zeros(len(DOCUMENTS), TARGETS, dtype=torch.float64, device=DEVICE)
+        grad = triton_linear.weight_gradient_and_dots(
+            a, b, directions, 1, dots, DOCUMENTS, blocks=BLOCKS, splits=3
+        )
+        runs.append((dots, grad))
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+
+
+def test_linear_default_tile() -> None:
+    """The tile that is chosen without one given, larger than the whole weight."""
+    a, b, directions = _tokens(1, IN), _tokens(1, OUT, seed=1), list(_tensor(1, OUT, IN))
+    _, expected = _linear_reference(a, b, directions, 1, None)
+    dots = torch.zeros(ROWS, 1, dtype=torch.float64, device=DEVICE)
+    triton_linear.weight_gradient_and_dots(a, b, directions, 1, dots)
+    _close(dots, expected, 2e-6)
+
+
+@pytest.mark.parametrize("bounds", [None, DOCUMENTS])
+@pytest.mark.parametrize("batch_dim", [0, 1])
+@pytest.mark.parametrize("kind", ["layer", "rms", "normalised"])
+def test_norm(kind: str, batch_dim: int, bounds: Bounds | None) -> None:
+    features = triton_elementwise.BLOCK_FEATURES + 9
+    b, x = _tokens(batch_dim, features, torch.bfloat16), _tokens(batch_dim, features, torch.bfloat16, seed=1)
+    scales, shifts = list(_tensor(TARGETS, features)), list(_tensor(TARGETS, features, seed=2))
+    wide = x.double()
+    mean = wide.mean(-1, keepdim=True) if kind == "layer" else torch.zeros_like(wide[..., :1])
+    rstd = (
+        torch.ones_like(mean)
+        if kind == "normalised"
+        else (wide - mean).square().mean(-1, keepdim=True).rsqrt()
+    )
+    statistics = {
+        "layer": {"mean": mean.float(), "rstd": rstd.float()},
+        "rms": {"rstd": rstd.float()},
+        "normalised": {},
+    }[kind]
+    normalised = _cut((wide - mean) * rstd, batch_dim, bounds)
+    with_shift = kind != "rms"
+    expected = torch.stack(
+        [
+            torch.stack(
+                [
+                    (y * xhat * d).sum() + (y * c).sum() * with_shift
+                    for d, c in zip(scales, shifts, strict=True)
+                ]
+            )
+            for y, xhat in zip(_cut(b, batch_dim, bounds), normalised, strict=True)
+        ]
+    )
+    dots = torch.zeros_like(expected)
+    triton_elementwise.norm_dots(
+        b, x, batch_dim, scales, shifts if with_shift else None, dots, bounds, **statistics
+    )
+    _close(dots, expected, 3e-6)
+
+
+@pytest.mark.parametrize("bounds", [None, DOCUMENTS])
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_bias(batch_dim: int, bounds: Bounds | None) -> None:
+    b, directions = _tokens(batch_dim, OUT, torch.bfloat16), list(_tensor(TARGETS, OUT))
+    expected = torch.stack(
+        [torch.stack([(y.sum(0) * d).sum() for d in directions]) for y in _cut(b, batch_dim, bounds)]
+    )
+    dots = torch.zeros_like(expected)
+    triton_elementwise.bias_dots(b, batch_dim, directions, dots, bounds)
+    _close(dots, expected, 2e-6)
+
+
+@pytest.mark.parametrize("bounds", [None, DOCUMENTS])
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_embedding(batch_dim: int, bounds: Bounds | None) -> None:
+    b, directions = _tokens(batch_dim, OUT, torch.bfloat16), list(_tensor(TARGETS, VOCABULARY, OUT))
+    ids = torch.randint(0, VOCABULARY, b.shape[:2], generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    gathered = [_cut(d[ids], batch_dim, bounds) for d in directions]
+    expected = torch.stack(
+        [
+            torch.stack([(y * gathered[k][g]).sum() for k in range(TARGETS)])
+            for g, y in enumerate(_cut(b, batch_dim, bounds))
+        ]
+    )
+    dots = torch.zeros_like(expected)
+    triton_elementwise.embedding_dots(b, ids, batch_dim, directions, dots, bounds)
+    _close(dots, expected, 2e-6)
+
+
+def _score_a_model(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
+    """Dots of every parameter of a small model: by torch's operations and by the kernels, whole rows and documents."""
+    from inrun_megatron import Layout, attach_taps
+    from inrun_megatron.direction import Directions
+    from inrun_megatron.dots.segments import Segments
+    from inrun_megatron.engines.shards import FlatGroup, Residence, Span
+    from inrun_megatron.scoring import RowScorer
+    from inrun_megatron.taps import Pass
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(VOCABULARY, 16),
+        torch.nn.LayerNorm(16),
+        torch.nn.Linear(16, 8),
+        torch.nn.RMSNorm(8),
+    ).to(DEVICE)
+    taps = attach_taps(model)
+    spans, start = [], 0
+    for parameter in model.parameters():
+        spans.append(Span(parameter, start, parameter.numel()))
+        start += parameter.numel()
+    group = FlatGroup(Residence.REPLICATED, start, 0, start, spans, torch.device(DEVICE))
+    directions = Directions([group], taps.sharding, Layout.data_parallel(), TARGETS)
+    directions.shards()[0].normal_()
+    ids = torch.randint(0, VOCABULARY, (ROWS, S), device=DEVICE)
+    found = []
+    for parts in (None, torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0] * 7, [0, 1, 2, 2, 2, 2, 2]])):
+        segments = None if parts is None else Segments.of(parts)
+        both = []
+        for fused in (False, True):
+            count = ROWS if segments is None else len(segments)
+            dots = torch.zeros(count, TARGETS, dtype=torch.float64, device=DEVICE)
+            scorer = RowScorer(directions, dots, segments)
+            scorer.fused = fused
+            with taps.during(Pass(consumers=(scorer,))):
+                model(ids).square().sum().backward()
+            both.append(dots.cpu())
+        found.append((both[0], both[1]))
+    return found
+
+
+def test_a_model_scored_by_the_kernels_has_the_values_of_torch() -> None:
+    [cases] = run_distributed(_score_a_model, 1)
+    for by_torch, by_kernels in cases:
+        _close(by_kernels, by_torch, 2e-6)
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from inrun_megatron.dots import triton_elementwise, triton_linear
+
+def compiled(kernel, warps, types, constants):
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n.isupper() else types.get(n, "*fp32" if n.endswith("_ptr") else "i32") for n in names}
+    source = ASTSource(
+        kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+linear = compiled(
+    triton_linear._kernel, 4, {"a_ptr": "*bf16", "b_ptr": "*bf16", "grad_ptr": "*bf16", "segments_ptr": "*i32"},
+    {"TARGETS": 2, "TWO_ACCUMULATORS": False, "ADD": False, "PRECISION": "tf32", "WIDEN": False,
+     "BLOCK_OUT": 64, "BLOCK_IN": 64, "BLOCK_TOKENS": 64},
+)
+print("wgmma" in linear.asm["ptx"], len(linear.asm["cubin"]) > 0)
+blocks = {"BLOCK_TOKENS": 32, "BLOCK_FEATURES": 128}
+for kernel, types, constants in [
+    (triton_elementwise._vector_kernel, {"b_ptr": "*bf16", "x_ptr": "*bf16", "segments_ptr": "*i32"},
+     {"SCALE": True, "SHIFT": True, "MEAN": True, "STATISTICS": True}),
+    (triton_elementwise._embedding_kernel, {"b_ptr": "*bf16", "ids_ptr": "*i64", "segments_ptr": "*i32"}, {}),
+]:
+    print(len(compiled(kernel, 4, types, {**constants, **blocks}).asm["cubin"]) > 0)
+"""
+
+
+def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """Triton's compiler makes machine code for an H100/H200 (sm_90) on any machine; the product runs on tensor cores."""
+    ran = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+    )
+    assert ran.stdout.split() == ["True"] * 4, ran.stderr
