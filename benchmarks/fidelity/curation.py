@@ -26,7 +26,7 @@ RULES = ("negative over the run", "negative in the last two thirds", "at random,
 
 @dataclass(frozen=True)
 class Setting:
-    recipe: Recipe = field(default_factory=lambda: Recipe(steps=150))
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=150, lr=3e-3))
     rows: int = 960
     target_rows: int = 8  # of code and of prose each
     judge_rows: int = 32
@@ -47,7 +47,7 @@ class Setting:
 
 
 SMALL = Setting()
-FULL = Setting(Recipe(steps=400), rows=2400, seeds=6)
+FULL = Setting(Recipe(steps=400, lr=3e-3), rows=2400, seeds=6)
 
 
 @dataclass(frozen=True)

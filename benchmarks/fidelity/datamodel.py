@@ -22,7 +22,7 @@ from .training import METHODS, Method, Recipe, ScoredRun, Targets, epochs, retra
 
 @dataclass(frozen=True)
 class Setting:
-    recipe: Recipe = field(default_factory=lambda: Recipe(steps=96))
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=96, lr=3e-3))
     sources: int = 4  # of code and of prose each
     rows: int = 16  # of a source
     target_rows: int = 4
@@ -43,7 +43,7 @@ class Setting:
 
 
 SMALL = Setting()
-FULL = Setting(Recipe(steps=256), sources=8, rows=32, halves=200)
+FULL = Setting(Recipe(steps=256, lr=3e-3), sources=8, rows=32, halves=200)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ SCORED = (METHODS[0], DEFAULT, METHODS[3])
 
 @dataclass(frozen=True)
 class Setting:
-    recipe: Recipe = field(default_factory=lambda: Recipe(steps=90))
+    recipe: Recipe = field(default_factory=lambda: Recipe(steps=90, lr=3e-3))
     rows: int = 480
     bad: int = 8  # of each kind
     target_rows: int = 8  # of code and of prose each
@@ -50,7 +50,7 @@ class Setting:
 
 
 SMALL = Setting()
-FULL = Setting(Recipe(steps=300), rows=1600, bad=27, seeds=8)
+FULL = Setting(Recipe(steps=300, lr=3e-3), rows=1600, bad=27, seeds=8)
 
 
 @dataclass(frozen=True)

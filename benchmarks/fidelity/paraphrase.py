@@ -29,7 +29,7 @@ SCORED = (METHODS[0], DEFAULT, METHODS[3])
 
 @dataclass(frozen=True)
 class Setting:
-    recipe: Recipe = field(default_factory=lambda: Recipe(Shape(sequence=128), steps=80))
+    recipe: Recipe = field(default_factory=lambda: Recipe(Shape(sequence=128), steps=80, lr=3e-3))
     others: int = 246  # sequences of other prose
     seed: int = 0
 
@@ -47,7 +47,7 @@ class Setting:
 
 
 SMALL = Setting()
-FULL = Setting(Recipe(Shape(layers=4, hidden=96, sequence=128), steps=600), others=1014)
+FULL = Setting(Recipe(Shape(layers=4, hidden=96, sequence=128), steps=600, lr=3e-3), others=1014)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Setting:
     @property
     def steps(self) -> list[int]:
         """The steps of the removals: from the second on, evenly over the run."""
-        return np.linspace(2, self.recipe.steps - 10, self.points).round().astype(int).tolist()
+        return np.linspace(2, max(3, self.recipe.steps - 10), self.points).round().astype(int).tolist()
 
     def data(self) -> tuple[Tensor, Tensor, Targets]:
         """Code and prose in turn, each sequence once."""

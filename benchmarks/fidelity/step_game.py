@@ -137,7 +137,7 @@ def _step(trainer: OracleTrainer, name: str, method: Method) -> Step:
 
 
 def run(pool: Executor, full: bool) -> Outcome:
-    kinds, seeds, permutations = (("gpt2", "llama"), range(5), 100) if full else (("gpt2",), range(2), 30)
+    kinds, seeds, permutations = (("gpt2", "llama"), range(5), 100) if full else (("gpt2",), range(1), 30)
     cases = [
         Case(optimizer, kind, rate, seed, STEPS, permutations)
         for seed in seeds
