@@ -1,8 +1,10 @@
 """Item 2: remove one sample from its step, train to the end: does the value say what happens to the targets' losses?
 
-A removed sample's gradient is missing from its own step; nothing else changes (the loss is still divided by the full
-batch). The effect is the target's loss without it less the loss with it, right after the step and 3, 10 and all
-remaining steps later: positive where the sample helped. Retraining is fp64, so that rounding is no effect.
+A removed sample's gradient is missing from its own step; nothing else changes: the loss is still divided by the full
+batch, and the step keeps its clip coefficient, as in the game. (The columns `clip moves` let it change: removing a sample
+from a clipped step enlarges what is left of it.) The effect is the target's loss without the sample less the loss with
+it, right after the step and 3, 10 and all remaining steps later: positive where the sample helped. Retraining is fp64,
+so that rounding is no effect.
 """
 
 from __future__ import annotations
@@ -64,27 +66,39 @@ class Job:
     method: Method | None = None
 
 
-def removals(job: Job) -> Tensor:
-    """Effects of removing each of the first `rows` samples of one step, `[rows, horizons, K]`."""
+def removals(job: Job) -> tuple[Tensor, Tensor]:
+    """Effects of removing each of the first `rows` samples of one step, `[rows, horizons, K]`.
+
+    First with the clip coefficient of that step as it was, then (up to 10 steps later) with the one that the optimizer
+    would take without the sample.
+    """
     torch.set_num_threads(1)
     setting, recipe = job.setting, job.setting.recipe
     state = State.fresh(recipe, setting.seed, torch.float64)
     for _ in state.train(recipe, job.sequences, job.order, stop=job.step - 1):
         pass
-    kept = _losses(job, state.copy(recipe), None)
-    missing = [_losses(job, state.copy(recipe), row) for row in range(setting.rows)]
-    return torch.stack([losses - kept for losses in missing])
+    trained = state.copy(recipe)
+    for _ in trained.train(recipe, job.sequences, job.order, stop=job.step):
+        pass
+    last = recipe.steps
+    stops = [last if horizon is None else min(last, job.step + horizon - 1) for horizon in HORIZONS]
+    kept = _losses(job, state.copy(recipe), None, stops, None)
+    fixed, moving = [], []
+    for row in range(setting.rows):
+        fixed.append(_losses(job, state.copy(recipe), row, stops, trained.clip) - kept)
+        moving.append(_losses(job, state.copy(recipe), row, stops[:-1], None) - kept[:-1])
+    return torch.stack(fixed), torch.stack(moving)
 
 
-def _losses(job: Job, state: State, removed: int | None) -> Tensor:
-    """Target losses at every horizon, `[horizons, K]`."""
+def _losses(job: Job, state: State, removed: int | None, stops: list[int], clip: float | None) -> Tensor:
+    """Target losses after each of the steps `stops`, `[stops, K]`."""
     present = torch.ones_like(job.order, dtype=torch.bool)
     if removed is not None:
         present[job.step - 1, removed] = False
-    last = job.setting.recipe.steps
-    stops = [last if horizon is None else min(last, job.step + horizon - 1) for horizon in HORIZONS]
     found = {}
-    for t in state.train(job.setting.recipe, job.sequences, job.order, present):
+    for t in state.train(
+        job.setting.recipe, job.sequences, job.order, present, stop=max(stops), first_clip=clip
+    ):
         if t in stops:
             found[t] = target_losses(state.model, job.targets)
     return torch.stack([found[stop] for stop in stops])
@@ -101,8 +115,9 @@ def run(pool: Executor, full: bool) -> Outcome:
     data = setting.data()
     runs = collect(pool, score, [Job(setting, *data, method=method) for method in METHODS])
     found = collect(pool, removals, [Job(setting, *data, step=step) for step in setting.steps])
-    effects = torch.stack(found).numpy()  # [points, rows, horizons, K]
-    rows, raw = [], {"steps": setting.steps, "effects": effects.tolist(), "values": {}}
+    effects, moving = (torch.stack(parts).numpy() for parts in zip(*found, strict=True))
+    rows, raw = [], {"steps": setting.steps, "effects": effects.tolist(), "clip moves": moving.tolist()}
+    raw["values"] = {}
     for method, scored in zip(METHODS, runs, strict=True):
         for credit in ("step", "trajectory"):
             at = torch.tensor(setting.steps) - 1
@@ -111,8 +126,12 @@ def run(pool: Executor, full: bool) -> Outcome:
             row = {"estimator": method.name, "credit": credit}
             for h, name in enumerate(HORIZON_NAMES):
                 row[name] = _correlation(values, effects[:, :, h])
+            row["own step, clip moves"] = _correlation(values, moving[:, :, 0])
+            row["10 later, clip moves"] = _correlation(values, moving[:, :, 2])
+            row["in a step, own"] = _correlation(_centred(values), _centred(effects[:, :, 0]))
             row["in a step, end"] = _correlation(_centred(values), _centred(effects[:, :, -1]))
-            row["sum / effect, 10 later"] = float(values.sum() / effects[:, :, 2].sum())
+            row["sum / own effect"] = float(values.sum() / effects[:, :, 0].sum())
+            row["sum / end effect"] = float(values.sum() / effects[:, :, -1].sum())
             rows.append(row)
     count = effects.shape[0] * effects.shape[1]
     title = f"Spearman with the effect of {count} removals, mean of two targets"

@@ -165,11 +165,12 @@ def scored_run(
 
 @dataclass
 class State:
-    """A plain run before step `step`."""
+    """A plain run before step `step`; `clip` is the coefficient of the step before."""
 
     model: SmallGPT
     optimizer: torch.optim.AdamW
     step: int = 1
+    clip: float = 1.0
 
     @classmethod
     def fresh(cls, recipe: Recipe, seed: int, dtype: torch.dtype = torch.float32) -> State:
@@ -189,11 +190,14 @@ class State:
         order: Tensor,
         present: Tensor | None = None,
         stop: int | None = None,
+        first_clip: float | None = None,
     ) -> Iterator[int]:
         """Up to and with step `stop` (None: the last); yields the number of every step taken.
 
-        `present [T, b]` says which rows count; a step without any is still taken, with zero gradient.
+        `present [T, b]` says which rows count; a step without any is still taken, with zero gradient. `first_clip` is
+        the coefficient of the first step, whatever the norm is.
         """
+        fixed = first_clip
         for t in range(self.step, (recipe.steps if stop is None else stop) + 1):
             samples = order[t - 1]
             kept = samples if present is None else samples[present[t - 1]]
@@ -203,12 +207,12 @@ class State:
             if len(kept):
                 losses = token_losses(self.model, corpus[kept])
                 (losses.sum() / (len(samples) * losses.shape[1])).backward()
-                norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-                scale = 1.0 / max(1.0, (float(norm) + 1e-6) / recipe.clip)
-                if scale < 1.0:
-                    torch._foreach_mul_([p.grad for p in self.model.parameters()], scale)
+                gradients = [p.grad for p in self.model.parameters()]
+                norm = float(torch.nn.utils.get_total_norm(gradients))
+                self.clip = 1.0 / max(1.0, (norm + 1e-6) / recipe.clip) if fixed is None else fixed
+                torch._foreach_mul_(gradients, self.clip)
             self.optimizer.step()
-            self.step = t + 1
+            self.step, fixed = t + 1, None
             yield t
 
 
