@@ -25,6 +25,7 @@ import statistics
 import pytest
 import torch
 
+from benchmarks.fidelity import step_game
 from benchmarks.fidelity_settings import Experiment, Setting
 from tests.montecarlo import FidelityReport, fidelity
 
@@ -77,3 +78,16 @@ def test_every_setting() -> None:
     assert min(first_order) >= 0.8
     assert statistics.median(proxy) < 0.95
     assert min(proxy) < 0.0
+
+
+def test_the_goals_of_the_path_estimators() -> None:
+    """Where docs/evidence.md says that they hold: AdamW, steps 5 and 30, and SGD with momentum; 30 permutations."""
+    for optimizer in step_game.OPTIMIZERS:
+        records = step_game.measure(step_game.Case(optimizer, "gpt2", 1.0, 0, (5, 30), 30))
+        for name, pearson, error in (("midpoint", 0.998, 0.05), ("simpson", 0.998, 0.02)):
+            here = [record for record in records if record["method"] == name]
+            assert len(here) == 4  # two steps, two targets
+            assert min(record["pearson"] for record in here) >= pearson
+            assert max(record["sum_error"] for record in here) <= error
+        here = [record for record in records if record["method"] == "SGD proxy"]
+        assert min(record["pearson"] for record in here) < 0.99

@@ -1,0 +1,1 @@
+"""What the values predict, measured: `python -m benchmarks.fidelity` (docs/evidence.md)."""
