@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 
 from inrun_megatron.errors import UserError
+from inrun_megatron.training.exit_codes import FAILED
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `launch/pretrain.py`'s command line on this rank; returns its exit code.
 
-    A UserError is one line on stderr and exit code 1. What every rank finds wrong alike is reported by one of them.
+    Codes: training/exit_codes.py. A UserError is one line on stderr; what every rank finds wrong alike is reported by
+    one of them.
     """
     # Optional packages that megatron-core does without, and torch's renamings that upstream has yet to follow: on every
     # rank, they would bury the run's own messages.
@@ -31,18 +34,20 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         return _fail(error, reports)
     try:
-        run(settled)
+        code = run(settled)
     except AgreedError as error:
         code = _fail(error, rank == 0)
-        shut_down()
-        return code
     except UserError as error:
         return _fail(error, True)
+    except Exception:
+        # Not left to the interpreter, whose shut-down may wait for groups in which the others no longer are.
+        traceback.print_exc()
+        return FAILED
     shut_down()
-    return 0
+    return code
 
 
 def _fail(error: UserError, report: bool) -> int:
     if report:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    return 1
+    return FAILED
