@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> int:
 
     rank, world_size = launched()
     # Before ranks can talk, one per machine reports: files may be missing on one machine only.
-    reports = os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", str(rank))) == "0"
+    local = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+    reports = next((os.environ[name] for name in local if name in os.environ), str(rank)) == "0"
     try:
         settled = prepare(parse(argv), world_size)
     except UserError as error:

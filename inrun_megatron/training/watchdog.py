@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import select
 import socket
 import sys
@@ -51,10 +52,11 @@ class Rank:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the job ends. An empty text: the rank that failed has said it itself."""
+    """Why the job ends, and the rank that says so. An empty text: the rank that failed has said it itself."""
 
     text: str
     code: int
+    by: int
 
 
 class Watchdog:
@@ -141,7 +143,7 @@ class Watchdog:
             "" if isinstance(error, UserError) else f"{self._name([self._rank])} failed: {_first_line(error)}"
         )
         with contextlib.suppress(Exception):
-            if self._claim(Verdict(text, FAILED)) and text:
+            if self._claim(Verdict(text, FAILED, self._rank)).by == self._rank and text:
                 print(f"error: {text}", file=sys.stderr, flush=True)
             self._linger()
 
@@ -159,7 +161,7 @@ class Watchdog:
             try:
                 self._store.set(str(self._rank), self._beat(count))
                 if self._store.check([_VERDICT]):
-                    self._leave(Verdict(**json.loads(self._store.get(_VERDICT))), says=False)
+                    self._leave(Verdict(**json.loads(self._store.get(_VERDICT))))
                 if self._rank == 0:
                     self._judge(range(1, self._world))
                     self._judge_stall()
@@ -234,36 +236,46 @@ class Watchdog:
         numbers = ", ".join(str(rank) for rank in ranks)
         return f"{'rank' if len(ranks) == 1 else 'ranks'} {numbers} ({', '.join(hosts)})"
 
-    def _claim(self, verdict: Verdict) -> bool:
-        """Write the verdict unless another rank was first."""
-        text = json.dumps(asdict(verdict))
-        return bool(self._store.compare_set(_VERDICT, "", text).decode() == text)
+    def _claim(self, verdict: Verdict) -> Verdict:
+        """The verdict that counts: this one, unless another rank was first."""
+        text = self._store.compare_set(_VERDICT, "", json.dumps(asdict(verdict))).decode()
+        return Verdict(**json.loads(text))
 
     def _end(self, text: str, lost: list[int]) -> None:
-        verdict = Verdict(text, RANK_LOST)
-        try:
-            says = self._claim(verdict)
-            if not says:
-                verdict = Verdict(**json.loads(self._store.get(_VERDICT)))
-        except RuntimeError:
-            says = self._speaks([0, *lost])  # rank 0 and its store are gone as well
-        self._leave(verdict, says)
+        """End the job; the first to say so in the store prints it. The store may not answer: rank 0 is lost then too."""
+        own, settled = Verdict(text, RANK_LOST, self._rank), queue.SimpleQueue[Verdict]()
+
+        def claim() -> None:
+            with contextlib.suppress(RuntimeError):
+                settled.put(self._claim(own))
+
+        if 0 not in lost:
+            threading.Thread(target=claim, name="claim", daemon=True).start()
+            try:
+                self._leave(settled.get(timeout=2 * self._interval))
+            except queue.Empty:
+                self._store_lost("it does not answer")
+        self._without_store(text, lost)
 
     def _store_lost(self, reason: str) -> None:
-        text = f"{self._name([0])} cannot be reached from {self._ranks[self._rank].host}: {reason}"
-        if not self._closing.is_set():
-            self._leave(Verdict(text, RANK_LOST), says=self._speaks([0]))
+        host = self._ranks[self._rank].host
+        self._without_store(f"{self._name([0])} cannot be reached from {host}: {reason}", [0])
 
-    def _speaks(self, lost: list[int]) -> bool:
+    def _without_store(self, text: str, lost: list[int]) -> None:
         """Without the store ranks cannot agree on who speaks: the lowest one left on each host does."""
+        if self._closing.is_set():
+            return
         host = self._ranks[self._rank].host
         left = [rank for rank, other in enumerate(self._ranks) if other.host == host and rank not in lost]
-        return self._rank == min(left, default=self._rank)
+        if self._rank != min(left, default=self._rank):
+            # A launcher ends what is left at the first exit: let the speaker be first.
+            time.sleep(2 * self._interval)
+        self._leave(Verdict(text, RANK_LOST, min(left, default=self._rank)))
 
-    def _leave(self, verdict: Verdict, says: bool) -> None:
+    def _leave(self, verdict: Verdict) -> None:
         """The end of this process. The lock is never given back: both threads may notice the same."""
         self._leaving.acquire()
-        if says and verdict.text:
+        if verdict.by == self._rank and verdict.text:
             _say(verdict.text)
         self._linger()
         os._exit(verdict.code)
