@@ -190,6 +190,8 @@ class ParallelConfig:
     """auto: nccl with a GPU, gloo without."""
     distributed_timeout_minutes: float = 10.0
     """How long a collective waits for a rank before the run fails."""
+    heartbeat_timeout: float = 60.0
+    """Seconds without a sign of life after which a rank counts as lost and the run ends on all hosts."""
     deepspeed: bool = False
     """Accepted for compatibility; DeepSpeed is always used."""
     deepspeed_config: str | None = None

@@ -43,3 +43,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if long:
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture(scope="session")
+def cluster_reference(tmp_path_factory: pytest.TempPathFactory) -> object:
+    """The run that every launcher must repeat (tests/cluster_cases.py)."""
+    from tests.cluster_cases import build_reference
+
+    return build_reference(tmp_path_factory.mktemp("reference"))

@@ -1,13 +1,14 @@
 """Ranks: how many were launched, process groups, and agreeing on errors.
 
-Started by `deepspeed` or `torchrun` (RANK, WORLD_SIZE, ... in the environment), by `mpirun` (discovered through
-mpi4py), or alone.
+Started by `deepspeed` or `torchrun` (RANK, WORLD_SIZE, ... in the environment), by `mpirun` or `srun --mpi=pmix`
+(discovered through mpi4py), by `srun` (from Slurm's variables), or alone.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -22,6 +23,8 @@ from inrun_megatron.errors import UserError
 T = TypeVar("T")
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
+# Of a task that srun started. SLURM_NTASKS would be there in a batch script too, where nobody started ranks.
+_SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
 
 
 class AgreedError(UserError):
@@ -30,14 +33,14 @@ class AgreedError(UserError):
 
 def launched() -> tuple[int, int]:
     """(rank, number of ranks) as the launcher promised them, before anything is initialised."""
-    for size, rank in (("WORLD_SIZE", "RANK"), *_MPI):
+    for size, rank in (("WORLD_SIZE", "RANK"), *_MPI, _SLURM):
         if size in os.environ:
             return int(os.environ.get(rank, "0")), int(os.environ[size])
     return 0, 1
 
 
 def _under_mpi() -> bool:
-    return not all(name in os.environ for name in _RENDEZVOUS) and any(size in os.environ for size, _ in _MPI)
+    return any(name in os.environ for name in ("PMIX_RANK", *(size for size, _ in _MPI)))
 
 
 def _free_port() -> int:
@@ -63,6 +66,18 @@ def _discover_mpi() -> None:
     os.environ["LOCAL_RANK"] = str(hosts[: world.rank].count(hosts[world.rank]))
 
 
+def _discover_slurm() -> None:
+    """Fill the rendezvous variables from Slurm's, in a task that srun started."""
+    environment = os.environ
+    hosts = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
+    first = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()[0]
+    number = 64 * int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
+    environment.setdefault("MASTER_ADDR", first)
+    environment.setdefault("MASTER_PORT", str(20000 + number % 10000))
+    environment["RANK"], environment["WORLD_SIZE"] = environment[_SLURM[1]], environment[_SLURM[0]]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+
+
 def initialise(config: ParallelConfig) -> None:
     """Start torch.distributed, DeepSpeed's view of it, and megatron-core's process groups.
 
@@ -71,8 +86,12 @@ def initialise(config: ParallelConfig) -> None:
     import deepspeed
 
     _, promised = launched()
-    if _under_mpi():
+    if all(name in os.environ for name in _RENDEZVOUS):
+        pass
+    elif _under_mpi():
         _discover_mpi()
+    elif _SLURM[0] in os.environ:
+        _discover_slurm()
     elif "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))

@@ -31,6 +31,7 @@ from inrun_megatron.training.deepspeed_config import Batch
 from inrun_megatron.training.engine import Trainer, evaluating
 from inrun_megatron.training.monitor import Monitor
 from inrun_megatron.training.progress import ProgressBar, StepFigures
+from inrun_megatron.training.signals import StopRequest, StopSignals
 
 if TYPE_CHECKING:
     from inrun_megatron.shapley import ScoredStep
@@ -52,8 +53,11 @@ class Run:
     progress: Progress
     scoring: Scoring | None = None
 
-    def train(self) -> None:
-        """From `progress` to --train-iters (or --exit-interval). Collective over the world."""
+    def train(self, signals: StopSignals) -> StopRequest | None:
+        """From `progress` to --train-iters (or --exit-interval). Collective over the world.
+
+        Returns what ended it before, saved, if something did.
+        """
         total, start = self.config.training.train_iters, self.progress.iteration
         bar = ProgressBar(total, start, self.config.logging.log_interval, enabled=dist.get_rank() == 0)
         loader = StepLoader(
@@ -68,13 +72,18 @@ class Run:
             for iteration in range(start + 1, total + 1):
                 last = iteration == total or _at(iteration, self.config.training.exit_interval)
                 self._step(iteration, loader, last, reporter)
-                self._evaluate(iteration, last, bar)
-                self._save(iteration, last)
+                stop = signals.agreed()
+                if stop is None:
+                    self._evaluate(iteration, last, bar)
+                self._save(iteration, last or stop is not None)
+                if stop is not None and iteration < total:
+                    return stop
                 if last:
                     break
         finally:
             loader.close()
             bar.close()
+        return None
 
     def _step(self, iteration: int, loader: StepLoader, last: bool, reporter: _Reporter) -> None:
         """One optimizer step: all its microbatches forward and backward, then the update."""
@@ -191,11 +200,14 @@ class Run:
         dist.all_reduce(sums)
         return sums
 
+    @property
+    def saves(self) -> bool:
+        """Whether checkpoints are written at all."""
+        return self.config.checkpoint.save is not None and self.config.checkpoint.save_interval != 0
+
     def _save(self, iteration: int, last: bool) -> None:
         """Checkpoint and ledger. The ledger is committed first: see docs/ledger.md."""
-        options = self.config.checkpoint
-        due = options.save is not None and options.save_interval != 0
-        due = due and (last or _at(iteration, options.save_interval))
+        due = self.saves and (last or _at(iteration, self.config.checkpoint.save_interval))
         if self.scoring is not None:
             if due or last:
                 self.scoring.commits.now(iteration, checkpoint.tag_of(iteration) if due else None)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 
 from inrun_megatron.errors import UserError
+from inrun_megatron.training.exit_codes import FAILED
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `launch/pretrain.py`'s command line on this rank; returns its exit code.
 
-    A UserError is one line on stderr and exit code 1. What every rank finds wrong alike is reported by one of them.
+    Codes: training/exit_codes.py. A UserError is one line on stderr; what every rank finds wrong alike is reported by
+    one of them.
     """
     # Optional packages that megatron-core does without, and torch's renamings that upstream has yet to follow: on every
     # rank, they would bury the run's own messages.
@@ -25,24 +28,27 @@ def main(argv: Sequence[str]) -> int:
 
     rank, world_size = launched()
     # Before ranks can talk, one per machine reports: files may be missing on one machine only.
-    reports = os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", str(rank))) == "0"
+    local = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+    reports = next((os.environ[name] for name in local if name in os.environ), str(rank)) == "0"
     try:
         settled = prepare(parse(argv), world_size)
     except UserError as error:
         return _fail(error, reports)
     try:
-        run(settled)
+        code = run(settled)
     except AgreedError as error:
         code = _fail(error, rank == 0)
-        shut_down()
-        return code
     except UserError as error:
         return _fail(error, True)
+    except Exception:
+        # Not left to the interpreter, whose shut-down may wait for groups in which the others no longer are.
+        traceback.print_exc()
+        return FAILED
     shut_down()
-    return 0
+    return code
 
 
 def _fail(error: UserError, report: bool) -> int:
     if report:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    return 1
+    return FAILED

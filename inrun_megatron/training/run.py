@@ -18,9 +18,12 @@ from inrun_megatron.training.checkpoint import Progress
 from inrun_megatron.training.deepspeed_config import Batch, merge
 from inrun_megatron.training.distributed import all_ranks
 from inrun_megatron.training.engine import build_trainer
+from inrun_megatron.training.exit_codes import FINISHED, STOPPED
 from inrun_megatron.training.loop import Run
 from inrun_megatron.training.monitor import Monitor, check_available
+from inrun_megatron.training.signals import StopSignals
 from inrun_megatron.training.validation import check_pipeline, validate
+from inrun_megatron.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,18 @@ def _check_precision(config: Config) -> None:
             )
 
 
-def run(settled: Settled) -> None:
-    """Train as configured, from a checkpoint where there is one. Collective over the world."""
+def run(settled: Settled) -> int:
+    """Train as configured, from a checkpoint where there is one; returns the exit code. Collective over the world."""
+    parallel = settled.config.parallel
+    distributed.initialise(parallel)
+    # Its own limit comes first: the collective's error would name no rank.
+    stall = 0.9 * 60 * parallel.distributed_timeout_minutes
+    with Watchdog(parallel.heartbeat_timeout, stall) as watchdog:
+        return _run(settled, watchdog)
+
+
+def _run(settled: Settled, watchdog: Watchdog) -> int:
     config, batch = settled.config, settled.batch
-    distributed.initialise(config.parallel)
     layout = Layout.from_megatron()
     vocabulary = all_ranks(lambda: datasets.vocabulary(config))
     targets = all_ranks(lambda: datasets.targets(config, vocabulary))
@@ -93,7 +104,7 @@ def run(settled: Settled) -> None:
     elif config.training.recompute_granularity is not None:
         trainer.recompute(config.training.recompute_num_layers)
 
-    Run(
+    loop = Run(
         config=config,
         batch=batch,
         trainer=trainer,
@@ -104,9 +115,17 @@ def run(settled: Settled) -> None:
         monitor=Monitor(settled.deepspeed),
         progress=progress,
         scoring=scoring,
-    ).train()
-    if scoring is not None:
-        scoring.close()
+    )
+    watchdog.arm()
+    with StopSignals(trainer.device) as signals:
+        stop = loop.train(signals)
+        if scoring is not None:
+            scoring.close()
+    if stop is None:
+        return FINISHED
+    saved = f"saved {checkpoint.tag_of(progress.iteration)}" if loop.saves else "no checkpoint is configured"
+    _say(f"stopped by {stop} after step {progress.iteration}: {saved}; exit code {STOPPED}")
+    return STOPPED
 
 
 def _say(text: str) -> None:

@@ -44,6 +44,7 @@ def _parallel(config: Config) -> None:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        heartbeat_timeout=parallel.heartbeat_timeout,
     )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         raise UserError(

@@ -1,0 +1,67 @@
+"""Stopping on request: SIGTERM or SIGUSR1 on any rank ends the run on all ranks after the same step."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""SIGTERM: launchers, `kill`, `scancel`. SIGUSR1: what `sbatch --signal` is usually asked to send before the time is up."""
+_RANK_BITS = 32
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """The signal that stops the run and the rank that it reached (the highest of several)."""
+
+    signal: signal.Signals
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.signal.name} on rank {self.rank}"
+
+
+class StopSignals:
+    """While open (a context manager), the signals only leave a note; `agreed` shares it.
+
+    The handlers are Python's, so they run in the main thread, which must be the one that opens this. A signal that
+    arrives before has its usual effect: there is nothing to save yet.
+
+    device: where the world group's backend reduces (the GPU under nccl).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._received = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._received = number
+
+    def agreed(self) -> StopRequest | None:
+        """Whether any rank was signalled; the same answer on every rank. Collective over the world.
+
+        One all-reduce of eight bytes. It cannot ride on the training loss: that is reduced over replicas only, and
+        tensor-parallel ranks or stages of one replica would disagree.
+        """
+        note = self._received << _RANK_BITS | dist.get_rank() if self._received else 0
+        notes = torch.tensor([note], dtype=torch.int64, device=self._device)
+        dist.all_reduce(notes, op=dist.ReduceOp.MAX)
+        highest = int(notes)
+        if not highest:
+            return None
+        return StopRequest(signal.Signals(highest >> _RANK_BITS), highest & (1 << _RANK_BITS) - 1)
