@@ -87,7 +87,7 @@ def compare(
                     **{key: value for key, value in agreement[name].items() if key != "target"},
                     "rows_a": counts[0][name],
                     "rows_b": counts[1][name],
-                    "same_target": _target(a, name) == _target(b, name),
+                    "same_target": _same_target(a, b, name),
                     "movers": {
                         kind: [_mover(a, b, level, row) for row in query.rows(_movers(name, order, n))]
                         for kind, order in (("up", "DESC"), ("down", "ASC"))
@@ -232,10 +232,10 @@ def _side_by_side(targets: Sequence[str], a: Sequence[Any], b: Sequence[Any]) ->
     return rows
 
 
-def _target(side: Side, name: str) -> dict[str, Any]:
-    """What a target is, but for where it lay."""
-    found = side.ledger.targets[side.ledger.target_names.index(name)]
-    return {key: value for key, value in found.items() if "path" not in key}
+def _same_target(a: Side, b: Side, name: str) -> bool:
+    """Are the two targets of this name the same sequences, wherever they lay? By what both descriptions say."""
+    one, other = (side.ledger.targets[side.ledger.target_names.index(name)] for side in (a, b))
+    return all(one[key] == other[key] for key in one.keys() & other.keys() if key != "path")
 
 
 def _nothing_shared(a: Side, b: Side, level: Level) -> str:
