@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from inrun_megatron.ledger import Ledger
 from tests.distributed import DistributedError, Workers
 from tests.test_pretrain import TARGETS, arguments, data, ledger  # noqa: F401
 
@@ -69,6 +70,49 @@ def test_the_training_thread_syncs_no_file_between_checkpoints(
     assert last[-2:] == ["iter_0000006", "iter_0000008"]
     rows = ledger(tmp_path, "values")
     assert len(rows) == 8 * 8 * 2 and len(ledger(tmp_path, "steps")) == 8 * 2
+
+
+def _train(rank: int, world: int, argv: list[str]) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    from inrun_megatron.training.arguments import parse
+    from inrun_megatron.training.run import prepare, run
+
+    # DeepSpeed refuses fp16 on CPUs without native fp16; torch computes in it all the same.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+        run(prepare(parse(argv), world))
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--lr 1e30 --lr-warmup-iters 0 --clip-grad 0", "not finite"),
+        ("--fp16 --initial-loss-scale 1099511627776", "overflow"),
+    ],
+    ids=["NaN loss", "fp16 overflow"],
+)
+def test_steps_that_fail_have_no_rows_and_a_count(
+    two_ranks: Workers,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+    flags: str,
+    reason: str,
+) -> None:
+    argv = arguments(data, *TARGETS, *FLAGS, "--save", str(tmp_path), "--save-interval", "0", *flags.split())
+    two_ranks.run(_train, argv, timeout=300.0)
+    found = Ledger(tmp_path)
+    statuses: dict[int, str] = {row["step"]: row["status"] for row in found.steps().to_pylist()}
+    skipped = {step for step, status in statuses.items() if status.startswith("skipped")}
+    assert len(statuses) == 8 and len(skipped) >= 2
+    assert any(reason in statuses[step] for step in skipped), statuses
+    rows = found.values().to_table()
+    scored = {step for step, status in statuses.items() if status == "scored"}
+    assert set(rows["step"].to_pylist()) == scored and rows.num_rows == len(scored) * 8 * 2
+    (steps,) = [check for check in found.verify() if check.name == "steps"]
+    assert steps.ok and sum(steps.figures["statuses"].values()) == 8
+    for status in {statuses[step] for step in skipped}:
+        assert f"{sum(own == status for own in statuses.values())} {status}" in steps.detail
 
 
 def test_a_full_disk_of_one_rank_ends_the_run_on_all(

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
+import polars
 import pyarrow as pa
 import pytest
 
@@ -206,7 +208,6 @@ def expected_sums(rows: np.ndarray) -> dict[str, float]:
 
 
 def test_pandas_and_polars_read_the_files(run: tuple[Path, np.ndarray]) -> None:
-    pandas, polars = pytest.importorskip("pandas"), pytest.importorskip("polars")
     directory, rows = run
     glob = str(directory / "shapley" / "values" / "*.parquet")
     frame = pandas.read_parquet(directory / "shapley" / "values")

@@ -3,6 +3,7 @@ dies."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -87,9 +88,11 @@ class DirectoryLock:
 
     def _write_holder(self) -> None:
         assert self._descriptor is not None
+        # For error messages only: a disk that is still full does not keep a run from starting.
         record = {"host": socket.gethostname(), "pid": os.getpid(), "created": now()}
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(record).encode(), 0)
+        with contextlib.suppress(OSError):
+            os.pwrite(self._descriptor, json.dumps(record).encode(), 0)
 
     def close(self) -> None:
         """Give the directory up; closing twice is harmless."""

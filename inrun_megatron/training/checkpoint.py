@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from inrun_megatron.config import Config
 from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.files import refused, write_atomically
 from inrun_megatron.models import cpu
 from inrun_megatron.training.distributed import rank0_then_all
 from inrun_megatron.training.engine import Trainer
@@ -44,6 +45,12 @@ def _layout(config: Config) -> dict[str, int]:
     }
 
 
+def _whole_on_every_replica(config: Config) -> bool:
+    """Does each data-parallel rank hold all of the optimizer's state? Then another number of them can load it."""
+    training = config.training
+    return int(config.parallel.zero_stage or 0) == 0 and not (training.bf16 or training.fp16)
+
+
 def tag_of(iteration: int) -> str:
     """Megatron-LM's name of a checkpoint's directory."""
     return f"iter_{iteration:07d}"
@@ -62,7 +69,8 @@ def to_resume(config: Config) -> Path | None:
     """The checkpoint that `--load` means; None to start from the beginning. Collective over the world.
 
     UserError: no checkpoint (unless --load is the run's own --save directory), an incomplete one, or one that was
-    written by a different number of ranks, tensor-parallel size or ZeRO stage.
+    written by a different number of ranks, tensor-parallel size or ZeRO stage. Where each data-parallel rank holds all of the
+    optimizer's state their number may differ.
     """
     load = config.checkpoint.load
     if load is None:
@@ -83,13 +91,19 @@ def to_resume(config: Config) -> Path | None:
             raise UserError(
                 f"{path} is no complete checkpoint of this program: run_state.json: {error}"
             ) from None
-        for name, now in _layout(config).items():
-            then = state["layout"][name]
-            if then != now:
-                raise UserError(
-                    f"{path} was written with {name.replace('_', ' ')} {then}, this run has {now}: "
-                    f"resume with the same layout"
-                )
+        differing = [
+            (name, state["layout"][name], now)
+            for name, now in _layout(config).items()
+            if state["layout"][name] != now
+        ]
+        if [name for name, *_ in differing] == ["world_size"] and _whole_on_every_replica(config):
+            return path
+        for name, then, now in differing:
+            raise UserError(
+                f"{path} was written with {name.replace('_', ' ')} {then}, this run has {now}: "
+                "resume with the same layout (only fp32 with --zero-stage 0 resumes on another number of data-parallel "
+                "ranks: DeepSpeed cannot cut ZeRO's partitions anew)"
+            )
         return path
 
     return rank0_then_all(check)
@@ -106,19 +120,33 @@ def _plain_rng_state() -> dict[str, Any]:
 def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
     """Write the checkpoint of `progress`. Collective over the world.
 
-    `latest` names the new checkpoint only after all of it is written.
+    `latest` names the new checkpoint only after all of it is written, in one rename: DeepSpeed empties the file before
+    it writes it anew. UserError on a rank whose file system refuses; the launcher then ends the others.
     """
     assert config.checkpoint.save is not None
     root = Path(config.checkpoint.save) / DIRECTORY
     path = root / tag_of(progress.iteration)
-    path.mkdir(parents=True, exist_ok=True)
-    torch.save(_plain_rng_state(), path / f"rng_{dist.get_rank():05d}.pt")
-    if dist.get_rank() == 0:
-        state = {**asdict(progress), "layout": _layout(config)}
-        (path / "run_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        torch.save(_plain_rng_state(), path / f"rng_{dist.get_rank():05d}.pt")
+        if dist.get_rank() == 0:
+            state = {**asdict(progress), "layout": _layout(config)}
+            (path / "run_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        dist.barrier()
+        client_state = {"progress": asdict(progress), "schedule": trainer.schedule.state_dict()}
+        trainer.engine.save_checkpoint(str(root), tag=path.name, client_state=client_state, save_latest=False)
+    except OSError as error:
+        raise refused(path, error) from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):  # torch.save's answer to a write that failed
+            raise
+        raise UserError(
+            f"cannot write {path}: {str(error).splitlines()[0]}; free or repair the file system, then resume from the "
+            "last checkpoint with --load"
+        ) from error
     dist.barrier()
-    client_state = {"progress": asdict(progress), "schedule": trainer.schedule.state_dict()}
-    trainer.engine.save_checkpoint(str(root), tag=path.name, client_state=client_state)
+    if dist.get_rank() == 0:
+        write_atomically(root / "latest", path.name.encode())
     return path
 
 
@@ -132,7 +160,10 @@ def load(trainer: Trainer, path: Path) -> Progress:
     # The schedule's own settings come from the flags; its position from the checkpoint.
     trainer.schedule.num_steps = client_state["schedule"]["num_steps"]
     trainer.schedule.step(0)
-    state = torch.load(path / f"rng_{dist.get_rank():05d}.pt", weights_only=True)
+    streams = path / f"rng_{dist.get_rank():05d}.pt"
+    if not streams.exists():  # a rank that the run did not have: it keeps the streams it was seeded with
+        return progress
+    state = torch.load(streams, weights_only=True)
     name, key, *rest = state["numpy"]
     state["numpy"] = (name, key.numpy().astype(np.uint32), *rest)
     cpu.set_rng_state(state)
