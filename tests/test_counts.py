@@ -57,7 +57,7 @@ def _count(rank: int, world: int, counted: Case) -> Counted:
     shapley = None
     if counted.scoring:
         given = [
-            ShapleyTarget(t.name, _share(t.rows, layout.dp_rank, layout.dp_size), t.num_tokens)
+            ShapleyTarget(t.name, _share(t, layout, 2, pipeline=False), t.num_tokens)
             for t in (case.targets() * 3)[: counted.targets]
         ]
         shapley = InRunShapley(engine, given, token_losses, layout=layout, consumers=[count])
