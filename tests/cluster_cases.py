@@ -134,9 +134,10 @@ def errors(log: Path) -> list[str]:
 
 
 def _is_error(line: str) -> bool:
-    # pdsh puts the host before each line, torchrun a rank.
+    # pdsh puts the host before each line; srun reports the ends of its tasks in a line of its own.
     before, found, _ = line.partition("error: ")
-    return bool(found) and (not before or (before.rstrip().endswith(":") and " " not in before.strip()))
+    before = before.strip()
+    return bool(found) and (not before or (before.endswith(":") and " " not in before and before != "srun:"))
 
 
 def environment(directory: Path, **extra: str) -> dict[str, str]:
