@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -128,15 +129,8 @@ def committed_step(run: Path) -> int:
 
 
 def errors(log: Path) -> list[str]:
-    """The lines that the program itself writes about an error, from any launcher's log."""
-    text = log.read_text(errors="replace")
-    return [line[line.index("error: ") :] for line in text.splitlines() if _is_error(line)]
-
-
-def _is_error(line: str) -> bool:
-    # pdsh puts the host before each line, torchrun a rank.
-    before, found, _ = line.partition("error: ")
-    return bool(found) and (not before or (before.rstrip().endswith(":") and " " not in before.strip()))
+    """The lines that the program itself writes about an error. pdsh puts the host before each line of the log."""
+    return re.findall(r"^(?:node\d+: )?(error: .*)$", log.read_text(errors="replace"), flags=re.M)
 
 
 def environment(directory: Path, **extra: str) -> dict[str, str]:
