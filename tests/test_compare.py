@@ -91,6 +91,16 @@ def test_samples_of_runs_in_the_same_order(runs: Path, inrun: Inrun) -> None:
         inrun("compare", runs / "a", runs / "b", "--by", "sample")
 
 
+@pytest.mark.parametrize("measure", ["value", "relative"])
+def test_other_measures(runs: Path, inrun: Inrun, measure: str) -> None:
+    arguments = ("compare", runs / "a", runs / "b", "--json", "--measure", measure, "--per", "document")
+    movers = inrun(*arguments)["targets"]["code"]["movers"]
+    top = inrun("top", runs / "a", "--json", "-n", 100, "--target", "code")["targets"]["code"]
+    scores = {(row["dataset_name"], row["document"]): row[measure] for row in top}
+    for mover in (*movers["up"], *movers["down"]):
+        assert mover["score_a"] == pytest.approx(scores[mover["dataset_a"], mover["document_a"]])
+
+
 def test_domains_side_by_side(runs: Path, inrun: Inrun) -> None:
     found = inrun("compare", runs / "a", runs / "b", "--json", "--target", "code", "--phase", "3/3")
     rows = {row["name"]: row for row in found["domains"]}

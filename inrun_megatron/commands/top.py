@@ -23,7 +23,7 @@ from inrun_megatron.report.documents import Documents, parse_moved, printable, s
 from inrun_megatron.report.phases import Phase, choose_steps
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.ranking import Level, Measure, create_figures, level_of, ranked
-from inrun_megatron.report.summary import SNIPPET_CHARACTERS, with_text
+from inrun_megatron.report.summary import with_place
 from inrun_megatron.report.tables import console, print_json, scale_of, signed, table
 
 
@@ -90,17 +90,7 @@ def top(
 
 
 def _with_text(documents: Documents, by: Level | str, row: dict[str, Any]) -> dict[str, Any]:
-    if by is Level.document:
-        return with_text(documents, row)
-    if by is Level.sample:
-        try:
-            span = documents.spans(row["dataset"], row["sample"])[0]
-            text = documents.snippet(row["dataset"], span.document, SNIPPET_CHARACTERS, span.start, span.end)
-            return row | {"source": documents.source(row["dataset"], span.document), "snippet": text}
-        except UserError:
-            # The figures of samples need no data files; without them there is no text to show.
-            return row | {"source": None, "snippet": None}
-    return row
+    return with_place(documents, by, row) if by in (Level.sample, Level.document) else row
 
 
 def _print(

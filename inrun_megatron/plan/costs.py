@@ -57,12 +57,11 @@ LEDGER_ROW_BYTES, LEDGER_SAMPLE_BYTES = 9.0, 2.5
 
 
 def dot_traffic_bytes(targets: int, low_precision: bool, rows: int) -> int:
-    """Memory traffic of scoring one weight of a linear layer for one row, beyond training (dots/linear.py).
+    """Memory traffic of scoring one weight of a linear layer for one row, beyond training (docs/dots.md).
 
-    rows: of the microbatch. One row: its product is training's own; bf16 and fp16 are read (2) and written as fp32 (4).
-    Several in fp32: the accumulator is read and written once more (8). Several in bf16 or fp16 on a GPU: the row's
-    product is written in fp32 (4), read and added to the sum (12). What results is read with each of the K directions (8 K).
+    bf16 and fp16 on a GPU: the fused kernel reads each of the K directions (4 K). fp32: the product is read with each of
+    them (8 K), and with several rows in a microbatch the accumulator is read and written once more (8).
     """
-    if rows == 1:
-        return (6 if low_precision else 0) + 8 * targets
-    return (16 if low_precision else 8) + 8 * targets
+    if low_precision:
+        return DIRECTION_BYTES * targets
+    return 2 * DIRECTION_BYTES * targets + (8 if rows > 1 else 0)

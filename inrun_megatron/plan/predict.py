@@ -168,7 +168,9 @@ def collectives(job: Job) -> list[Collective]:
         add("reduce_scatter", "dp", "fill directions", each * passes, padded * passes)
         add("all_gather", "dp", "read directions", each * job.microbatches, k * padded * job.microbatches)
     elif d > 1 and job.zero_stage == 0:
-        add("all_reduce", "dp", "sum directions", FLAT_GROUPS * vectors, vectors * whole)
+        # All directions of a group at once; the batch gradient by itself.
+        calls = FLAT_GROUPS * (2 if cost.batch_passes else 1)
+        add("all_reduce", "dp", "sum directions", calls, vectors * whole)
     elif d > 1:
         add("reduce_scatter", "dp", "sum directions", FLAT_GROUPS * vectors, vectors * whole)
         add("all_gather", "dp", "publish directions", FLAT_GROUPS * k, k * whole)

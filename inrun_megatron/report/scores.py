@@ -23,9 +23,11 @@ from inrun_megatron.report.ranking import KEYS, Level, create_figures
 
 
 class Measure(StrEnum):
-    """Which values are added up: normalised (every step weighs the same) or raw, in nats per token of the target."""
+    """Which values are added up: normalised (every step weighs the same), relative to the step's realised loss change, or
+    raw, in nats per token of the target (report/query.py)."""
 
     normalised = "normalised"
+    relative = "relative"
     value = "value"
 
 

@@ -147,7 +147,7 @@ def with_text(documents: Documents, row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_place(documents: Documents, level: Level, row: dict[str, Any]) -> dict[str, Any]:
+def with_place(documents: Documents, level: Level | str, row: dict[str, Any]) -> dict[str, Any]:
     """A sample's or document's row with source and beginning of its text; None for both where a sample's data files are
     not at hand, as figures of samples need none."""
     if level is Level.document:
