@@ -306,7 +306,8 @@ def _share(target: OracleTarget, layout: Any, size: int, *, pipeline: bool) -> l
 
     rows = target.rows
     tokens = torch.cat([rows["tokens"], rows["labels"][:, -1:]], dim=1)
-    sequences = Target(target.name, tokens, rows["loss_mask"], rows["position_ids"], {})
+    documents = rows.get("documents")
+    sequences = Target(target.name, tokens, rows["loss_mask"], rows["position_ids"], {}, documents=documents)
     return sequences.microbatches(size, layout.dp_rank, layout.dp_size, full_size=pipeline)
 
 

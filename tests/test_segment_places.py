@@ -131,7 +131,7 @@ def test_places_of_tokens(pair: tuple[str, str]) -> None:
 
 def _worth(tokens: torch.Tensor, target: int) -> float:
     """The value of a part: any function of its tokens that tells them apart and adds up."""
-    return float(((tokens.double() % 17) - 7 - target).sum()) * 1e-4
+    return float(((tokens.double() % 17) - 8.3 - target).sum()) * 1e-4
 
 
 def _write(
@@ -261,6 +261,36 @@ def test_commands(runs: dict[str, Path]) -> None:
     written = call("export", run, "--output", str(exported))["rows"]
     lines = [json.loads(line) for line in exported.read_text().splitlines()]
     assert written == len(lines) > 80 and max(line["segment"] for line in lines) > 0
+
+
+def test_commands_on_whole_runs(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Page, summary, comparison and curation of a run by document: its own values, and in words where they come from."""
+
+    def call(*arguments: str) -> str:
+        result = CliRunner().invoke(app, [*arguments])
+        assert result.exit_code == 0, result.output or result.exception
+        return result.stdout
+
+    run, truth = str(runs["document"]), json.loads(runs["truth.json"].read_text())
+    page = tmp_path / "page.html"
+    figures = json.loads(call("report", run, "--output", str(page), "--json"))
+    rows = Ledger(run).values().count_rows()
+    assert figures["rows"] == {"rows": rows, "not_finite": 0}
+    words = "value is that of its own tokens"
+    assert words in page.read_text() and words in call("summary", run).replace("\n", " ")
+    same = json.loads(
+        call("compare", run, str(runs["token"]), "--measure", "value", "--per", "document", "--json")
+    )
+    assert same["targets"]["code"]["spearman"] > 0.999  # equal values in other orders of sums
+    by_length = json.loads(
+        call("compare", run, str(runs["sample"]), "--measure", "value", "--per", "document", "--json")
+    )
+    assert by_length["targets"]["code"]["spearman"] < 0.99
+    rule = ("--drop-negative", "--target", "code", "--measure", "value", "--per", "document")
+    curated = json.loads(call("curate", run, *rule, "--dry-run", "--json"))
+    dropped = sum(kind["documents"] for row in curated["datasets"] for kind in row["dropped"].values())
+    values = truth["code"].values()
+    assert 0 < sum(value < -1e-12 for value in values) <= dropped <= sum(value < 1e-12 for value in values)
 
 
 def test_a_ledger_keeps_its_granularity(runs: dict[str, Path]) -> None:

@@ -65,8 +65,9 @@ def export(
 
     Example: inrun export runs/demo --by document --phase 3/3 --output values.csv
 
-    Document values come from sample values: a sample's value is shared among its documents in proportion to their tokens
-    in it. Rows come out ordered; the ledger's own Parquet files can also be read directly (docs/ledger.md).
+    Document values come from sample values: a sample's value is shared among its documents in proportion to their
+    tokens in it, unless the run was scored with --shapley-granularity document or token. Rows come out ordered; the
+    ledger's own Parquet files can also be read directly (docs/ledger.md).
     """
     path = Path(output).expanduser()
     kind = format or _format_of(path)

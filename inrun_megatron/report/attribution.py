@@ -10,6 +10,13 @@ from __future__ import annotations
 from inrun_megatron.report.documents import Documents
 from inrun_megatron.report.query import Query
 
+IN_WORDS = {
+    "sample": "A sample's value is shared among its documents in proportion to their tokens in it.",
+    "document": "A document's value is that of its own tokens in the samples it is part of.",
+    "token": "A document's value is the sum of its own tokens' values.",
+}
+"""Where values of documents come from, by the ledger's granularity."""
+
 CHUNK = 1 << 20
 """Samples that are resolved to documents at a time."""
 

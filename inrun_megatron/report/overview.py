@@ -40,6 +40,7 @@ def describe_run(ledger: Ledger) -> dict[str, Any]:
     scoring = _joined(
         setting(run, "estimator"),
         "SGD proxy" if setting(run, "optimizer", group="shapley") == "sgd" else None,
+        f"by {ledger.granularity}",
         _every(setting(run, "interval", group="shapley")),
     )
     return {
@@ -50,6 +51,7 @@ def describe_run(ledger: Ledger) -> dict[str, Any]:
         "training": training,
         "layout": spread,
         "scoring": scoring,
+        "granularity": ledger.granularity,
         "versions": run.get("versions") or {},
     }
 

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.schema import SCORED
+from inrun_megatron.report.attribution import IN_WORDS
 from inrun_megatron.report.charts import MEASURES, all_charts, default_charts
 from inrun_megatron.report.charts_theme import theme
 from inrun_megatron.report.documents import printable, shorten
@@ -51,6 +52,7 @@ def render(figures: dict[str, Any]) -> str:
         last_phase=figures["phases"][-1],
         checks=CHECKS,
         scored=SCORED,
+        documents_in_words=IN_WORDS[figures["run"]["granularity"]],
         documents=[_document(entry, figures) for entry in figures["documents"] or []],
         document_unit=unit,
         document_unit_name=unit_name,

@@ -60,8 +60,8 @@ def build_figures(
     }
     with Query(ledger) as query:
         figures["rows"] = query.rows(
-            "SELECT CAST(coalesce(sum(n), 0) AS BIGINT) AS rows, "
-            "CAST((SELECT count(*) FROM ledger_values) - coalesce(sum(n), 0) AS BIGINT) AS not_finite FROM cells"
+            "SELECT count(*) FILTER (isfinite(value)) AS rows, count(*) FILTER (NOT isfinite(value)) AS not_finite "
+            "FROM ledger_values"
         )[0]
         figures["domains"] = [entry.to_dict() for entry in domain_figures(query, shown)]
         figures["composition"] = composition(query, last)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from inrun_megatron.ledger.checks import Check
 from inrun_megatron.ledger.schema import SCORED
+from inrun_megatron.report.attribution import IN_WORDS
 from inrun_megatron.report.documents import shorten
 from inrun_megatron.report.tables import scale_of, signed, table, with_error
 
@@ -184,8 +185,7 @@ def _documents(summary: dict[str, Any], out: Console) -> None:
         _say(f"Documents cannot be shown: {error}", out)
         return
     _say(
-        "Sum of the document's share in its samples' values: a sample's value is shared among its documents in "
-        "proportion to their tokens in it. More: inrun top, inrun show --document NAME:NUMBER.",
+        f"{IN_WORDS[summary['run']['granularity']]} More: inrun top, inrun show --document NAME:NUMBER.",
         out,
     )
     for target, found in documents.items():
