@@ -180,7 +180,7 @@ def test_a_resume_on_another_number_of_replicas_goes_on_with_the_same_samples(
 ) -> None:
     """Two data-parallel ranks, then one: the ledger has the same rows, the values to rounding."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    flags = "--zero-stage 0 --attention-dropout 0 --hidden-dropout 0 --save-interval 2".split()
+    flags = ["--zero-stage", "0", "--attention-dropout", "0", "--hidden-dropout", "0", "--save-interval", "2"]
     argv = arguments(data, *flags, *TARGETS)
     two_ranks.run(_run, [*argv, "--save", str(whole)])
     shutil.copytree(whole, resumed)
