@@ -87,7 +87,10 @@ def _train(rank: int, world: int, argv: list[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ("--lr 1e30 --lr-warmup-iters 0 --clip-grad 0", "not finite"),
+        (
+            "--lr 1e30 --lr-warmup-iters 0 --clip-grad 0",
+            "not finite|overflow",
+        ),  # DeepSpeed itself skips NaN gradients at some stages
         ("--fp16 --initial-loss-scale 1099511627776", "overflow"),
     ],
     ids=["NaN loss", "fp16 overflow"],
@@ -105,7 +108,7 @@ def test_steps_that_fail_have_no_rows_and_a_count(
     statuses: dict[int, str] = {row["step"]: row["status"] for row in found.steps().to_pylist()}
     skipped = {step for step, status in statuses.items() if status.startswith("skipped")}
     assert len(statuses) == 8 and len(skipped) >= 2
-    assert any(reason in statuses[step] for step in skipped), statuses
+    assert any(word in statuses[step] for word in reason.split("|") for step in skipped), statuses
     rows = found.values().to_table()
     scored = {step for step, status in statuses.items() if status == "scored"}
     assert set(rows["step"].to_pylist()) == scored and rows.num_rows == len(scored) * 8 * 2
