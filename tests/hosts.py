@@ -1,6 +1,7 @@
 """Hosts of a cluster on this machine, for tests that use real launchers.
 
-A host is a set of namespaces (network, host name, processes, IPC, mounts) with its own address, /run, /dev/shm and sshd:
+A host is a set of namespaces (network, host name, processes, IPC, mounts) with its own address, /tmp, /run, /dev/shm
+and sshd; the rest of the file system is common to all hosts, and so are the directories named to `Hosts`:
 
     with Hosts(directory, 2) as hosts:
         process = hosts.start(1, ["deepspeed", "--hostfile", ...], log)
@@ -31,11 +32,21 @@ NETWORK = "10.77.0"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PREFIX = "irhost"
 
-# Process 1 of a host. $1: its name, $2: the scratch directory.
+# Process 1 of a host. $1: its name, $2: the scratch directory, from $3 on: directories of /tmp that all hosts see.
+# /tmp is a host's own: Open MPI keeps its files in /tmp/ompi.PID there and gives up (a daemon that "failed to report back",
+# exit status 213) when it finds a /tmp/ompi.PID/pmix.HOST.tool already. Process numbers repeat in new namespaces, so the
+# files of a host that was switched off, or of another test's node1, would be met again and again.
 _INIT = r"""
 set -e
 hostname "$1"
 mount -t proc proc /proc
+mkdir "$2/$1.mnt" 2> /dev/null || true
+mount -t tmpfs -o mode=1777 tmpfs "$2/$1.mnt"
+for shared in "${@:3}"; do
+    mkdir -p "$2/$1.mnt/${shared#/tmp/}"
+    mount --bind "$shared" "$2/$1.mnt/${shared#/tmp/}"
+done
+mount --move "$2/$1.mnt" /tmp
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/sshd
@@ -83,10 +94,19 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 class Hosts:
-    """`count` hosts, node1 = 10.77.0.1 and so on, reachable from each other by ssh without a password."""
+    """`count` hosts, node1 = 10.77.0.1 and so on, reachable from each other by ssh without a password.
 
-    def __init__(self, directory: Path, count: int) -> None:
+    directory: for keys and logs. shared: what else under /tmp the hosts have in common.
+    """
+
+    def __init__(self, directory: Path, count: int, *shared: Path) -> None:
         self.directory, self.count = directory, count
+        used = [
+            Path(__file__).parents[1],
+            Path(sys.prefix),
+            Path(os.environ.get("TORCH_EXTENSIONS_DIR", "/")),
+        ]
+        self._shared = [str(path) for path in (directory, *shared, *used) if path.is_relative_to("/tmp")]
         self._name = f"{_PREFIX}-{os.getpid()}-"
         self._shells: dict[int, subprocess.Popen[bytes]] = {}
         self._pids: dict[int, int] = {}
@@ -158,7 +178,7 @@ ServerAliveCountMax 3
         start = f"setpriv --pdeathsig KILL ip netns exec {self._name}{host} {inside}".split()
         with log.open("wb") as stream:
             self._shells[host] = subprocess.Popen(
-                [*start, _INIT, "init", f"node{host}", str(self.directory)],
+                [*start, _INIT, "init", f"node{host}", str(self.directory), *self._shared],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,

@@ -37,7 +37,7 @@ AT_ONCE, SOON = 60.0, HEARTBEAT + 60.0
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     hosts_module.require()
-    with Hosts(tmp_path_factory.mktemp("hosts"), 2) as running:
+    with Hosts(tmp_path_factory.mktemp("hosts"), 2, tmp_path_factory.getbasetemp()) as running:
         yield running
 
 

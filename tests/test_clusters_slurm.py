@@ -20,7 +20,7 @@ from tests.slurm import Slurm
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     hosts_module.require()
-    with Hosts(tmp_path_factory.mktemp("hosts"), 2) as hosts:
+    with Hosts(tmp_path_factory.mktemp("hosts"), 2, tmp_path_factory.getbasetemp()) as hosts:
         yield Slurm(hosts, tmp_path_factory.mktemp("slurm"), ROOT)
 
 
