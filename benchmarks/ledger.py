@@ -1,12 +1,14 @@
-"""A generated ledger of 100 million rows: how long the reports' queries take, and how much memory.
+"""A generated ledger of 100 million rows: how long the commands that read it take, and how much memory.
 
-    python -m benchmarks.ledger                      100 million rows in a temporary directory (about 3 GB)
+    python -m benchmarks.ledger                      100 million rows in a temporary directory (about 2 GB)
     python -m benchmarks.ledger --rows 4000000       a smaller one
     python -m benchmarks.ledger --keep DIR           leave the ledger in DIR and use it again
+    python -m benchmarks.ledger --only report        one command
 
 Rows: 4 targets, 1,024 samples a step, 4 datasets with 20 sources each; documents of 8 to 64 tokens and samples of 16, so
 that most samples are cut from one or two documents. The rows go through the real writer and its commits, the samples
-through megatron-core's own index arrays. Each query runs in a process of its own; memory is that process's peak.
+through megatron-core's own index arrays. Each command runs as a user's does, in a process of its own: wall and processor
+time are of the whole process, memory is its peak.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,13 +31,17 @@ TARGETS = ("code", "prose", "maths", "dialogue")
 DATASETS, SOURCES, BATCH, WRITERS, SEQUENCE = 4, 20, 1024, 4, 16
 COMMIT_EVERY = 500
 
-QUERIES = {
-    "cells and values by dataset and phase": "domains",
-    "inrun top --by dataset": "dataset",
-    "inrun top --by source": "source",
-    "inrun top --by document": "document",
-    "inrun top --by sample": "sample",
+COMMANDS = {
+    "report": ["report", "--output", "PAGE"],
+    "report-json": ["report", "--json"],
+    "summary": ["summary"],
+    "dataset": ["top", "--by", "dataset"],
+    "source": ["top", "--by", "source"],
+    "document": ["top", "--by", "document"],
+    "sample": ["top", "--by", "sample"],
+    "verify": ["verify"],
 }
+"""Subcommand and options; the run comes in between."""
 
 
 def write_data(directory: Path, samples: int) -> list[dict[str, Any]]:
@@ -140,31 +145,23 @@ def write_ledger(directory: Path, rows: int) -> dict[str, Any]:
     }
 
 
-def query(directory: Path, name: str) -> dict[str, Any]:
-    """One query in this process."""
-    from inrun_megatron.ledger import Ledger
-    from inrun_megatron.report.documents import Documents
-    from inrun_megatron.report.domains import domain_figures
-    from inrun_megatron.report.phases import phases_of, whole_run
-    from inrun_megatron.report.query import Query
-    from inrun_megatron.report.ranking import create_figures, level_of, ranked
-
+def timed(directory: Path, command: list[str], page: Path) -> dict[str, float]:
+    """Run one command to its end. Raises CalledProcessError where it fails."""
+    subcommand, *options = (str(page) if word == "PAGE" else word for word in command)
+    arguments = [sys.executable, "-m", "inrun_megatron.cli", subcommand, str(directory), *options]
     started = time.perf_counter()
-    ledger = Ledger(directory)
-    whole = whole_run(ledger.last_step)
-    with Query(ledger) as session:
-        if name == "domains":
-            found = len(domain_figures(session, [whole, *phases_of(ledger.last_step)]))
-        else:
-            level = level_of(name)
-            create_figures(session, level, whole, Documents(ledger))
-            found = sum(len(ranked(session, level, target)) for target in TARGETS)
-    used = resource.getrusage(resource.RUSAGE_SELF)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(
+        process.pid, 0
+    )  # of this process alone, where getrusage has the sum of all children
+    seconds = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, arguments)
     return {
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
         "cpu_seconds": used.ru_utime + used.ru_stime,
         "peak_gib": used.ru_maxrss / 2**20,
-        "rows_shown": found,
     }
 
 
@@ -174,13 +171,9 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--keep", type=Path)
-    parser.add_argument("--only", choices=QUERIES.values(), help="one query")
+    parser.add_argument("--only", choices=COMMANDS, action="append", help="this command; may be given again")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--query", nargs=2, metavar=("DIR", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.query:
-        print(json.dumps(query(Path(options.query[0]), options.query[1])))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         directory = options.keep or Path(temporary)
         figures: dict[str, Any] = {}
@@ -190,19 +183,13 @@ def main() -> None:
                 f"{written['rows']:,} rows written in {written['seconds']:.0f} s ({written['bytes_per_row']:.1f} bytes a row); "
                 f"append takes {written['append_microseconds_per_step_and_writer']:.0f} us per step and writer"
             )
-        for title, name in QUERIES.items():
-            if options.only not in (None, name):
+        for name, command in COMMANDS.items():
+            if options.only and name not in options.only:
                 continue
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.ledger", "--query", str(directory), name],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            figures[title] = found = json.loads(done.stdout.splitlines()[-1])
+            figures[name] = found = timed(directory, command, Path(temporary) / "report.html")
             print(
-                f"{title:<40} {found['seconds']:6.1f} s ({found['cpu_seconds']:.0f} s of processor time)   "
-                f"peak {found['peak_gib']:.2f} GiB",
+                f"{'inrun ' + ' '.join(command):<28} {found['seconds']:6.1f} s   {found['cpu_seconds']:6.1f} s of processor "
+                f"time   peak {found['peak_gib']:.2f} GiB",
                 flush=True,
             )
         if options.json:
