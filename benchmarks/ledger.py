@@ -4,6 +4,7 @@
     python -m benchmarks.ledger --rows 4000000       a smaller one
     python -m benchmarks.ledger --keep DIR           leave the ledger in DIR and use it again
     python -m benchmarks.ledger --only report        one command
+    python -m benchmarks.ledger --granularity document   values by document: a sample has a row for each of its documents
 
 Rows: 4 targets, 1,024 samples a step, 4 datasets with 20 sources each; documents of 8 to 64 tokens and samples of 16, so
 that most samples are cut from one or two documents. The rows go through the real writer and its commits, the samples
@@ -45,7 +46,7 @@ COMMANDS = {
 
 
 def write_data(directory: Path, samples: int) -> list[dict[str, Any]]:
-    """Datasets as `inrun prepare` leaves them (token files are sparse: nothing reads them), and their table."""
+    """Datasets as `inrun prepare` leaves them (tokens are 0 but for the end of a document), and their table."""
     from inrun_megatron.data.documents import documents_path
     from inrun_megatron.data.megatron import IndexedDatasetBuilder
     from inrun_megatron.data.tokenizers import ByteTokenizer
@@ -61,6 +62,10 @@ def write_data(directory: Path, samples: int) -> list[dict[str, Any]]:
         builder.document_indices = list(range(len(lengths) + 1))
         builder.finalize(f"{prefix}.idx")
         os.truncate(f"{prefix}.bin", int(lengths.sum()) * 2)
+        # Each document ends with its token: by that segments are told apart.
+        tokens = np.memmap(f"{prefix}.bin", np.uint16, "r+")
+        tokens[np.cumsum(lengths) - 1] = ByteTokenizer.eod
+        tokens.flush()
         names = pa.array([f"source {index}.{number}" for number in range(SOURCES)])
         codes = pa.array(generator.integers(0, SOURCES, len(lengths)), pa.int32())
         table = pa.table(
@@ -86,25 +91,46 @@ def write_data(directory: Path, samples: int) -> list[dict[str, Any]]:
     return [entry.to_dict() for entry in train.table]
 
 
-def write_ledger(directory: Path, rows: int) -> dict[str, Any]:
+def segments_of(table: list[dict[str, Any]], samples: int) -> list[np.ndarray]:
+    """How many documents each of the first `samples` samples has, by dataset."""
+    from inrun_megatron.data.identity import SampleResolver
+
+    resolver, found = SampleResolver(table, verify=False), []
+    for dataset in range(len(table)):
+        counts = np.empty(samples, np.int8)
+        for first in range(0, samples, 1 << 18):
+            own = np.arange(first, min(first + (1 << 18), samples))
+            row, _, start, end = resolver.spans(dataset, own)
+            size = end - start
+            # The last token of a sample is the label of its last position.
+            begin = np.cumsum(size) - size - row * (SEQUENCE + 1)
+            counts[own] = np.bincount(row[begin < SEQUENCE], minlength=len(own))
+        found.append(counts)
+    return found
+
+
+def write_ledger(directory: Path, rows: int, granularity: str = "sample") -> dict[str, Any]:
     """Generate; returns the figures of the writing."""
     from inrun_megatron.ledger import LedgerWriter, RunDescription, StepRecord, commit, create_ledger
 
-    steps = rows // (BATCH * len(TARGETS))
+    cut = granularity == "document"
+    # Samples of 16 tokens, cut from documents of 36 on average, have 16 / 36 boundaries.
+    steps = int(rows / (BATCH * len(TARGETS) * (1 + SEQUENCE / 36 if cut else 1)))
     directory.mkdir(parents=True, exist_ok=True)
     table = write_data(directory, steps * BATCH + BATCH)
+    segments = segments_of(table, steps * BATCH // DATASETS) if cut else []
     described = RunDescription(
         targets=[{"name": name, "sequences": 8} for name in TARGETS],
         datasets=table,
         configuration={
             "training": {"optimizer": "adam"},
-            "shapley": {"interval": 1, "estimator": "first_order"},
+            "shapley": {"interval": 1, "estimator": "first_order", "granularity": granularity},
         },
         coverage={"parameters": 1, "tapped": 1, "missing": []},
     )
     generator = np.random.default_rng(1)
     nothing = np.zeros(DATASETS, dtype=np.int64)
-    started, inside = time.perf_counter(), 0.0
+    started, inside, written = time.perf_counter(), 0.0, 0
     losses = np.full(len(TARGETS), 6.0)
     share = BATCH // WRITERS
     with create_ledger(directory / "shapley", described):
@@ -113,8 +139,16 @@ def write_ledger(directory: Path, rows: int) -> dict[str, Any]:
             dataset = np.arange(BATCH) % DATASETS
             sample = nothing[dataset] + np.arange(BATCH) // DATASETS
             nothing += BATCH // DATASETS
-            values = generator.normal(1e-5, 1e-4, (BATCH, len(TARGETS))) / (1 + step / 1000)
+            segment = np.zeros(BATCH, np.int32)
+            if cut:
+                counts = np.array([segments[d][k] for d, k in zip(dataset, sample, strict=True)])
+                dataset, sample = np.repeat(dataset, counts), np.repeat(sample, counts)
+                segment = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            values = generator.normal(1e-5, 1e-4, (len(sample), len(TARGETS))) / (1 + step / 1000)
             sums = values.sum(0)
+            # Samples are not cut between writers.
+            edges = np.append(np.flatnonzero(segment == 0)[::share], len(sample))
+            written += len(sample) * len(TARGETS)
             record = StepRecord(
                 step=step,
                 samples=BATCH,
@@ -129,17 +163,18 @@ def write_ledger(directory: Path, rows: int) -> dict[str, Any]:
             before = time.perf_counter()
             writers[0].append_step(record)
             for number, writer in enumerate(writers):
-                own = slice(number * share, (number + 1) * share)
-                writer.append(step, dataset[own], sample[own], np.full(share, SEQUENCE), values[own])
+                own = slice(edges[number], edges[number + 1])
+                tokens = np.full(len(sample[own]), SEQUENCE)
+                writer.append(step, dataset[own], sample[own], tokens, values[own], segment[own])
             inside += time.perf_counter() - before
             if step % COMMIT_EVERY == 0 or step == steps:
                 parts = [part for writer in writers for part in writer.write_parts()]
                 commit(directory / "shapley", step, parts)
     size = sum(path.stat().st_size for path in (directory / "shapley" / "values").iterdir())
     return {
-        "rows": steps * BATCH * len(TARGETS),
+        "rows": written,
         "steps": steps,
-        "bytes_per_row": size / (steps * BATCH * len(TARGETS)),
+        "bytes_per_row": size / written,
         "seconds": time.perf_counter() - started,
         "append_microseconds_per_step_and_writer": inside / steps / WRITERS * 1e6,
     }
@@ -171,6 +206,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--keep", type=Path)
+    parser.add_argument("--granularity", choices=("sample", "document"), default="sample")
     parser.add_argument("--only", choices=COMMANDS, action="append", help="this command; may be given again")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
@@ -178,7 +214,7 @@ def main() -> None:
         directory = options.keep or Path(temporary)
         figures: dict[str, Any] = {}
         if not (directory / "shapley" / "run.json").exists():
-            figures["writing"] = written = write_ledger(directory, options.rows)
+            figures["writing"] = written = write_ledger(directory, options.rows, options.granularity)
             print(
                 f"{written['rows']:,} rows written in {written['seconds']:.0f} s ({written['bytes_per_row']:.1f} bytes a row); "
                 f"append takes {written['append_microseconds_per_step_and_writer']:.0f} us per step and writer"
