@@ -1,12 +1,15 @@
-"""A generated ledger of 100 million rows: how long the reports' queries take, and how much memory.
+"""A generated ledger of 100 million rows: how long the commands that read it take, and how much memory.
 
-    python -m benchmarks.ledger                      100 million rows in a temporary directory (about 3 GB)
+    python -m benchmarks.ledger                      100 million rows in a temporary directory (about 2 GB)
     python -m benchmarks.ledger --rows 4000000       a smaller one
     python -m benchmarks.ledger --keep DIR           leave the ledger in DIR and use it again
+    python -m benchmarks.ledger --only report        one command
+    python -m benchmarks.ledger --granularity document   values by document: a sample has a row for each of its documents
 
 Rows: 4 targets, 1,024 samples a step, 4 datasets with 20 sources each; documents of 8 to 64 tokens and samples of 16, so
 that most samples are cut from one or two documents. The rows go through the real writer and its commits, the samples
-through megatron-core's own index arrays. Each query runs in a process of its own; memory is that process's peak.
+through megatron-core's own index arrays. Each command runs as a user's does, in a process of its own: wall and processor
+time are of the whole process, memory is its peak.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,17 +32,21 @@ TARGETS = ("code", "prose", "maths", "dialogue")
 DATASETS, SOURCES, BATCH, WRITERS, SEQUENCE = 4, 20, 1024, 4, 16
 COMMIT_EVERY = 500
 
-QUERIES = {
-    "cells and values by dataset and phase": "domains",
-    "inrun top --by dataset": "dataset",
-    "inrun top --by source": "source",
-    "inrun top --by document": "document",
-    "inrun top --by sample": "sample",
+COMMANDS = {
+    "report": ["report", "--output", "PAGE"],
+    "report-json": ["report", "--json"],
+    "summary": ["summary"],
+    "dataset": ["top", "--by", "dataset"],
+    "source": ["top", "--by", "source"],
+    "document": ["top", "--by", "document"],
+    "sample": ["top", "--by", "sample"],
+    "verify": ["verify"],
 }
+"""Subcommand and options; the run comes in between."""
 
 
 def write_data(directory: Path, samples: int) -> list[dict[str, Any]]:
-    """Datasets as `inrun prepare` leaves them (token files are sparse: nothing reads them), and their table."""
+    """Datasets as `inrun prepare` leaves them (tokens are 0 but for the end of a document), and their table."""
     from inrun_megatron.data.documents import documents_path
     from inrun_megatron.data.megatron import IndexedDatasetBuilder
     from inrun_megatron.data.tokenizers import ByteTokenizer
@@ -56,6 +62,10 @@ def write_data(directory: Path, samples: int) -> list[dict[str, Any]]:
         builder.document_indices = list(range(len(lengths) + 1))
         builder.finalize(f"{prefix}.idx")
         os.truncate(f"{prefix}.bin", int(lengths.sum()) * 2)
+        # Each document ends with its token: by that segments are told apart.
+        tokens = np.memmap(f"{prefix}.bin", np.uint16, "r+")
+        tokens[np.cumsum(lengths) - 1] = ByteTokenizer.eod
+        tokens.flush()
         names = pa.array([f"source {index}.{number}" for number in range(SOURCES)])
         codes = pa.array(generator.integers(0, SOURCES, len(lengths)), pa.int32())
         table = pa.table(
@@ -81,25 +91,46 @@ def write_data(directory: Path, samples: int) -> list[dict[str, Any]]:
     return [entry.to_dict() for entry in train.table]
 
 
-def write_ledger(directory: Path, rows: int) -> dict[str, Any]:
+def segments_of(table: list[dict[str, Any]], samples: int) -> list[np.ndarray]:
+    """How many documents each of the first `samples` samples has, by dataset."""
+    from inrun_megatron.data.identity import SampleResolver
+
+    resolver, found = SampleResolver(table, verify=False), []
+    for dataset in range(len(table)):
+        counts = np.empty(samples, np.int8)
+        for first in range(0, samples, 1 << 18):
+            own = np.arange(first, min(first + (1 << 18), samples))
+            row, _, start, end = resolver.spans(dataset, own)
+            size = end - start
+            # The last token of a sample is the label of its last position.
+            begin = np.cumsum(size) - size - row * (SEQUENCE + 1)
+            counts[own] = np.bincount(row[begin < SEQUENCE], minlength=len(own))
+        found.append(counts)
+    return found
+
+
+def write_ledger(directory: Path, rows: int, granularity: str = "sample") -> dict[str, Any]:
     """Generate; returns the figures of the writing."""
     from inrun_megatron.ledger import LedgerWriter, RunDescription, StepRecord, commit, create_ledger
 
-    steps = rows // (BATCH * len(TARGETS))
+    cut = granularity == "document"
+    # Samples of 16 tokens, cut from documents of 36 on average, have 16 / 36 boundaries.
+    steps = int(rows / (BATCH * len(TARGETS) * (1 + SEQUENCE / 36 if cut else 1)))
     directory.mkdir(parents=True, exist_ok=True)
     table = write_data(directory, steps * BATCH + BATCH)
+    segments = segments_of(table, steps * BATCH // DATASETS) if cut else []
     described = RunDescription(
         targets=[{"name": name, "sequences": 8} for name in TARGETS],
         datasets=table,
         configuration={
             "training": {"optimizer": "adam"},
-            "shapley": {"interval": 1, "estimator": "first_order"},
+            "shapley": {"interval": 1, "estimator": "first_order", "granularity": granularity},
         },
         coverage={"parameters": 1, "tapped": 1, "missing": []},
     )
     generator = np.random.default_rng(1)
     nothing = np.zeros(DATASETS, dtype=np.int64)
-    started, inside = time.perf_counter(), 0.0
+    started, inside, written = time.perf_counter(), 0.0, 0
     losses = np.full(len(TARGETS), 6.0)
     share = BATCH // WRITERS
     with create_ledger(directory / "shapley", described):
@@ -108,8 +139,16 @@ def write_ledger(directory: Path, rows: int) -> dict[str, Any]:
             dataset = np.arange(BATCH) % DATASETS
             sample = nothing[dataset] + np.arange(BATCH) // DATASETS
             nothing += BATCH // DATASETS
-            values = generator.normal(1e-5, 1e-4, (BATCH, len(TARGETS))) / (1 + step / 1000)
+            segment = np.zeros(BATCH, np.int32)
+            if cut:
+                counts = np.array([segments[d][k] for d, k in zip(dataset, sample, strict=True)])
+                dataset, sample = np.repeat(dataset, counts), np.repeat(sample, counts)
+                segment = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            values = generator.normal(1e-5, 1e-4, (len(sample), len(TARGETS))) / (1 + step / 1000)
             sums = values.sum(0)
+            # Samples are not cut between writers.
+            edges = np.append(np.flatnonzero(segment == 0)[::share], len(sample))
+            written += len(sample) * len(TARGETS)
             record = StepRecord(
                 step=step,
                 samples=BATCH,
@@ -124,47 +163,40 @@ def write_ledger(directory: Path, rows: int) -> dict[str, Any]:
             before = time.perf_counter()
             writers[0].append_step(record)
             for number, writer in enumerate(writers):
-                own = slice(number * share, (number + 1) * share)
-                writer.append(step, dataset[own], sample[own], np.full(share, SEQUENCE), values[own])
+                own = slice(edges[number], edges[number + 1])
+                tokens = np.full(len(sample[own]), SEQUENCE)
+                writer.append(step, dataset[own], sample[own], tokens, values[own], segment[own])
             inside += time.perf_counter() - before
             if step % COMMIT_EVERY == 0 or step == steps:
                 parts = [part for writer in writers for part in writer.write_parts()]
                 commit(directory / "shapley", step, parts)
     size = sum(path.stat().st_size for path in (directory / "shapley" / "values").iterdir())
     return {
-        "rows": steps * BATCH * len(TARGETS),
+        "rows": written,
         "steps": steps,
-        "bytes_per_row": size / (steps * BATCH * len(TARGETS)),
+        "bytes_per_row": size / written,
         "seconds": time.perf_counter() - started,
         "append_microseconds_per_step_and_writer": inside / steps / WRITERS * 1e6,
     }
 
 
-def query(directory: Path, name: str) -> dict[str, Any]:
-    """One query in this process."""
-    from inrun_megatron.ledger import Ledger
-    from inrun_megatron.report.documents import Documents
-    from inrun_megatron.report.domains import domain_figures
-    from inrun_megatron.report.phases import phases_of, whole_run
-    from inrun_megatron.report.query import Query
-    from inrun_megatron.report.ranking import create_figures, level_of, ranked
-
+def timed(directory: Path, command: list[str], page: Path) -> dict[str, float]:
+    """Run one command to its end. Raises CalledProcessError where it fails."""
+    subcommand, *options = (str(page) if word == "PAGE" else word for word in command)
+    arguments = [sys.executable, "-m", "inrun_megatron.cli", subcommand, str(directory), *options]
     started = time.perf_counter()
-    ledger = Ledger(directory)
-    whole = whole_run(ledger.last_step)
-    with Query(ledger) as session:
-        if name == "domains":
-            found = len(domain_figures(session, [whole, *phases_of(ledger.last_step)]))
-        else:
-            level = level_of(name)
-            create_figures(session, level, whole, Documents(ledger))
-            found = sum(len(ranked(session, level, target)) for target in TARGETS)
-    used = resource.getrusage(resource.RUSAGE_SELF)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(
+        process.pid, 0
+    )  # of this process alone, where getrusage has the sum of all children
+    seconds = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, arguments)
     return {
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
         "cpu_seconds": used.ru_utime + used.ru_stime,
         "peak_gib": used.ru_maxrss / 2**20,
-        "rows_shown": found,
     }
 
 
@@ -174,35 +206,26 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--keep", type=Path)
-    parser.add_argument("--only", choices=QUERIES.values(), help="one query")
+    parser.add_argument("--granularity", choices=("sample", "document"), default="sample")
+    parser.add_argument("--only", choices=COMMANDS, action="append", help="this command; may be given again")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--query", nargs=2, metavar=("DIR", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.query:
-        print(json.dumps(query(Path(options.query[0]), options.query[1])))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         directory = options.keep or Path(temporary)
         figures: dict[str, Any] = {}
         if not (directory / "shapley" / "run.json").exists():
-            figures["writing"] = written = write_ledger(directory, options.rows)
+            figures["writing"] = written = write_ledger(directory, options.rows, options.granularity)
             print(
                 f"{written['rows']:,} rows written in {written['seconds']:.0f} s ({written['bytes_per_row']:.1f} bytes a row); "
                 f"append takes {written['append_microseconds_per_step_and_writer']:.0f} us per step and writer"
             )
-        for title, name in QUERIES.items():
-            if options.only not in (None, name):
+        for name, command in COMMANDS.items():
+            if options.only and name not in options.only:
                 continue
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.ledger", "--query", str(directory), name],
-                stdout=subprocess.PIPE,
-                text=True,
-                check=True,
-            )
-            figures[title] = found = json.loads(done.stdout.splitlines()[-1])
+            figures[name] = found = timed(directory, command, Path(temporary) / "report.html")
             print(
-                f"{title:<40} {found['seconds']:6.1f} s ({found['cpu_seconds']:.0f} s of processor time)   "
-                f"peak {found['peak_gib']:.2f} GiB",
+                f"{'inrun ' + ' '.join(command):<28} {found['seconds']:6.1f} s   {found['cpu_seconds']:6.1f} s of processor "
+                f"time   peak {found['peak_gib']:.2f} GiB",
                 flush=True,
             )
         if options.json:

@@ -100,7 +100,7 @@ def test_ranges_of_steps_do_not_change_the_result(
         whole = query.rows(select)
         ranges = list(query.step_ranges(1, 60, rows=50))
         assert len(ranges) == 20 and ranges[:2] == [(1, 3), (4, 6)] and ranges[-1][1] == 60
-        monkeypatch.setattr(query, "step_ranges", lambda first, last: ranges)
+        monkeypatch.setattr(query, "step_ranges", lambda first, last, rows=0: ranges)
         create_figures(query, Level.document, whole_run(60), Documents(ledger))
         parts = query.rows(select)
     assert_same(parts, whole)

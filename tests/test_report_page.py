@@ -87,6 +87,8 @@ def test_it_opens_and_fits(opened: Open, width: str, scheme: str) -> None:
     assert {slot: slots.count(slot) for slot in slots} == {
         "training": 1, "loss": 2, "heat": 1, "value": 2, "composition": 2, "distribution": 2, "timing": 1,
     }  # fmt: skip
+    cut = "[...document.querySelectorAll('table.explained')].map(t => t.offsetWidth > t.parentElement.clientWidth)"
+    assert page.evaluate(cut) == [False, False]
     for slot, chart_width, height, paths in drawn:
         assert 250 < chart_width <= WIDTHS[width][0] and height > 60 and paths > 3, slot
     ink, paper = (

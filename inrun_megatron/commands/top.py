@@ -19,6 +19,7 @@ from inrun_megatron.commands.options import (
 from inrun_megatron.commands.targets import chosen_targets
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
+from inrun_megatron.report.document_sums import Leading
 from inrun_megatron.report.documents import Documents, parse_moved, printable, shorten
 from inrun_megatron.report.phases import Phase, choose_steps
 from inrun_megatron.report.query import Query
@@ -66,7 +67,7 @@ def top(
     level = level_of(by)
     documents = Documents(ledger, parse_moved(ledger, data or ()))
     with Query(ledger) as query:
-        create_figures(query, level, chosen, documents, target)
+        create_figures(query, level, chosen, documents, target, Leading(rank.name, n))
         found = {
             name: [_with_text(documents, level, row) for row in ranked(query, level, name, rank, worst, n)]
             for name in targets

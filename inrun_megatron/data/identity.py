@@ -103,6 +103,18 @@ class SampleResolver:
         row, document, start, end = self.spans(dataset, samples)
         return DocumentShares(row, document, end - start)
 
+    def places(self, dataset: int, samples: np.ndarray) -> np.ndarray:
+        """Where samples [n] lie in the stream before shuffling: neighbours there share a document, or follow one another."""
+        return self._open(dataset).places(np.asarray(samples, np.int64))
+
+    def reads_once(self, dataset: int) -> bool:
+        """Has every document one place in the stream (one epoch, one sequence a document)?"""
+        return self._open(dataset).reads_once
+
+    def spans_per_sample(self, dataset: int) -> float:
+        """Spans that a sample reads, on average; no less than that."""
+        return self._open(dataset).spans_per_sample
+
     def tokens(self, dataset: int, sample: int) -> np.ndarray:
         """The tokens that the sample reads, int64 [seq_length + 1]: its tokens, and the label of the last one."""
         data = self._open(dataset).data
@@ -251,15 +263,32 @@ class _OpenDataset:
         tokenizer = None if summary is None else build_tokenizer_from(summary["tokenizer"])
         return None if isinstance(tokenizer, NullTokenizer) else tokenizer
 
-    def spans(self, samples: np.ndarray) -> SpanArrays:
-        """Spans of samples [n]."""
-        document_index, sample_index, shuffle_index = self._index
+    @cached_property
+    def reads_once(self) -> bool:
+        if not self._plain:
+            return False
+        counts = np.bincount(self._index[0], minlength=1)
+        return int(counts.max()) <= 1
+
+    @property
+    def spans_per_sample(self) -> float:
+        document_index, _, shuffle_index = self._index
+        return 1 + len(document_index) / max(len(shuffle_index), 1)
+
+    def places(self, samples: np.ndarray) -> np.ndarray:
+        """Places in the stream of samples [n]."""
+        shuffle_index = self._index[2]
         if len(samples) and not (samples.min() >= 0 and samples.max() < len(shuffle_index)):
             bad = samples.min() if samples.min() < 0 else samples.max()
             raise UserError(
                 f"dataset {self._row['name']} has samples 0 to {len(shuffle_index) - 1}, not {bad}"
             )
-        place = shuffle_index[samples].astype(np.int64)
+        return np.asarray(shuffle_index[samples].astype(np.int64))
+
+    def spans(self, samples: np.ndarray) -> SpanArrays:
+        """Spans of samples [n]."""
+        document_index, sample_index, _ = self._index
+        place = self.places(samples)
         first, first_offset = sample_index[place].astype(np.int64).T
         last, last_offset = sample_index[place + 1].astype(np.int64).T
         count = last - first + 1  # sequences that each sample touches

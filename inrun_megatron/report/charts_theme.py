@@ -87,6 +87,8 @@ def theme(mode: str) -> dict[str, Any]:
             "tickColor": ink["axis"],
             "labelLimit": 150,
         },
+        # A label that is pushed inwards at the end of an axis would run into its neighbour.
+        "axisXQuantitative": {"labelFlush": False, "labelOverlap": "greedy", "labelSeparation": 4},
         "axisY": {"domain": False, "ticks": False, "labelPadding": 6},
         "legend": {
             "orient": "top",

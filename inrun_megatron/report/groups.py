@@ -23,9 +23,10 @@ class Groups:
     """
 
     def __init__(self, ledger: Ledger, documents: Documents, field: str) -> None:
+        self._groups: list[np.ndarray] = []
         number: dict[str, int] = {}
         known: set[str] = set()
-        tables, found = [], False
+        found = False
         for index in range(len(ledger.datasets)):
             table = documents.resolver.documents(index)
             fields = set() if table is None else set(table.column_names) - set(_NO_FIELDS)
@@ -39,26 +40,31 @@ class Groups:
             encoded = pc.dictionary_encode(text)
             own = [number.setdefault(str(name), len(number)) for name in encoded.dictionary.to_pylist()]
             group = np.array(own, dtype=np.int64)[encoded.indices.to_numpy()]
-            tables.append(
-                pa.table(
-                    {
-                        "dataset": np.full(len(group), index, dtype=np.int16),
-                        "document": np.arange(len(group)),
-                        "grp": group,
-                    }
-                )
-            )
+            self._groups.append(group)
         if not found:
             offered = ", ".join(sorted(known)) or "none: they were not prepared by inrun prepare"
             raise UserError(
                 f"no dataset of the run has the field {field!r} (fields: {offered}); keep it with "
                 f"inrun prepare --metadata-fields {field}"
             )
-        self._documents, self._names = pa.concat_tables(tables), list(number)
+        self._names = list(number)
 
     def documents(self) -> pa.Table:
         """Columns dataset, document, grp."""
-        return self._documents
+        return pa.concat_tables(
+            pa.table(
+                {
+                    "dataset": np.full(len(group), index, dtype=np.int16),
+                    "document": np.arange(len(group)),
+                    "grp": group,
+                }
+            )
+            for index, group in enumerate(self._groups)
+        )
+
+    def of(self, dataset: int) -> np.ndarray:
+        """Groups of a dataset's documents, in their order."""
+        return np.asarray(self._groups[dataset])
 
     def names(self) -> pa.Table:
         """Columns grp, name."""

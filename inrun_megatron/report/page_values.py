@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
+
+from inrun_megatron.report.document_sums import Leading
 from inrun_megatron.report.documents import Documents, printable_lines, shorten
 from inrun_megatron.report.phases import Phase, whole_run
-from inrun_megatron.report.query import Query, quoted
-from inrun_megatron.report.ranking import Level, create_figures
+from inrun_megatron.report.query import Query
+from inrun_megatron.report.ranking import Level, create_figures, ranked
 
 COMPOSITION_BINS = 40
 HISTOGRAM_WIDTH = 0.25
@@ -67,7 +70,7 @@ def distribution(query: Query, phases: Sequence[Phase], last_step: int) -> list[
     names = [phase.name for phase in phases]
     found: dict[tuple[str, str, int], dict[int, int]] = {}
     for row in rows:
-        for name in {names[row["phase"]], whole_run(last_step).name}:
+        for name in dict.fromkeys((whole_run(last_step).name, names[row["phase"]])):
             bins = found.setdefault((name, row["target"], row["dataset"]), {})
             bins[row["bin"]] = bins.get(row["bin"], 0) + row["n"]
     return [
@@ -89,39 +92,34 @@ def documents_of(
 
     `lists` says where a document stands: {"best": {target: rank}, "worst": {target: rank}}, ranks from 1.
     """
-    create_figures(query, Level.document, phase, documents)
-    targets = ", ".join(quoted(target) for target in query.ledger.target_names)
-    query.run(f"""
-        CREATE OR REPLACE TEMP TABLE listed AS SELECT * FROM (
-            SELECT dataset, document, target,
-                   row_number() OVER (PARTITION BY target ORDER BY value DESC, dataset, document) AS best,
-                   row_number() OVER (PARTITION BY target ORDER BY value ASC, dataset, document) AS worst
-            FROM figures WHERE target IN ({targets})
-        ) WHERE best <= {n} OR worst <= {n}
-    """)
+    create_figures(query, Level.document, phase, documents, leading=Leading("value", n))
+    lists: dict[tuple[int, int], dict[str, dict[str, int]]] = {}
+    for target in query.ledger.target_names:
+        for kind, worst in (("best", False), ("worst", True)):
+            leading = ranked(query, Level.document, target, worst=worst, n=n)
+            for rank, row in enumerate(leading, start=1):
+                # A best document has a positive value: with few documents the n best would hold the worst as well.
+                if row["value"] < 0 if worst else row["value"] > 0:
+                    own = lists.setdefault((row["dataset"], row["document"]), {"best": {}, "worst": {}})
+                    own[kind][target] = rank
+    keys = {
+        name: pa.array([key[position] for key in lists], kind)
+        for position, (name, kind) in enumerate((("dataset", pa.int16()), ("document", pa.int64())))
+    }
+    query.register("listed", pa.table(keys))
     found: dict[tuple[int, int], dict[str, Any]] = {}
     for row in query.rows(
         "SELECT f.* FROM figures f SEMI JOIN listed l ON f.dataset = l.dataset AND f.document = l.document "
         "ORDER BY f.dataset, f.document"
     ):
+        key = (row["dataset"], row["document"])
         entry = found.setdefault(
-            (row["dataset"], row["document"]),
+            key,
             {name: row[name] for name in ("dataset", "dataset_name", "document", "tokens", "samples")}
-            | {"values": {}, "lists": {"best": {}, "worst": {}}},
+            | {"values": {}, "lists": lists[key]},
         )
         entry["values"][row["target"]] = {name: row[name] for name in ("value", "per_token", "normalised")}
-    for row in query.rows("SELECT * FROM listed"):
-        lists = found[row["dataset"], row["document"]]["lists"]
-        for kind in ("best", "worst"):
-            # A best document has a positive value: with few documents the n best would hold the worst as well.
-            value = found[row["dataset"], row["document"]]["values"][row["target"]]["value"]
-            if row[kind] <= n and (value > 0 if kind == "best" else value < 0):
-                lists[kind][row["target"]] = row[kind]
-    return [
-        entry | _text(documents, entry, characters)
-        for entry in found.values()
-        if entry["lists"]["best"] or entry["lists"]["worst"]
-    ]
+    return [entry | _text(documents, entry, characters) for entry in found.values()]
 
 
 def _text(documents: Documents, entry: dict[str, Any], characters: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Values by sample, document, dataset, file or metadata field: the relation `figures`, ranked or exported.
 
-How values of documents come about is said in report/attribution.py. Documents of samples are looked up for a range of steps at a time, so that memory does not grow with the run.
+How values of documents come about is said in report/attribution.py, how they are summed in report/moments.py.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from enum import StrEnum
 from typing import Any
 
 from inrun_megatron.report import sql
-from inrun_megatron.report.attribution import create_document_rows
+from inrun_megatron.report.document_sums import Leading
 from inrun_megatron.report.documents import Documents
 from inrun_megatron.report.groups import Groups
+from inrun_megatron.report.moments import create_document_moments, create_group_moments
 from inrun_megatron.report.phases import Phase
 from inrun_megatron.report.query import Query, quoted
 
@@ -61,6 +62,7 @@ def create_figures(
     phase: Phase,
     documents: Documents | None = None,
     target: str | None = None,
+    leading: Leading | None = None,
 ) -> None:
     """(Re)create the relation `figures`: one row per target and sample, document, dataset or value of a metadata field,
     over the steps of `phase`.
@@ -68,8 +70,8 @@ def create_figures(
     Columns: keys_of(level), then target, samples, tokens, first_step, last_step, value, mean, standard_error,
     negative_share, per_token, normalised, relative. `samples`: scored samples that it is part of; tokens: loss tokens
     (documents and fields: see attribution.py). The error of the mean takes steps as independent draws, for
-    samples and documents each scored sample. All levels but sample and dataset need `documents`. Raises UserError
-    when the data files are not there or have changed.
+    samples and documents each scored sample. All levels but sample and dataset need `documents`. leading: documents that
+    `ranked` would not show may be left out. Raises UserError when the data files are not there or have changed.
     """
     for kind in ("TABLE", "VIEW"):
         query.drop(kind, "figures")
@@ -85,24 +87,22 @@ def create_figures(
             return
         keys = ["dataset", "sample"]
         source = f"({sql.moments(keys, sql.rows_of(keys, f'(SELECT * FROM samples WHERE {scope})'))})"
+    elif isinstance(level, Level):
+        assert documents is not None
+        create_document_moments(query, phase, target, documents, leading)
+        keys, source = ["dataset", "document"], "moments"
     else:
         assert documents is not None
-        groups = None if isinstance(level, Level) else Groups(query.ledger, documents, level)
-        if groups is not None:
-            query.register("document_groups", groups.documents())
-        keys = ["dataset", "document"] if groups is None else ["grp"]
-        _add_up(query, phase, target, keys, documents)
-        source = f"({sql.added(keys, 'some_moments')})"
-        if groups is not None:
-            query.register("groups", groups.names())
-            query.run(
-                f"CREATE TEMP TABLE figures AS "
-                f"{sql.figures('g.name', f'{source} m JOIN groups g ON m.grp = g.grp')}"
-            )
-            return
+        groups = Groups(query.ledger, documents, level)
+        create_group_moments(query, phase, target, documents, groups)
+        query.register("groups", groups.names())
+        joined = sql.figures("g.name", "moments m JOIN groups g ON m.grp = g.grp")
+        query.run(f"CREATE TEMP VIEW figures AS {joined}")
+        return
     columns = ", ".join(["m.dataset", "d.name AS dataset_name", *(f"m.{key}" for key in keys[1:])])
+    kind = "VIEW" if source == "moments" else "TABLE"
     query.run(
-        f"CREATE TEMP TABLE figures AS "
+        f"CREATE TEMP {kind} figures AS "
         f"{sql.figures(columns, f'{source} m JOIN datasets d ON m.dataset = d.dataset')}"
     )
 
@@ -149,16 +149,3 @@ def _samples_as_they_are(query: Query, scope: str) -> None:
                CASE WHEN s.tokens > 0 THEN s.value / s.tokens END AS per_token, s.normalised, s.relative
         FROM scored s JOIN datasets d ON s.dataset = d.dataset WHERE {qualified}
     """)
-
-
-def _add_up(query: Query, phase: Phase, target: str | None, keys: list[str], documents: Documents) -> None:
-    """The relation `some_moments`: moments of each range of steps, by document or (keys grp) by group of documents."""
-    query.drop("TABLE", "some_moments")
-    only = "" if target is None else f" AND target = {quoted(target)}"
-    grouped = keys == ["grp"]
-    draws = sql.steps_of(keys, f"({sql.GROUP_ROWS})") if grouped else sql.rows_of(keys, "document_rows")
-    # An empty range where nothing was scored, so that the relation is there.
-    for position, (first, last) in enumerate(list(query.step_ranges(phase.first, phase.last)) or [(0, 0)]):
-        create_document_rows(query, documents, f"step BETWEEN {first} AND {last}{only}")
-        statement = "INSERT INTO some_moments" if position else "CREATE TEMP TABLE some_moments AS"
-        query.run(f"{statement} {sql.moments(keys, draws)}")

@@ -11,11 +11,12 @@ from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.audits import check_additivity, check_coverage, check_efficiency
 from inrun_megatron.ledger.checks import Check
 from inrun_megatron.ledger.read import Ledger
+from inrun_megatron.report.document_sums import Leading
 from inrun_megatron.report.documents import Documents, parse_moved
 from inrun_megatron.report.domains import domain_figures
 from inrun_megatron.report.overview import describe_run, describe_steps, describe_targets
 from inrun_megatron.report.phases import DEFAULT_CUTS, Phase, phases_of, whole_run
-from inrun_megatron.report.query import Query, quoted
+from inrun_megatron.report.query import Query
 from inrun_megatron.report.ranking import Level, create_figures, ranked
 from inrun_megatron.report.summary_text import render
 from inrun_megatron.report.tables import console, print_json
@@ -104,16 +105,21 @@ def largest_samples(query: Query, phase: Phase) -> dict[str, dict[str, Any]]:
     would damp it.
     """
     scope = f"step BETWEEN {phase.first} AND {phase.last}"
-    largest = {}
-    for target in query.ledger.target_names:
-        chosen = f"{scope} AND target = {quoted(target)}"
-        rows = query.rows(
-            "SELECT v.step, v.dataset, d.name AS dataset_name, v.sample, v.value FROM scored v "
-            f"JOIN datasets d ON v.dataset = d.dataset WHERE {chosen} ORDER BY abs(v.value) DESC LIMIT 1"
+    rows = query.rows(f"""
+        WITH found AS (
+            SELECT target, arg_max(struct_pack(step, dataset, sample, value), abs(value)) AS row
+            FROM samples WHERE {scope} GROUP BY target
+        ), sums AS (
+            SELECT target, sum(absolute) AS absolute FROM cells WHERE {scope} GROUP BY target
         )
-        if rows:
-            total = query.rows(f"SELECT sum(absolute) AS absolute FROM cells WHERE {chosen}")[0]["absolute"]
-            largest[target] = rows[0] | {"share": abs(rows[0]["value"]) / total if total else 0.0}
+        SELECT f.target, f.row.step, f.row.dataset, d.name AS dataset_name, f.row.sample, f.row.value, s.absolute
+        FROM found f JOIN sums s ON f.target = s.target JOIN datasets d ON f.row.dataset = d.dataset
+        JOIN targets t ON f.target = t.target ORDER BY t.position
+    """)
+    largest = {}
+    for row in rows:
+        target, absolute = row.pop("target"), row.pop("absolute")
+        largest[target] = row | {"share": abs(row["value"]) / absolute if absolute else 0.0}
     return largest
 
 
@@ -125,7 +131,7 @@ def _documents(
     ledger = query.ledger
     try:
         documents = Documents(ledger, parse_moved(ledger, moved))
-        create_figures(query, Level.document, phase, documents)
+        create_figures(query, Level.document, phase, documents, leading=Leading("value", n))
         found: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for target in ledger.target_names:
             found[target] = {}
