@@ -46,14 +46,21 @@ def bootstrap(
 
 
 def spearman(left: Sequence[float] | Array, right: Sequence[float] | Array) -> Figure:
-    """Rank correlation of paired cases `[n]` or `[n, K]`: the mean over columns. Cases are resampled."""
-    one, other = (np.asarray(side, dtype=float).reshape(len(side), -1) for side in (left, right))
+    """Rank correlation of paired cases `[n]` or `[n, K]`: the mean over columns. Cases are resampled.
 
-    def correlation(cases: Array) -> float:
-        chosen = cases.astype(int)
-        ranks = [stats.rankdata(side[chosen], axis=0) for side in (one, other)]
+    Of `[g, r, K]`, g groups of r cases, whole groups are resampled: cases of one group are not independent draws.
+    """
+    pair = [np.asarray(side, dtype=float) for side in (left, right)]
+    one, other = (side if side.ndim == 3 else side.reshape(len(side), 1, -1) for side in pair)
+
+    def correlation(groups: Array) -> float:
+        chosen = groups.astype(int)
+        ranks = [stats.rankdata(side[chosen].reshape(-1, side.shape[-1]), axis=0) for side in (one, other)]
         a, b = (rank - rank.mean(0) for rank in ranks)
-        return float(((a * b).sum(0) / np.sqrt((a * a).sum(0) * (b * b).sum(0))).mean())
+        spread = np.sqrt((a * a).sum(0) * (b * b).sum(0))
+        # A score that is the same for all says nothing about their order: 0.
+        found = np.divide((a * b).sum(0), spread, out=np.zeros_like(spread), where=spread > 0)
+        return float(found.mean())
 
     return bootstrap(correlation, np.arange(len(one)))
 
