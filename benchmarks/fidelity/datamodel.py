@@ -13,14 +13,18 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import baselines, corpus
 from .items import Item, Outcome, Table, bars, collect
-from .statistics import spearman
+from .statistics import spearman, spearman_difference
 from .training import METHODS, Method, Recipe, ScoredRun, Targets, epochs, retrained, scored_run
+
+BASELINE = "BM25 overlap"
 
 
 @dataclass(frozen=True)
@@ -103,29 +107,38 @@ def run(pool: Executor, full: bool) -> Outcome:
     scores["gradient dot, final checkpoint"] = baselines.gradient_dot(
         setting.recipe.shape, last.weights, sequences, targets
     )
-    scores["BM25 overlap"] = baselines.overlap(sequences, targets)
+    scores[BASELINE] = baselines.overlap(sequences, targets)
     scores["minus own loss"] = baselines.negative_loss(last.row_losses, order, samples, len(targets))
+    return tabulate(
+        {
+            "targets": list(targets),
+            "losses": losses.tolist(),
+            "losses from another seed": other_losses.tolist(),
+            "halves": halves.int().tolist(),
+            "scores": {name: values.tolist() for name, values in scores.items()},
+        }
+    )
+
+
+def tabulate(raw: dict[str, Any]) -> Outcome:
+    """Table and plot of the figures as they are in the JSON file."""
+    halves, losses = np.array(raw["halves"], dtype=float), np.array(raw["losses"])  # [m, N], [m, K]
+    sums = {name: halves @ np.array(values) for name, values in raw["scores"].items()}
+    sums["(the halves' losses from another seed)"] = -np.array(raw["losses from another seed"])
     table = [
-        {"attribution": name, "LDS": spearman((halves.double() @ values).numpy(), -losses)}
-        for name, values in scores.items()
+        {
+            "attribution": name,
+            "LDS": spearman(values, -losses),
+            f"less that of {BASELINE}": spearman_difference(values, sums[BASELINE], -losses),
+        }
+        for name, values in sums.items()
     ]
-    table.append(
-        {"attribution": "(the halves' losses from another seed)", "LDS": spearman(-other_losses, -losses)}
+    title = (
+        f"LDS over {len(halves)} halves of {halves.shape[1]} sequences, mean of {len(raw['targets'])} targets"
     )
-    title = f"LDS over {setting.halves} halves of {samples} sequences, mean of {len(targets)} targets"
-    raw = {
-        "targets": list(targets),
-        "losses": losses.tolist(),
-        "losses from another seed": other_losses.tolist(),
-        "halves": halves.int().tolist(),
-        "scores": {name: values.tolist() for name, values in scores.items()},
-    }
     labels, figures = [row["attribution"] for row in table], [row["LDS"] for row in table]
-    return Outcome(
-        [Table(title, table)],
-        raw,
-        [partial(bars, labels=labels, figures=figures, title=title, reference=0.0)],
-    )
+    panel = partial(bars, labels=labels, figures=figures, title=title, reference=0.0)
+    return Outcome([Table(title, table)], raw, [panel])
 
 
 ITEM = Item("lds", "Do the values add up to what a model learns from half of the data?", run)
