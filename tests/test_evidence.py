@@ -96,7 +96,7 @@ def test_passages_fill_a_sequence() -> None:
 
 
 MINIATURES = {
-    "loo": (removal, removal.Setting(TINY, points=2, rows=2, target_rows=2)),
+    "loo": (removal, removal.Setting(TINY, points=2, rows=2, target_rows=2, seeds=1)),
     "lds": (datamodel, datamodel.Setting(TINY, sources=1, rows=6, target_rows=2, halves=4)),
     "harm": (harm, harm.Setting(TINY, rows=24, bad=2, target_rows=1, seeds=1)),
     "curation": (curation, curation.Setting(TINY, rows=24, target_rows=1, judge_rows=2, seeds=2)),

@@ -18,7 +18,15 @@ from inrun_megatron.report.charts_training import stacked
 from inrun_megatron.report.overview import describe_targets
 from inrun_megatron.report.page import render, write_page, write_png
 from inrun_megatron.report.page_figures import build_figures
-from inrun_megatron.report.page_series import POINTS, explained, loss_curve, target_series, thinned, timing
+from inrun_megatron.report.page_series import (
+    POINTS,
+    explained,
+    explained_curve,
+    loss_curve,
+    target_series,
+    thinned,
+    timing,
+)
 from inrun_megatron.report.page_values import HISTOGRAM_WIDTH
 from inrun_megatron.report.phases import Phase
 from tests.report_runs import HOSTILE, write_reported_run
@@ -133,6 +141,27 @@ def test_losses_explained_agree_with_the_summary(run: tuple[Path, np.ndarray, di
         late = phases[-1]
         predicted = late["values"] + late["momentum"] + late["decay"]
         assert curve[21]["predicted"] - curve[60]["predicted"] == pytest.approx(predicted, rel=1e-9)
+
+
+def test_the_explained_fraction_over_the_run_adds_up_to_that_of_the_whole(
+    run: tuple[Path, np.ndarray, dict[str, Any]],
+) -> None:
+    for target in run[2]["targets"]:
+        whole, curve = target["explained"][0], target["explained_curve"]
+        assert len(curve) == 20 and (curve[0]["first"], curve[-1]["last"]) == (1, 60)
+        assert sum(stretch["intervals"] for stretch in curve) == whole["intervals"]
+        for term in ("realised", "values", "momentum", "decay"):
+            assert sum(stretch[term] for stretch in curve) == pytest.approx(whole[term], rel=1e-9)
+        for stretch in curve:
+            predicted = stretch["values"] + stretch["momentum"] + stretch["decay"]
+            assert stretch["explained_fraction"] == pytest.approx(predicted / stretch["realised"])
+
+
+def test_stretches_without_a_prediction_have_no_explained_fraction(tmp_path: Path) -> None:
+    records = [record(1, 3.0, 0.1), record(2, 2.9, None, "unscored: no optimizer state"), record(3, 2.5, 0.2)]
+    series = target_series(ledger := short_ledger(tmp_path, records), ledger.steps(), "code")
+    assert [(stretch["first"], stretch["last"]) for stretch in explained_curve(series)] == [(1, 2)]
+    assert explained_curve(series)[0]["explained_fraction"] == pytest.approx((0.1 + 0.01 - 0.001) / 0.1)
 
 
 def short_ledger(directory: Path, records: list[StepRecord], **shapley: Any) -> Ledger:
@@ -271,7 +300,12 @@ def test_command_writes_page_charts_and_json(
     assert call("report", directory, "-n", 4, "--png", tmp_path / "png") == 0
     assert "report.html" in capsys.readouterr().out and (directory / "report.html").stat().st_size > 500_000
     images = {path.name: path.read_bytes() for path in (tmp_path / "png").iterdir()}
-    assert len(images) == 11 and "value-code-late-normalised.png" in images and "loss-prose.png" in images
+    assert (
+        len(images) == 13
+        and "explained-code.png" in images
+        and "value-code-late-normalised.png" in images
+        and "loss-prose.png" in images
+    )
     assert all(image.startswith(b"\x89PNG") and len(image) > 5000 for image in images.values())
     assert call("report", directory, "-n", 4, "--json") == 0
     printed = json.loads(capsys.readouterr().out)

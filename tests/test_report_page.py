@@ -85,7 +85,7 @@ def test_it_opens_and_fits(opened: Open, width: str, scheme: str) -> None:
     slots = [slot for slot, *_ in drawn]
     # two targets; training loss, heat map and time are one chart each
     assert {slot: slots.count(slot) for slot in slots} == {
-        "training": 1, "loss": 2, "heat": 1, "value": 2, "composition": 2, "distribution": 2, "timing": 1,
+        "training": 1, "loss": 2, "explained": 2, "heat": 1, "value": 2, "composition": 2, "distribution": 2, "timing": 1,
     }  # fmt: skip
     cut = "[...document.querySelectorAll('table.explained')].map(t => t.offsetWidth > t.parentElement.clientWidth)"
     assert page.evaluate(cut) == [False, False]

@@ -72,7 +72,7 @@ def write(item: Item, outcome: Outcome, setting: str, seconds: float, output: Pa
     }
     (output / f"{item.name}.json").write_text(json.dumps(record, allow_nan=True) + "\n")
     panels = outcome.panels
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.5), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(max(8.5, 5.5 * len(panels)), 4.8), squeeze=False)
     for one, draw in zip(axes[0], panels, strict=True):
         draw(one)
     figure.suptitle(item.question)

@@ -21,16 +21,21 @@ from .statistics import mean
 from .training import DEFAULT, Recipe, State, Targets, epochs, scored_run, target_losses
 
 CORPORA = {"a third shuffled": ("code", "prose", "shuffled"), "real text": ("code", "prose")}
-RULES = ("negative over the run", "negative in the last two thirds", "at random, as many")
+RULES = (
+    "negative, raw, whole run",
+    "negative, raw, last two thirds",
+    "negative, normalised, last two thirds",
+    "at random, as many",
+)
 
 
 @dataclass(frozen=True)
 class Setting:
     recipe: Recipe = field(default_factory=lambda: Recipe(steps=150, lr=3e-3))
     rows: int = 960
-    target_rows: int = 8  # of code and of prose each
+    target_rows: int = 32  # of code and of prose each
     judge_rows: int = 32
-    every: int = 2  # steps between looks at the judging loss
+    every: int = 5  # steps between looks at the judging loss
     seeds: int = 3
 
     def data(self, name: str, seed: int) -> tuple[Tensor, Targets, Targets]:
@@ -66,13 +71,10 @@ def curate(job: Job) -> dict[str, dict[str, float]]:
     order = epochs(samples, recipe, job.seed)
     run = scored_run(recipe, job.sequences, order, job.targets, DEFAULT, job.seed)
     goal = _curve(job, order)[-1]
-    third = recipe.steps // 3 + 1
-    whole, late = (run.by_sample(samples, first_step=first)[:, 0] for first in (1, third))
+    sums = run.by_rule(samples)
+    keep = {rule: (sums[rule.removeprefix("negative, ")][:, 0] >= 0).nonzero()[:, 0] for rule in RULES[:-1]}
     generator = torch.Generator().manual_seed(job.seed)
-    at_random = torch.randperm(samples, generator=generator)[: int((late >= 0).sum())]
-    keep = dict(
-        zip(RULES, ((whole >= 0).nonzero()[:, 0], (late >= 0).nonzero()[:, 0], at_random), strict=True)
-    )
+    keep[RULES[-1]] = torch.randperm(samples, generator=generator)[: len(keep[RULES[-2]])]
     found = {}
     for rule, kept in keep.items():
         curve = _curve(job, kept[epochs(len(kept), recipe, job.seed)])

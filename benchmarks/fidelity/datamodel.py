@@ -3,6 +3,9 @@
 Train on random halves of a small corpus (every row keeps its place, absent rows are left out of their steps). The score
 of an attribution is Spearman's correlation, over the halves, of the summed values of the sequences that were there with
 minus the target's loss; the mean over the targets. The corpus has a few sources, and each target is held-out text of one.
+
+The same halves are trained once more from other weights in another order: how those losses rank the halves is what a
+score of the data alone, that does not know this run's order, can reach.
 """
 
 from __future__ import annotations
@@ -10,14 +13,18 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import baselines, corpus
 from .items import Item, Outcome, Table, bars, collect
-from .statistics import spearman
+from .statistics import spearman, spearman_difference
 from .training import METHODS, Method, Recipe, ScoredRun, Targets, epochs, retrained, scored_run
+
+BASELINE = "BM25 overlap"
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Job:
     sequences: Tensor
     order: Tensor
     targets: Targets
+    seed: int
     halves: Tensor | None = None  # [m, N]
     method: Method | None = None
 
@@ -61,9 +69,7 @@ def retrain(job: Job) -> Tensor:
     torch.set_num_threads(1)
     assert job.halves is not None
     losses = [
-        retrained(
-            job.setting.recipe, job.sequences, job.order, job.targets, job.setting.seed, half[job.order]
-        )
+        retrained(job.setting.recipe, job.sequences, job.order, job.targets, job.seed, half[job.order])
         for half in job.halves
     ]
     return torch.stack(losses)
@@ -72,7 +78,7 @@ def retrain(job: Job) -> Tensor:
 def score(job: Job) -> ScoredRun:
     torch.set_num_threads(1)
     assert job.method is not None
-    return scored_run(job.setting.recipe, job.sequences, job.order, job.targets, job.method, job.setting.seed)
+    return scored_run(job.setting.recipe, job.sequences, job.order, job.targets, job.method, job.seed)
 
 
 def run(pool: Executor, full: bool) -> Outcome:
@@ -83,39 +89,56 @@ def run(pool: Executor, full: bool) -> Outcome:
     halves = torch.zeros(setting.halves, samples, dtype=torch.bool)
     for half in halves:
         half[torch.randperm(samples, generator=generator)[: samples // 2]] = True
-    runs = collect(pool, score, [Job(setting, *data, method=method) for method in METHODS])
-    jobs = [Job(setting, *data, halves=part) for part in halves.split(5)]
-    losses = torch.cat(collect(pool, retrain, jobs)).numpy()  # [m, K]
+    runs = collect(pool, score, [Job(setting, *data, setting.seed, method=method) for method in METHODS])
+    other = (sequences, epochs(samples, setting.recipe, setting.seed + 1), targets, setting.seed + 1)
+    jobs = [
+        Job(setting, *trained, halves=part)
+        for trained in ((*data, setting.seed), other)
+        for part in halves.split(5)
+    ]
+    both = torch.cat(collect(pool, retrain, jobs)).numpy()
+    losses, other_losses = both[: setting.halves], both[setting.halves :]  # [m, K] each
 
     scores: dict[str, Tensor] = {}
-    third = setting.recipe.steps // 3 + 1
     for method, scored in zip(METHODS, runs, strict=True):
-        for credit in ("step", "trajectory"):
-            scores[f"{method.name}, {credit} credit"] = scored.by_sample(samples, credit)
-        scores[f"{method.name}, last two thirds"] = scored.by_sample(samples, first_step=third)
+        scores |= {f"{method.name}, {rule}": sums for rule, sums in scored.by_rule(samples).items()}
+        scores[f"{method.name}, trajectory credit"] = scored.by_sample(samples, "trajectory")
     last = runs[-1]
     scores["gradient dot, final checkpoint"] = baselines.gradient_dot(
         setting.recipe.shape, last.weights, sequences, targets
     )
-    scores["BM25 overlap"] = baselines.overlap(sequences, targets)
+    scores[BASELINE] = baselines.overlap(sequences, targets)
     scores["minus own loss"] = baselines.negative_loss(last.row_losses, order, samples, len(targets))
-    table = [
-        {"attribution": name, "LDS": spearman((halves.double() @ values).numpy(), -losses)}
-        for name, values in scores.items()
-    ]
-    title = f"LDS over {setting.halves} halves of {samples} sequences, mean of {len(targets)} targets"
-    raw = {
-        "targets": list(targets),
-        "losses": losses.tolist(),
-        "halves": halves.int().tolist(),
-        "scores": {name: values.tolist() for name, values in scores.items()},
-    }
-    labels, figures = [row["attribution"] for row in table], [row["LDS"] for row in table]
-    return Outcome(
-        [Table(title, table)],
-        raw,
-        [partial(bars, labels=labels, figures=figures, title=title, reference=0.0)],
+    return tabulate(
+        {
+            "targets": list(targets),
+            "losses": losses.tolist(),
+            "losses from another seed": other_losses.tolist(),
+            "halves": halves.int().tolist(),
+            "scores": {name: values.tolist() for name, values in scores.items()},
+        }
     )
+
+
+def tabulate(raw: dict[str, Any]) -> Outcome:
+    """Table and plot of the figures as they are in the JSON file."""
+    halves, losses = np.array(raw["halves"], dtype=float), np.array(raw["losses"])  # [m, N], [m, K]
+    sums = {name: halves @ np.array(values) for name, values in raw["scores"].items()}
+    sums["(the halves' losses from another seed)"] = -np.array(raw["losses from another seed"])
+    table = [
+        {
+            "attribution": name,
+            "LDS": spearman(values, -losses),
+            f"less that of {BASELINE}": spearman_difference(values, sums[BASELINE], -losses),
+        }
+        for name, values in sums.items()
+    ]
+    title = (
+        f"LDS over {len(halves)} halves of {halves.shape[1]} sequences, mean of {len(raw['targets'])} targets"
+    )
+    labels, figures = [row["attribution"] for row in table], [row["LDS"] for row in table]
+    panel = partial(bars, labels=labels, figures=figures, title=title, reference=0.0)
+    return Outcome([Table(title, table)], raw, [panel])
 
 
 ITEM = Item("lds", "Do the values add up to what a model learns from half of the data?", run)

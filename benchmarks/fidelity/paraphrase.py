@@ -64,11 +64,7 @@ def score(job: Job) -> dict[str, Tensor]:
     setting, recipe, samples = job.setting, job.setting.recipe, len(job.sequences)
     order = epochs(samples, recipe, setting.seed)
     run = scored_run(recipe, job.sequences, order, job.targets, job.method, setting.seed)
-    name, third = job.method.name, recipe.steps // 3 + 1
-    found = {
-        f"{name}, whole run": run.by_sample(samples),
-        f"{name}, last two thirds": run.by_sample(samples, first_step=third),
-    }
+    found = {f"{job.method.name}, {rule}": sums for rule, sums in run.by_rule(samples).items()}
     if job.method == DEFAULT:
         found["gradient dot, final checkpoint"] = baselines.gradient_dot(
             recipe.shape, run.weights, job.sequences, job.targets

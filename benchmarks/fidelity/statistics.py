@@ -46,16 +46,34 @@ def bootstrap(
 
 
 def spearman(left: Sequence[float] | Array, right: Sequence[float] | Array) -> Figure:
-    """Rank correlation of paired cases `[n]` or `[n, K]`: the mean over columns. Cases are resampled."""
-    one, other = (np.asarray(side, dtype=float).reshape(len(side), -1) for side in (left, right))
+    """Rank correlation of paired cases `[n]` or `[n, K]`: the mean over columns. Cases are resampled.
 
-    def correlation(cases: Array) -> float:
-        chosen = cases.astype(int)
-        ranks = [stats.rankdata(side[chosen], axis=0) for side in (one, other)]
-        a, b = (rank - rank.mean(0) for rank in ranks)
-        return float(((a * b).sum(0) / np.sqrt((a * a).sum(0) * (b * b).sum(0))).mean())
+    Of `[g, r, K]`, g groups of r cases, whole groups are resampled: cases of one group are not independent draws.
+    """
+    one, other = (_grouped(side) for side in (left, right))
+    return bootstrap(lambda g: _correlation(one, other, g), np.arange(len(one)))
 
-    return bootstrap(correlation, np.arange(len(one)))
+
+def spearman_difference(left: Array, baseline: Array, right: Array) -> Figure:
+    """`spearman(left, right)` less `spearman(baseline, right)`, of the same resamples."""
+    one, base, other = (_grouped(side) for side in (left, baseline, right))
+    return bootstrap(
+        lambda g: _correlation(one, other, g) - _correlation(base, other, g), np.arange(len(one))
+    )
+
+
+def _grouped(side: Sequence[float] | Array) -> Array:
+    array = np.asarray(side, dtype=float)
+    return array if array.ndim == 3 else array.reshape(len(array), 1, -1)
+
+
+def _correlation(one: Array, other: Array, groups: Array) -> float:
+    chosen = groups.astype(int)
+    ranks = [stats.rankdata(side[chosen].reshape(-1, side.shape[-1]), axis=0) for side in (one, other)]
+    a, b = (rank - rank.mean(0) for rank in ranks)
+    spread = np.sqrt((a * a).sum(0) * (b * b).sum(0))
+    # A score that is the same for all says nothing about their order: 0.
+    return float(np.divide((a * b).sum(0), spread, out=np.zeros_like(spread), where=spread > 0).mean())
 
 
 def auroc(positive: Sequence[float] | Array, negative: Sequence[float] | Array) -> Figure:

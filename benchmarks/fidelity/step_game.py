@@ -5,7 +5,9 @@ estimators are the package's own: `estimators.place` finds the nodes, `estimator
 
 Truth is a Monte Carlo mean: `noise` is its standard error over the spread of the values, `ceiling` the Pearson
 correlation that a perfect estimator could reach, `sqrt(1 - noise^2)`. At t = 1 every Adam update is lr * sign, so
-almost every coordinate is a vote and the truth would need many times the permutations.
+almost every coordinate is a vote and the truth would need many times the permutations. Where an estimator misses its
+goal after the first step, the truth is computed again, in fp64 and with more permutations: is it the estimator, or was
+the truth not known well enough to tell?
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 from benchmarks.fidelity_settings import Experiment, Setting
 from inrun_megatron.estimators import Estimator, condition, place
 from inrun_megatron.optimizers import AdamStep, ProxyStep, SGDStep, Step
-from tests.montecarlo import OptimizerGame, compare, monte_carlo
+from tests.montecarlo import MonteCarlo, OptimizerGame, compare, monte_carlo
 from tests.oracle import OptimizerSpec, OracleTrainer, target_gradient
 
 from .items import Item, Outcome, Table, collect
@@ -31,6 +33,8 @@ from .statistics import median
 from .training import METHODS, Method
 
 STEPS = (1, 5, 30, 150)
+GOALS = {"first_order, drift": 0.97, "midpoint": 0.998, "simpson": 0.998}
+"""Lowest Pearson correlation after the first step, by estimator."""
 RATES = (1.0, 3.0, 10.0)
 OPTIMIZERS = {
     "AdamW": (OptimizerSpec("adamw", weight_decay=0.1, clip=1.0), 3e-4),
@@ -48,6 +52,8 @@ class Case:
     seed: int
     steps: tuple[int, ...]
     permutations: int
+    again: int = 200
+    """Permutations where a goal is missed."""
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
@@ -61,12 +67,15 @@ def measure(case: Case) -> list[dict[str, Any]]:
         trainer = experiment.trainer
         game = OptimizerGame(trainer, batch, torch.float32)
         truth = monte_carlo(game, case.permutations, case.seed)
-        noise = truth.standard_error.norm(dim=0) / truth.values.sub(truth.values.mean(0)).norm(dim=0)
         gradients = game.clip * torch.cat([part.flatten(1) for part in game.samples.stacked.values()], 1)
-        for method in METHODS:
-            values = estimated(trainer, method, gradients)
-            fit = compare(values, truth.values)
-            rmse = (values - truth.values).norm(dim=0) / truth.values.norm(dim=0)
+        values = {method.name: estimated(trainer, method, gradients) for method in METHODS}
+        here = {name: _against(one, truth) for name, one in values.items()}
+        if step > 1 and any(min(here[name]["pearson"]) < goal for name, goal in GOALS.items()):
+            exact = OptimizerGame(trainer, batch, torch.float64)
+            better = monte_carlo(exact, case.again, case.seed + 1)
+            for name, one in values.items():
+                here[name] |= {f"again_{key}": v for key, v in _against(one, better).items()}
+        for name, columns in here.items():
             for k, target in enumerate(trainer.targets):
                 found.append(
                     {
@@ -76,16 +85,25 @@ def measure(case: Case) -> list[dict[str, Any]]:
                         "seed": case.seed,
                         "step": step,
                         "target": target.name,
-                        "method": method.name,
-                        "pearson": fit.pearson[k],
-                        "spearman": fit.spearman[k],
-                        "relative_rmse": float(rmse[k]),
-                        "sum_error": abs(fit.sum_error[k]),
-                        "sum_over_utility": float(values[:, k].sum() / truth.values[:, k].sum()),
-                        "noise": float(noise[k]),
+                        "method": name,
+                        **{key: column[k] for key, column in columns.items()},
                     }
                 )
     return found
+
+
+def _against(values: Tensor, truth: MonteCarlo) -> dict[str, list[float]]:
+    """What `[n, K]` values come to, a list over targets by name; noise is the truth's own."""
+    fit = compare(values, truth.values)
+    spread = truth.values.sub(truth.values.mean(0)).norm(dim=0)
+    return {
+        "pearson": fit.pearson,
+        "spearman": fit.spearman,
+        "relative_rmse": ((values - truth.values).norm(dim=0) / truth.values.norm(dim=0)).tolist(),
+        "sum_error": [abs(error) for error in fit.sum_error],
+        "sum_over_utility": (values.sum(0) / truth.values.sum(0)).tolist(),
+        "noise": (truth.standard_error.norm(dim=0) / spread).tolist(),
+    }
 
 
 def estimated(trainer: OracleTrainer, method: Method, gradients: Tensor) -> Tensor:
@@ -162,6 +180,12 @@ def run(pool: Executor, full: bool) -> Outcome:
         )
     rows = [_worst([r for r in records if r["step"] > 1 and r["method"] == m.name]) for m in METHODS]
     tables.append(Table("Where each estimator is least faithful", rows))
+    missed = [r for r in records if r["pearson"] < GOALS.get(r["method"], -1.0) and r["step"] > 1]
+    if missed:
+        again = max(case.again for case in cases)
+        tables.append(
+            Table(f"Goals missed: the same with {again} permutations", [_missed(r) for r in missed])
+        )
     return Outcome(tables, records, [partial(_draw, records=records, optimizer=name) for name in OPTIMIZERS])
 
 
@@ -183,6 +207,13 @@ def _worst(records: list[dict[str, Any]]) -> dict[str, Any]:
     worst = min(records, key=lambda r: r["pearson"])
     keys = ("method", "optimizer", "shape", "rate", "seed", "step", "target", "pearson", "noise")
     return {key: worst[key] for key in keys}
+
+
+def _missed(record: dict[str, Any]) -> dict[str, Any]:
+    keys = ("method", "optimizer", "shape", "rate", "seed", "step", "target", "pearson", "noise")
+    renamed = {"again_pearson": "pearson again", "again_noise": "noise again"}
+    again = {name: record[key] for key, name in renamed.items()}
+    return {key: record[key] for key in keys} | again | {"sum / utility": record["again_sum_over_utility"]}
 
 
 def _draw(axes: Axes, records: list[dict[str, Any]], optimizer: str) -> None:

@@ -106,11 +106,24 @@ class ScoredRun:
         """Values `[T, b, K]` under `step` or `trajectory` credit."""
         return self.values if credit == "step" else self.values * self.factors[:, None, None]
 
-    def by_sample(self, samples: int, credit: str = "step", first_step: int = 1) -> Tensor:
-        """Sums over the steps from `first_step` on, `[N, K]`."""
+    def by_sample(
+        self, samples: int, credit: str = "step", first_step: int = 1, normalised: bool = False
+    ) -> Tensor:
+        """Sums over the steps from `first_step` on, `[N, K]`; normalised: in units of the step's mean |value|."""
         values = self.credited(credit)[first_step - 1 :]
+        if normalised:
+            values = values / values.abs().mean(1, keepdim=True)
         total = torch.zeros(samples, values.shape[-1], dtype=torch.float64)
         return total.index_add_(0, self.order[first_step - 1 :].flatten(), values.flatten(0, 1))
+
+    def by_rule(self, samples: int) -> dict[str, Tensor]:
+        """The sums that a user of the ledger would look at, `[N, K]` by name: raw or normalised, of all or late steps."""
+        late = len(self.order) // 3 + 1
+        return {
+            f"{kind}, {when}": self.by_sample(samples, first_step=first, normalised=kind == "normalised")
+            for kind in ("raw", "normalised")
+            for when, first in (("whole run", 1), ("last two thirds", late))
+        }
 
 
 def scored_run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from inrun_megatron.report.charts_explained import explained_chart
 from inrun_megatron.report.charts_theme import Chart, Palette, label_of, spec
 from inrun_megatron.report.charts_training import (
     composition_chart,
@@ -30,6 +31,7 @@ def all_charts(figures: dict[str, Any]) -> list[Chart]:
     palette = Palette(names, samples)
     charts = [training_chart(figures)] if figures["training"] else []
     charts += [loss_chart(figures, target) for target in figures["targets"] if target["curve"]]
+    charts += [explained_chart(figures, target) for target in figures["targets"] if target["explained_curve"]]
     for phase in figures["phases"]:
         rows = [entry for entry in figures["domains"] if entry["phase"] == phase["name"]]
         for measure in MEASURES if rows else ():

@@ -13,7 +13,14 @@ from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.report.documents import Documents, parse_moved
 from inrun_megatron.report.domains import domain_figures
 from inrun_megatron.report.overview import describe_run, describe_steps
-from inrun_megatron.report.page_series import explained, loss_curve, target_series, timing, training_curve
+from inrun_megatron.report.page_series import (
+    explained,
+    explained_curve,
+    loss_curve,
+    target_series,
+    timing,
+    training_curve,
+)
 from inrun_megatron.report.page_values import composition, distribution, documents_of
 from inrun_megatron.report.page_words import findings
 from inrun_megatron.report.phases import DEFAULT_CUTS, Phase, phases_of, whole_run
@@ -89,6 +96,7 @@ def _target(ledger: Ledger, steps: Any, target: dict[str, Any], phases: Sequence
         "sequences": target.get("sequences"),
         "path": target.get("path"),
         "explained": explained(series, phases, ledger.last_step),
+        "explained_curve": explained_curve(series),
         "curve": loss_curve(series, phases),
     }
 

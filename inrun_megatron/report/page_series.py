@@ -32,6 +32,9 @@ from inrun_megatron.report.phases import Phase, whole_run
 POINTS = 400
 """Points of a curve at most; more steps are thinned (losses) or averaged (times)."""
 
+STRETCHES = 20
+"""Of the explained fraction over the run: few, because the change of a loss over a few late steps is mostly noise."""
+
 TERMS = ("values", "momentum", "decay")
 
 
@@ -107,9 +110,6 @@ def explained(series: TargetSeries, phases: Sequence[Phase], last_step: int) -> 
     figures = []
     for phase in shown:
         inside = np.flatnonzero((start >= phase.first) & (start <= phase.last))
-        known = inside[np.isfinite(series.terms["values"][inside])]
-        realised = float((series.loss[known] - series.loss[known + 1]).sum())
-        terms = {name: float(term[known].sum()) for name, term in series.terms.items()}
         figures.append(
             {
                 "phase": phase.name,
@@ -117,13 +117,38 @@ def explained(series: TargetSeries, phases: Sequence[Phase], last_step: int) -> 
                 "last_step": phase.last,
                 "first_loss": float(series.loss[inside[0]]) if len(inside) else None,
                 "last_loss": float(series.loss[inside[-1] + 1]) if len(inside) else None,
-                "intervals": len(known),
-                "realised": realised if len(known) else None,
-                **{name: value if len(known) else None for name, value in terms.items()},
-                "explained_fraction": sum(terms.values()) / realised if len(known) and realised else None,
+                **_explained(series, inside),
             }
         )
     return figures
+
+
+def explained_curve(series: TargetSeries) -> list[dict[str, Any]]:
+    """The same over the run, in up to STRETCHES stretches of as many steps each: `first`, `last`, `step` (the middle) and
+    the figures of `explained`; stretches without a prediction or a change are left out."""
+    steps = len(series.step) - 1
+    if steps < 1:
+        return []
+    curve = []
+    for inside in np.array_split(np.arange(steps), min(steps, STRETCHES)):
+        first, last = int(series.step[inside[0]]), int(series.step[inside[-1] + 1])
+        found = _explained(series, inside)
+        if found["explained_fraction"] is not None:
+            curve.append({"first": first, "last": last, "step": (first + last) / 2, **found})
+    return curve
+
+
+def _explained(series: TargetSeries, inside: np.ndarray) -> dict[str, Any]:
+    """Sums over the intervals `inside` that have a prediction; None where there are none."""
+    known = inside[np.isfinite(series.terms["values"][inside])]
+    realised = float((series.loss[known] - series.loss[known + 1]).sum())
+    terms = {name: float(term[known].sum()) for name, term in series.terms.items()}
+    return {
+        "intervals": len(known),
+        "realised": realised if len(known) else None,
+        **{name: value if len(known) else None for name, value in terms.items()},
+        "explained_fraction": sum(terms.values()) / realised if len(known) and realised else None,
+    }
 
 
 def timing(ledger: Ledger, steps: pa.Table) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""The chart of the efficiency audit over training: what part of the measured change of a loss the terms predict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from inrun_megatron.report.charts_theme import Chart, phase_layers, spec, step_axis
+
+
+def explained_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:
+    """Explained fraction of a target's measured loss change over training (a line; 1: all of it), and the parts of it
+    that samples, momentum and weight decay predict (bands that add up to it)."""
+    words = {"values": "samples", "momentum": "momentum", "decay": "decay"}
+    data = [
+        {"first": point["first"], "last": point["last"], "step": point["step"], "realised": point["realised"]}
+        | {"fraction": point["explained_fraction"]}
+        | {words[term]: point[term] / point["realised"] for term in words}
+        for point in target["explained_curve"]
+    ]
+    totals = [point["fraction"] for point in data]
+    # Where the loss hardly changed the fraction means nothing, and would flatten the rest: cut off, not left out.
+    domain = [max(-1.0, min([0.0, *totals]) - 0.5), min(3.0, max([1.0, *totals]) + 0.5)]
+    y = {
+        "type": "quantitative",
+        "title": "predicted / measured change",
+        "axis": {"format": ".0%", "tickCount": 6},
+        "scale": {"domain": domain, "nice": False},
+    }
+    x = step_axis(figures["steps"]["last"])
+    percent = {"type": "quantitative", "format": ".0%"}
+    tooltip = [
+        {"field": "first", "title": "from step"},
+        {"field": "last", "title": "to step"},
+        {"field": "fraction", "title": "explained"} | percent,
+        *({"field": word, "title": f"by {word}"} | percent for word in words.values()),
+        {"field": "realised", "title": "measured, nats per token", "format": "+.4f"},
+    ]
+    bands = {
+        "data": {"values": [band for point in data for band in _bands(point, list(words.values()))]},
+        "mark": {"type": "rect", "clip": True, "opacity": 0.6},
+        "encoding": {
+            "x": x | {"field": "first"},
+            "x2": {"field": "last"},
+            "y": y | {"field": "y0"},
+            "y2": {"field": "y1"},
+            "color": {
+                "field": "part",
+                "type": "nominal",
+                "scale": {"domain": list(words.values()), "range": ["#2c6fbb", "#e08214", "#9aa3ad"]},
+            },
+            "tooltip": tooltip,
+        },
+    }
+    line = {
+        "mark": {"type": "line", "style": "realised", "clip": True, "point": True},
+        "encoding": {"x": x, "y": y | {"field": "fraction"}, "tooltip": tooltip},
+    }
+    rules = [
+        {
+            "mark": {"type": "rule", "style": style},
+            "encoding": {"y": {"datum": at, "type": "quantitative", "scale": y["scale"]}},
+        }
+        for at, style in ((0.0, "zero"), (1.0, "predicted"))
+    ]
+    return Chart(
+        "explained",
+        f"Share of the change of the loss of {target['name']} that samples, momentum and decay predict (line: together)",
+        spec(
+            170,
+            data={"values": data},
+            layer=[
+                bands,
+                *rules,
+                line,
+                *phase_layers(figures["phases"][1:], figures["steps"]["last"]),
+            ],
+        ),
+        target["name"],
+    )
+
+
+def _bands(point: dict[str, Any], parts: list[str]) -> list[dict[str, Any]]:
+    """The parts as bands from y0 to y1: positive ones stacked up from 0, negative ones down."""
+    bands, ends = [], {True: 0.0, False: 0.0}
+    for part in parts:
+        up = point[part] >= 0
+        bands.append(point | {"part": part, "y0": ends[up], "y1": ends[up] + point[part]})
+        ends[up] += point[part]
+    return bands
