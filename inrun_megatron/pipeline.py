@@ -9,6 +9,8 @@ earlier than it has to:
     norms             |grad L_k| over all stages, where the Jacobian clips by it (Adam; models without clipping and SGD
                       need none): started after the last validation backward, waited for at the first training backward
 
+A step with an older direction (refresh.py) has nothing in front: its stream is that of plain training.
+
 Weights that move (base drift, the path estimators) let nothing ride along: those passes are runs of the schedule of
 their own (pipeline_passes.py), with a flush after each.
 
@@ -132,7 +134,7 @@ class PipelineStep(ScoredStep):
         prepended = [] if stream is None else [owner.loss.split(m) for _, m in stream.validation]
         loss = owner.pipeline.train_batch(stream, [owner.loss.split(m) for m in microbatches], prepended)
         if stream is not None and self.result.scored:
-            if owner.rides:
+            if owner.rides and self.fresh:
                 self._target_losses = owner.passes.total(stream.losses)
                 self._terms = stream.terms
             self.result.seconds_scoring += stream.seconds
@@ -156,7 +158,7 @@ class ScoringStream:
         self.validation = [
             (k, microbatch)
             for k, target in enumerate(owner.targets)
-            for microbatch in (target.microbatches if step.result.scored and owner.rides else ())
+            for microbatch in (target.microbatches if step.fresh and owner.rides else ())
         ]
         self.prepended = len(self.validation)
         self.losses = torch.zeros(len(owner.targets), dtype=torch.float64, device=owner.device)

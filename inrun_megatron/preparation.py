@@ -188,6 +188,13 @@ class Preparation:
         """The coming step of one tensor, for the hyperparameters that all tensors share."""
         return self._step(next(piece for group in self.adapter.groups for piece in group.pieces))
 
+    def gains(self) -> list[float]:
+        """The scalar part of the coming step's Jacobian, one per parameter group of the optimizer (refresh.py)."""
+        first = {
+            piece.param_group: piece for group in self.adapter.groups for piece in reversed(group.pieces)
+        }
+        return [self._step(first[index]).gain for index in sorted(first)]
+
     # -- directions ----------------------------------------------------------------------------------
 
     @property
