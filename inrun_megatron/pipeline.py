@@ -234,7 +234,7 @@ class ScoringStream:
         """After this stage's last validation backward: start what crosses stages; wait for no later stage."""
         owner = self.owner
         for weight, group in owner.pipeline.tied():
-            halves = owner.directions.of(weight)
+            halves = owner.directions.sums(weight)
             both = torch.stack(halves)
             self._tied.append((halves, both, dist.all_reduce(both, group=group, async_op=True)))
         # The other half of a tied weight comes from an earlier stage, which may still be waiting for this one's
@@ -249,6 +249,7 @@ class ScoringStream:
             work.wait()
             for half, whole in zip(halves, both, strict=True):
                 half.copy_(whole)
+        self._tied.clear()  # views of sums that may be given up
         owner.preparation.reduce(self._scale)
         self._reduced = True
         if owner.preparation.needs_norms:

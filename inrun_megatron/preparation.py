@@ -221,11 +221,18 @@ class Preparation:
             ``Prepared.terms``.
         """
         directions = self.directions
+        if norms is None:
+            nothing = torch.zeros(len(self.targets), dtype=torch.float64, device=directions.device)
+            norms = directions.norms() if self.needs_norms else nothing
+        terms = self._multiply(self.adapter.clip_coefficients(norms), path)
+        directions.publish()
+        return terms
+
+    def _multiply(self, clips: Tensor, path: Directions | None) -> tuple[Tensor, Tensor]:
+        """The shards times the Jacobian; returns the terms."""
+        directions = self.directions
         momentum_terms = torch.zeros(len(self.targets), dtype=torch.float64, device=directions.device)
         decay_terms = torch.zeros_like(momentum_terms)
-        if norms is None:
-            norms = directions.norms() if self.needs_norms else torch.zeros_like(decay_terms)
-        clips = self.adapter.clip_coefficients(norms)
         along = None if path is None else path.shards()
         for index, (group, shard) in enumerate(zip(self.adapter.groups, directions.shards(), strict=True)):
             for piece in group.pieces:
@@ -238,7 +245,6 @@ class Preparation:
                 )
                 momentum_terms += momentum
                 decay_terms += decay
-        directions.publish()
         return momentum_terms, decay_terms
 
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .audit import AdditivityProbe
-from .direction import Directions
+from .direction import Directions, stored_type
 from .engines import ZeroAdapter
 from .engines.inner import require_known
 from .errors import UserError
@@ -55,6 +55,7 @@ class InRunShapley:
             through the moments' decay over its weight in its own step).
         total_steps: last iteration of the run, where trajectory credit ends; None: no end.
         optimizer: ``auto`` (the step that is taken) or ``sgd`` (the paper's proxy).
+        direction_dtype: what layers read is stored in ``fp32`` or, in half the memory, in ``bf16``; sums are fp32.
         training_loss: of a microbatch, as ``engine.backward`` gets it; default: the mean over its loss tokens.
         interval: score every ``interval``-th iteration.
         refresh: take the directions anew in every ``refresh``-th scored step and use them until then (refresh.py), with
@@ -81,6 +82,7 @@ class InRunShapley:
         credit: str = "step",
         total_steps: int | None = None,
         optimizer: str = "auto",
+        direction_dtype: str = "fp32",
         training_loss: TrainingLoss = mean_loss,
         interval: int = 1,
         refresh: int = 1,
@@ -112,12 +114,14 @@ class InRunShapley:
             require_known(self.adapter.inner)
         self.taps = taps or attach_taps(engine.module)
         precise = any(p.dtype == torch.float64 for p in engine.module.parameters())
+        stored = stored_type(direction_dtype, precise=precise)
         self.directions = Directions(
             self.adapter.groups,
             self.taps.sharding,
             self.layout,
             len(self.targets),
             dtype=torch.float64 if precise else torch.float32,
+            stored=stored,
         )
         self.preparation = Preparation(
             self.adapter,

@@ -81,6 +81,7 @@ class LayoutCase:
     reset_attention: bool = False  # attention and positions start anew with each document
     scale_power: int = 10  # fp16's first loss scale, as a power of 2
     refresh: int = 1
+    direction_dtype: str = "fp32"
     lr_growth: float = 1.0  # of the learning rate from step to step
 
     @property
@@ -353,6 +354,7 @@ def train(rank: int, world: int, case: LayoutCase) -> Ran:
             credit=case.credit,
             total_steps=case.steps,
             refresh=case.refresh,
+            direction_dtype=case.direction_dtype,
         )
     results, samples, losses = [], [], []
     for iteration, batch in enumerate(case.batches(), start=1):

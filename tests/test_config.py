@@ -140,7 +140,7 @@ def test_mistakes_on_the_command_line_are_one_line(flags: list[str], message: st
         ("--micro-batch-size 0", "--micro-batch-size is 0"),
         ("--shapley-refresh 0", "--shapley-refresh is 0: it must be positive"),
         (
-            "--shapley-refresh 2 --shapley-estimator simpson --shapley-dir x",
+            "--shapley --shapley-refresh 2 --shapley-estimator simpson",
             "--shapley-refresh 2 with --shapley-estimator simpson: .* leave --shapley-refresh out",
         ),
         ("--shapley", "no --shapley-target"),

@@ -131,6 +131,7 @@ class Scoring:
                 "optimizer": config.shapley.optimizer,
                 "interval": config.shapley.interval,
                 "refresh": config.shapley.refresh,
+                "direction_dtype": config.shapley.direction_dtype,
                 "ledger": self.writer,
                 "taps": taps,
             }
