@@ -2,6 +2,8 @@
 
     python -m benchmarks.direction                      # the table in docs/algorithm.md
     python -m benchmarks.direction --json > direction.json
+    python -m benchmarks.direction --refresh            # values from directions of earlier steps: benchmarks/refresh.py
+    python -m benchmarks.direction --storage            # values from directions in bf16: benchmarks/storage.py
 
 Compares AdamW's first-order values, with several shares of the clipped validation gradient in h (docs/algorithm.md),
 with Monte Carlo Shapley values of the real step. Share 0 is the step's derivative; at the first step it is not defined,
@@ -77,6 +79,12 @@ def _table(found: dict[str, torch.Tensor]) -> Table:
 def main(
     seeds: Annotated[int, typer.Option(min=1, help="seeds 0, 1, ... of weights and text")] = 5,
     permutations: Annotated[int, typer.Option(min=2, help="orders of the batch; even: they pair up")] = 40,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="values from older directions against those of fresh ones")
+    ] = False,
+    storage: Annotated[
+        bool, typer.Option("--storage", help="values from directions in bf16 against exact ones")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print every seed's figures as JSON")] = False,
 ) -> None:
     """The share of the validation gradient in h against Monte Carlo Shapley values of the real AdamW step."""
@@ -85,6 +93,12 @@ def main(
             "must be even: every order is followed by its reverse", param_hint="--permutations"
         )
     torch.set_num_threads(1)
+    if refresh or storage:
+        from benchmarks import refresh as older
+        from benchmarks import storage as stored
+
+        (older if refresh else stored).report(SETTINGS, seeds, as_json)
+        return
     found: dict[str, torch.Tensor] = {}  # [seeds, steps, shares, targets]
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("Monte Carlo", total=len(SETTINGS) * seeds)

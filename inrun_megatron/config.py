@@ -256,6 +256,13 @@ class ShapleyConfig:
     token position. The parts' values add up to the sample's."""
     interval: Annotated[int, tyro.conf.arg(name="shapley-interval")] = 1
     """Score every n-th step."""
+    refresh: Annotated[int, tyro.conf.arg(name="shapley-refresh")] = 1
+    """Take the direction (the validation pass) anew in every n-th scored step, and after each checkpoint; the steps between
+    use the last one. Cheaper and less exact; with first_order."""
+    direction_dtype: Annotated[Literal["fp32", "bf16"], tyro.conf.arg(name="shapley-direction-dtype")] = (
+        "fp32"
+    )
+    """Storage of the directions: bf16 takes half the memory and rounds them once; sums are fp32 in both."""
     dir: Annotated[str | None, tyro.conf.arg(name="shapley-dir")] = None
     """Ledger directory. Default: shapley/ in the run directory (--save)."""
     micro_batch_size: Annotated[int | None, tyro.conf.arg(name="shapley-micro-batch-size")] = None

@@ -6,8 +6,12 @@
       -> times the optimizer's Jacobian          (elementwise, on the shard whose state this rank owns)
       -> where the layers can use it             (all-gather once, or with the layer under ZeRO-3)
 
-the traffic of one optimizer step. Storage is fp32: K x the rank's parameters, divided by the data-parallel
-size under ZeRO-3.
+the traffic of one optimizer step. Gradients are added up in fp32. What layers read is
+
+    fp32    the same memory: K x 4 bytes per parameter of the rank, divided by the data-parallel size under ZeRO-3
+    bf16    rounded once, when it is sent: K x 2 bytes; the fp32 sums live from ``zero()`` to ``publish()``
+
+The all-gather runs on while training's first forward does; the first backward that reads a direction waits for it.
 """
 
 from __future__ import annotations
@@ -21,9 +25,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .engines.shards import FlatGroup, Residence, Span, merged
+from .errors import UserError
 from .optimizers import CPU_BLOCK
 from .parallel import Layout
 from .taps import Sharding
+
+STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,8 @@ class Directions:
         sharding: of every parameter, by ``id`` (from the taps).
         layout: process groups.
         targets: K.
-        dtype: storage type; fp64 only where the model itself is fp64.
+        dtype: of the sums; fp64 only where the model itself is fp64.
+        stored: of what layers read; default: that of the sums.
     """
 
     def __init__(
@@ -56,20 +64,18 @@ class Directions:
         layout: Layout,
         targets: int,
         dtype: torch.dtype = torch.float32,
+        stored: torch.dtype | None = None,
     ) -> None:
         self.groups = groups
         self.layout = layout
         self.targets = targets
-        self._sharding, self._dtype = sharding, dtype
-        self._buffers = [
-            torch.zeros(
-                targets,
-                g.numel if g.residence is not Residence.PARTITIONED else g.stop - g.start,
-                dtype=dtype,
-                device=g.device,
-            )
-            for g in groups
-        ]
+        self._sharding, self._dtype, self._narrow = sharding, dtype, stored or dtype
+        # One [K, n] per group. With a narrow type there are either sums or, after publish(), what layers read.
+        self._sums: list[Tensor] = []
+        self._stored: list[Tensor] = []
+        if self._narrow == dtype:
+            self._sums = self._stored = self._allocate(dtype)
+        self._gathering: dict[int, list[tuple[dist.Work, Tensor]]] = {}  # by group, with what is sent
         self._places: dict[int, _Place] = {}
         for index, group in enumerate(groups):
             for span in group.spans:
@@ -90,8 +96,19 @@ class Directions:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that directions hold on this rank between uses."""
-        return sum(b.numel() * b.element_size() for b in self._buffers)
+        """Bytes that directions hold on this rank now."""
+        return sum(b.numel() * b.element_size() for b in self._present)
+
+    @property
+    def _present(self) -> list[Tensor]:
+        return self._sums or self._stored
+
+    def _allocate(self, dtype: torch.dtype) -> list[Tensor]:
+        return [self._empty(group, dtype).zero_() for group in self.groups]
+
+    def _empty(self, group: FlatGroup, dtype: torch.dtype) -> Tensor:
+        own = group.stop - group.start if group.residence is Residence.PARTITIONED else group.numel
+        return torch.empty(self.targets, own, dtype=dtype, device=group.device)
 
     def _spans_of(self, group: FlatGroup, sharding: Sharding) -> Iterator[Span]:
         return (s for s in group.local_spans() if self._sharding.get(id(s.parameter)) is sharding)
@@ -109,27 +126,41 @@ class Directions:
     # -- filling -------------------------------------------------------------------------------------
 
     def zero(self) -> None:
-        for buffer in self._buffers:
+        """Begin anew: what layers read until now is gone."""
+        self._wait(*self._gathering)
+        if self._narrow != self._dtype:
+            self._stored.clear()  # before the sums take their room
+            self._sums = self._allocate(self._dtype)
+            return
+        for buffer in self._sums:
             buffer.zero_()
 
     def accumulate(self, target: int, parameter: Parameter, add_to: Callable[[Tensor], None]) -> None:
         """Let ``add_to(out)`` add a gradient to the parameter's direction; ``out`` has its (local) shape."""
         place = self._places[id(parameter)]
-        buffer = self._buffers[place.group]
-        stored = buffer[target, place.start : place.start + place.numel]
+        buffer = self._sums[place.group]
+        own = buffer[target, place.start : place.start + place.numel]
         if self.groups[place.group].residence is not Residence.PARTITIONED:
-            add_to(stored.view(place.shape))
+            add_to(own.view(place.shape))
             return
         # ZeRO-3: the whole gradient of this layer for a moment, then this rank's part of the sum over ranks.
         whole = torch.zeros(place.numel * self.layout.dp_size, dtype=buffer.dtype, device=buffer.device)
         add_to(whole[: place.shape.numel()].view(place.shape))
-        part = torch.empty_like(stored)
+        part = torch.empty_like(own)
         dist.reduce_scatter_tensor(part, whole, group=self.layout.dp_group)
-        stored.add_(part)
+        own.add_(part)
+
+    def sums(self, parameter: Parameter) -> list[Tensor]:
+        """Views of what has been added up for a parameter, in its shape; not under ZeRO-3."""
+        place = self._places[id(parameter)]
+        assert self.groups[place.group].residence is not Residence.PARTITIONED
+        return [
+            row[place.start : place.start + place.numel].view(place.shape) for row in self._sums[place.group]
+        ]
 
     def reduce(self) -> None:
         """Sum over ranks; afterwards this rank's shard holds ``grad L_k`` (times the loss scale)."""
-        for group, buffer in zip(self.groups, self._buffers, strict=True):
+        for group, buffer in zip(self.groups, self._sums, strict=True):
             if self.layout.dp_size == 1 or group.residence is Residence.PARTITIONED:
                 continue
             if group.residence is Residence.REPLICATED:
@@ -151,31 +182,51 @@ class Directions:
                 piece.copy_(summed)
 
     def shards(self) -> list[Tensor]:
-        """This rank's local part of every group, ``[K, n]`` views."""
-        return [
-            b if g.residence is Residence.PARTITIONED else b[:, g.start : g.stop]
-            for g, b in zip(self.groups, self._buffers, strict=True)
-        ]
+        """This rank's local part of every group, ``[K, n]`` views: of the sums, after ``publish`` of what layers read."""
+        self._wait(*self._gathering)
+        return [self._local(index) for index in range(len(self.groups))]
+
+    def _local(self, index: int) -> Tensor:
+        group, buffer = self.groups[index], self._present[index]
+        return buffer if group.residence is Residence.PARTITIONED else buffer[:, group.start : group.stop]
 
     def publish(self) -> None:
-        """All-gather the scaled shards to where the layers read them (nothing to do at stages 0 and 3)."""
-        if self.layout.dp_size == 1:
-            return
-        for group, buffer in zip(self.groups, self._buffers, strict=True):
-            if group.residence is Residence.FLAT:
-                for row in buffer:
-                    part = row[group.start : group.stop].clone()
-                    dist.all_gather_into_tensor(row, part, group=self.layout.dp_group)
+        """Bring the scaled shards to where the layers read them; at stages 1 and 2 by all-gathers that run on."""
+        narrow = self._narrow != self._dtype
+        for index, group in enumerate(self.groups):
+            if group.residence is not Residence.FLAT:
+                if narrow:
+                    self._stored.append(self._sums[index].to(self._narrow))
+                    self._sums[index] = self._sums[index].new_empty(0)
+                continue
+            parts = self._local(index).to(self._narrow, copy=True)
+            if narrow:
+                self._sums[index] = self._sums[index].new_empty(0)
+                self._stored.append(self._empty(group, self._narrow))
+            works = []
+            for row, part in zip(self._stored[index], parts, strict=True):
+                work = dist.all_gather_into_tensor(row, part, group=self.layout.dp_group, async_op=True)
+                works.append((work, part))
+            self._gathering[index] = works
+        if narrow:
+            self._sums = []
+
+    def _wait(self, *groups: int) -> None:
+        """Until the all-gathers of these groups are done (on a GPU: this stream's further work waits, not the host)."""
+        for index in groups:
+            for work, _ in self._gathering.pop(index, ()):
+                work.wait()
 
     # -- reading -------------------------------------------------------------------------------------
 
     def of(self, parameter: Parameter) -> list[Tensor]:
-        """The K directions of a parameter in its (local) shape; a collective over dp under ZeRO-3.
+        """The K directions of a parameter in its (local) shape, as they are stored; a collective over dp under ZeRO-3.
 
         Views into the storage, but for ZeRO-3.
         """
         place = self._places[id(parameter)]
-        buffer = self._buffers[place.group][:, place.start : place.start + place.numel]
+        self._wait(place.group)
+        buffer = self._stored[place.group][:, place.start : place.start + place.numel]
         if self.groups[place.group].residence is not Residence.PARTITIONED:
             return [row.view(place.shape) for row in buffer]
         size = self.layout.dp_size * buffer.numel()
@@ -211,13 +262,24 @@ class Directions:
 
         ``vector`` lies in the local part of ``group`` from element ``start``.
         """
-        shard, numel = self.shards()[group], vector.numel()
-        flat = vector.detach().reshape(-1).to(device=shard.device, dtype=shard.dtype)
+        self._wait(group)
+        shard, numel = self._local(group), vector.numel()
+        flat = vector.detach().reshape(-1).to(device=shard.device, dtype=self._dtype)
         total = torch.zeros(self.targets, dtype=torch.float64, device=shard.device)
         size = CPU_BLOCK if shard.device.type == "cpu" else numel
         for begin, end in self.counted(group, start, numel):
             for lo in range(begin, end, size):
                 hi = min(lo + size, end)
                 # Summed in fp64: terms cancel to a thousandth of their absolute sum and less.
-                total += (shard[:, start + lo : start + hi] * flat[lo:hi]).sum(1, dtype=torch.float64)
+                part = shard[:, start + lo : start + hi].to(self._dtype)
+                total += (part * flat[lo:hi]).sum(1, dtype=torch.float64)
         return total
+
+
+def stored_type(name: str, *, precise: bool) -> torch.dtype:
+    """The type that layers read directions in, by its name; ``precise``: the model is fp64. Raises UserError."""
+    if name not in STORED:
+        raise UserError(f"direction_dtype {name!r} is neither fp32 nor bf16")
+    if precise and name != "fp32":
+        raise UserError(f"direction_dtype {name} with fp64 weights: their directions are fp64; leave it out")
+    return torch.float64 if precise else STORED[name]

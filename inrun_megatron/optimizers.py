@@ -43,6 +43,11 @@ class Step(Protocol):
         """fp32 shard that the step moves."""
         ...
 
+    @property
+    def gain(self) -> float:
+        """The scalar part of J: what it is proportional to beside vectors of the optimizer's state."""
+        ...
+
     def block(self, part: slice) -> Step:
         """The step of a part of the tensor."""
         ...
@@ -87,6 +92,10 @@ class SGDStep:
     nesterov: bool = False
     weight_decay: float = 0.0
     momentum_buffer: Tensor | None = None
+
+    @property
+    def gain(self) -> float:
+        return self.jacobian()
 
     def block(self, part: slice) -> SGDStep:
         buffer = self.momentum_buffer
@@ -147,6 +156,11 @@ class AdamStep:
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
+    @property
+    def gain(self) -> float:
+        """lr (1 - b1) / (1 - b1^t): coupled decay's part of J has the same factor."""
+        return self.lr * (1.0 - self.beta1) / self._corrections()[0]
+
     def block(self, part: slice) -> AdamStep:
         return replace(
             self,
@@ -177,7 +191,7 @@ class AdamStep:
     def precondition(self, gradient: Tensor, clip: float | Tensor) -> None:
         bc1, bc2 = self._corrections()
         root = self._second_moment(gradient, clip).sqrt_()
-        gain = self.lr * (1.0 - self.beta1) / bc1
+        gain = self.gain
         coupled = self._coupled()
         if coupled is None:
             gradient.mul_(gain).div_(root.add_(self.eps))
@@ -234,6 +248,10 @@ class ProxyStep:
 
     lr: float
     weights: Tensor
+
+    @property
+    def gain(self) -> float:
+        return self.lr
 
     def block(self, part: slice) -> ProxyStep:
         return ProxyStep(self.lr, self.weights[part])

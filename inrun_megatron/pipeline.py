@@ -9,6 +9,8 @@ earlier than it has to:
     norms             |grad L_k| over all stages, where the Jacobian clips by it (Adam; models without clipping and SGD
                       need none): started after the last validation backward, waited for at the first training backward
 
+A step with an older direction (refresh.py) has nothing in front: its stream is that of plain training.
+
 Weights that move (base drift, the path estimators) let nothing ride along: those passes are runs of the schedule of
 their own (pipeline_passes.py), with a flush after each.
 
@@ -132,7 +134,7 @@ class PipelineStep(ScoredStep):
         prepended = [] if stream is None else [owner.loss.split(m) for _, m in stream.validation]
         loss = owner.pipeline.train_batch(stream, [owner.loss.split(m) for m in microbatches], prepended)
         if stream is not None and self.result.scored:
-            if owner.rides:
+            if owner.rides and self.fresh:
                 self._target_losses = owner.passes.total(stream.losses)
                 self._terms = stream.terms
             self.result.seconds_scoring += stream.seconds
@@ -156,7 +158,7 @@ class ScoringStream:
         self.validation = [
             (k, microbatch)
             for k, target in enumerate(owner.targets)
-            for microbatch in (target.microbatches if step.result.scored and owner.rides else ())
+            for microbatch in (target.microbatches if step.fresh and owner.rides else ())
         ]
         self.prepended = len(self.validation)
         self.losses = torch.zeros(len(owner.targets), dtype=torch.float64, device=owner.device)
@@ -232,7 +234,7 @@ class ScoringStream:
         """After this stage's last validation backward: start what crosses stages; wait for no later stage."""
         owner = self.owner
         for weight, group in owner.pipeline.tied():
-            halves = owner.directions.of(weight)
+            halves = owner.directions.sums(weight)
             both = torch.stack(halves)
             self._tied.append((halves, both, dist.all_reduce(both, group=group, async_op=True)))
         # The other half of a tied weight comes from an earlier stage, which may still be waiting for this one's
@@ -247,6 +249,7 @@ class ScoringStream:
             work.wait()
             for half, whole in zip(halves, both, strict=True):
                 half.copy_(whole)
+        self._tied.clear()  # views of sums that may be given up
         owner.preparation.reduce(self._scale)
         self._reduced = True
         if owner.preparation.needs_norms:

@@ -73,7 +73,7 @@ class PipelinePasses:
 
     def join(self, directions: Directions) -> None:
         for weight, group in self._pipeline.tied():
-            for half in directions.of(weight):
+            for half in directions.sums(weight):
                 whole = half.contiguous()
                 dist.all_reduce(whole, group=group)
                 half.copy_(whole)

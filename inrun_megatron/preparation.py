@@ -188,6 +188,13 @@ class Preparation:
         """The coming step of one tensor, for the hyperparameters that all tensors share."""
         return self._step(next(piece for group in self.adapter.groups for piece in group.pieces))
 
+    def gains(self) -> list[float]:
+        """The scalar part of the coming step's Jacobian, one per parameter group of the optimizer (refresh.py)."""
+        first = {
+            piece.param_group: piece for group in self.adapter.groups for piece in reversed(group.pieces)
+        }
+        return [self._step(first[index]).gain for index in sorted(first)]
+
     # -- directions ----------------------------------------------------------------------------------
 
     @property
@@ -214,11 +221,18 @@ class Preparation:
             ``Prepared.terms``.
         """
         directions = self.directions
+        if norms is None:
+            nothing = torch.zeros(len(self.targets), dtype=torch.float64, device=directions.device)
+            norms = directions.norms() if self.needs_norms else nothing
+        terms = self._multiply(self.adapter.clip_coefficients(norms), path)
+        directions.publish()
+        return terms
+
+    def _multiply(self, clips: Tensor, path: Directions | None) -> tuple[Tensor, Tensor]:
+        """The shards times the Jacobian; returns the terms."""
+        directions = self.directions
         momentum_terms = torch.zeros(len(self.targets), dtype=torch.float64, device=directions.device)
         decay_terms = torch.zeros_like(momentum_terms)
-        if norms is None:
-            norms = directions.norms() if self.needs_norms else torch.zeros_like(decay_terms)
-        clips = self.adapter.clip_coefficients(norms)
         along = None if path is None else path.shards()
         for index, (group, shard) in enumerate(zip(self.adapter.groups, directions.shards(), strict=True)):
             for piece in group.pieces:
@@ -231,7 +245,6 @@ class Preparation:
                 )
                 momentum_terms += momentum
                 decay_terms += decay
-        directions.publish()
         return momentum_terms, decay_terms
 
 

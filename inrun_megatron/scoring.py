@@ -17,6 +17,7 @@ from .dots.elementwise import (
     vector_dots,
 )
 from .dots.linear import HAS_TRITON, weight_gradient_and_dots, weight_gradient_fp32
+from .dots.precision import wide
 from .dots.segments import Segments
 from .errors import UserError
 from .taps import Emission
@@ -112,7 +113,8 @@ class RowScorer:
     def _add_vectors(self, e: Emission, tokens: Tensor, directions: Sequence[Tensor]) -> None:
         """Dots of a vector parameter whose gradient is the sum of ``tokens [s, b, h]``."""
         if self.segments is None:
-            vector_dots(row_gradients(tokens, e.site.batch_dim, directions[0].dtype), directions, self.dots)
+            gradients = row_gradients(tokens, e.site.batch_dim, wide(directions[0].dtype))
+            vector_dots(gradients, directions, self.dots)
         else:
             self._add_tokens(e, token_vector_dots(tokens, directions))
 

@@ -6,6 +6,8 @@
 4. sum           one all-reduce of [samples, targets] over the ranks of a replica of the model
 5. settle        times the clip coefficient c_t; rows are dropped if the step was skipped
 6. audit         <d, G_t> from the optimizer's own gradient; momentum and decay terms
+
+With ``refresh=N`` steps 1 and 2 happen in every N-th scored step only (refresh.py).
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .audit import AdditivityProbe
-from .direction import Directions
+from .direction import Directions, stored_type
 from .engines import ZeroAdapter
 from .engines.inner import require_known
 from .errors import UserError
@@ -32,51 +33,11 @@ from .ledger.schema import CURRENT, DRIFT, StepRecord
 from .parallel import Layout
 from .passes import Microbatch, ModulePasses, Passes, TokenLoss, TrainingLoss, mean_loss
 from .preparation import Preparation
+from .refresh import RefreshSchedule, require_refresh
+from .result import ShapleyTarget, StepResult
 from .rows import StepRows
 from .scoring import RowScorer
 from .taps import Consumer, Pass, Taps, attach_taps
-
-
-@dataclass(frozen=True)
-class ShapleyTarget:
-    """A validation target.
-
-    Attributes:
-        name: as it appears in the ledger.
-        microbatches: this data-parallel rank's share of the sequences; the same number on every rank. Each has
-            ``loss_mask [b, s]`` and what the loss function reads.
-        num_tokens: loss tokens of *all* the target's sequences over all ranks, the denominator of L_k.
-    """
-
-    name: str
-    microbatches: Sequence[Microbatch]
-    num_tokens: float
-
-
-@dataclass
-class StepResult:
-    """What a step came to; sequences are over the K targets. None where the step was not scored."""
-
-    status: str = "off"
-    base: str = CURRENT  # where target_losses were taken: w_t, or Phi_t(0) (drift)
-    target_losses: list[float] | None = None
-    sums: list[float] | None = None  # of the values
-    step_sums: list[float] | None = None  # of the values of the step's own game
-    credit_factor: float | None = None
-    values: Tensor | None = None  # [rows of this data-parallel rank, K], fp64, on the CPU
-    parts: Tensor | None = None  # [parts of those rows, K], summed in `values`; a row that is not cut is one
-    places: tuple[Tensor, Tensor] | None = None  # (row, ordinal within the row) of every part, [parts] each
-    additivity_lhs: list[float] | None = None
-    additivity_rhs: list[float] | None = None
-    momentum_terms: list[float] | None = None
-    decay_terms: list[float] | None = None
-    clip_coefficient: float | None = None
-    gradient_norm: float | None = None
-    seconds_scoring: float = 0.0
-
-    @property
-    def scored(self) -> bool:
-        return self.status == "scored"
 
 
 class InRunShapley:
@@ -94,8 +55,12 @@ class InRunShapley:
             through the moments' decay over its weight in its own step).
         total_steps: last iteration of the run, where trajectory credit ends; None: no end.
         optimizer: ``auto`` (the step that is taken) or ``sgd`` (the paper's proxy).
+        direction_dtype: what layers read is stored in ``fp32`` or, in half the memory, in ``bf16``; sums are fp32.
         training_loss: of a microbatch, as ``engine.backward`` gets it; default: the mean over its loss tokens.
         interval: score every ``interval``-th iteration.
+        refresh: take the directions anew in every ``refresh``-th scored step and use them until then (refresh.py), with
+            ``first_order``. Call ``expire_direction`` when a checkpoint is written, so that a run resumed from it
+            scores alike.
         ledger: a ``LedgerWriter`` on ranks that write (``layout.writes_ledger``), else None.
         consumers: further consumers of the training passes' emissions, called after scoring.
         taps: taps that are in the model already; default: attach them.
@@ -117,8 +82,10 @@ class InRunShapley:
         credit: str = "step",
         total_steps: int | None = None,
         optimizer: str = "auto",
+        direction_dtype: str = "fp32",
         training_loss: TrainingLoss = mean_loss,
         interval: int = 1,
+        refresh: int = 1,
         ledger: Any | None = None,
         consumers: Sequence[Consumer] = (),
         taps: Taps | None = None,
@@ -131,6 +98,7 @@ class InRunShapley:
             raise UserError(f"credit {credit!r} is none of {', '.join(CREDITS)}")
         if interval < 1:
             raise UserError(f"interval {interval} is not a positive number of steps")
+        require_refresh(refresh, estimator)
         self.engine = engine
         self.targets = tuple(targets)
         self.estimator = Estimator.of(estimator, base)
@@ -138,6 +106,7 @@ class InRunShapley:
         self.layout = layout or Layout.current()
         proxy = optimizer == "sgd"
         self.interval = interval
+        self.refresh = RefreshSchedule(refresh, interval)
         self.ledger = ledger
         self.consumers = tuple(consumers)
         self.adapter = ZeroAdapter(engine, self.layout)
@@ -145,12 +114,14 @@ class InRunShapley:
             require_known(self.adapter.inner)
         self.taps = taps or attach_taps(engine.module)
         precise = any(p.dtype == torch.float64 for p in engine.module.parameters())
+        stored = stored_type(direction_dtype, precise=precise)
         self.directions = Directions(
             self.adapter.groups,
             self.taps.sharding,
             self.layout,
             len(self.targets),
             dtype=torch.float64 if precise else torch.float32,
+            stored=stored,
         )
         self.preparation = Preparation(
             self.adapter,
@@ -181,6 +152,10 @@ class InRunShapley:
         yield step
         step.settle()
 
+    def expire_direction(self) -> None:
+        """Let the next scored step take its own directions; on all ranks, when a checkpoint is written."""
+        self.refresh.expire()
+
     def close(self) -> None:
         """Take taps and hooks out of the model and the optimizer."""
         self._probe.remove()
@@ -206,6 +181,7 @@ class ScoredStep:
         self._target_losses: Tensor | None = None  # [K], on the device until the step is settled
         self._terms: tuple[Tensor, Tensor] | None = None
         self._loss_scale = 1.0
+        self._factor = 1.0  # of values from an older direction
         # Read before engine.step(), which may move the schedule on.
         self._lr = float(owner.adapter.inner.param_groups[0]["lr"])
 
@@ -213,6 +189,9 @@ class ScoredStep:
         """Steps 1 and 2."""
         started = time.perf_counter()
         self._begin()
+        if not self.fresh:
+            self.result.seconds_scoring += time.perf_counter() - started
+            return
         prepared = self.owner.preparation.run(self.owner.passes, microbatches)
         self._target_losses, self._terms = prepared.target_losses, prepared.terms
         self.result.seconds_scoring += time.perf_counter() - started
@@ -226,7 +205,19 @@ class ScoredStep:
         remaining = None if owner.total_steps is None else max(1, owner.total_steps - self.iteration + 1)
         result.credit_factor = credit_factor(owner.preparation.coming_step().reach(), remaining)
         self._loss_scale = owner.adapter.loss_scale()
+        gains = owner.preparation.gains()
+        if owner.refresh.due(self.iteration):
+            owner.refresh.taken(self.iteration, gains)
+            result.direction_age = 0
+        else:
+            self._factor = owner.refresh.factor(gains)
+            result.direction_age = owner.refresh.age(self.iteration)
         owner._probe.arm()
+
+    @property
+    def fresh(self) -> bool:
+        """Does this step take its own directions?"""
+        return self.result.direction_age == 0
 
     @contextmanager
     def samples(self, dataset: Any, sample: Any, tokens: Any, segments: Any = None) -> Iterator[None]:
@@ -253,6 +244,7 @@ class ScoredStep:
         started = time.perf_counter()
         if result.scored and not owner.adapter.step_applied():
             result.status = "skipped: overflow"
+            owner.refresh.expire()
         nothing = torch.empty(0, dtype=torch.float64, device=owner.device)
         norm = owner.adapter.gradient_norm()
         clip = owner.adapter.clip_coefficients(torch.zeros((), device=owner.device) if norm is None else norm)
@@ -269,6 +261,8 @@ class ScoredStep:
         result.target_losses = None if self._target_losses is None else read[2].tolist()
         if result.scored:
             self._settle_scores(torch.from_numpy(read[3]), read[4].tolist())
+            if not result.scored:  # what spoiled this step's values may be in its directions
+                owner.refresh.expire()
         result.seconds_scoring += time.perf_counter() - started
         self._append()
 
@@ -281,18 +275,18 @@ class ScoredStep:
                 f"step {self.iteration} saw {len(self._rows)} microbatches, but the engine accumulates {expected}; "
                 f"put all microbatches of one optimizer step inside one `with shapley.step(...)`"
             )
-        assert self._terms is not None
         scores = self._rows.dots()
+        terms = self._terms or (torch.zeros_like(scores[0]), torch.zeros_like(scores[0]))
         if layout.mp_size > 1:
             dist.all_reduce(scores, group=layout.mp_group)
         # DeepSpeed averages gradients over data-parallel ranks: g_i carries the 1/DP.
-        scores *= clip / (layout.dp_size * self._loss_scale)
+        scores *= clip * self._factor / (layout.dp_size * self._loss_scale)
         # Additivity and the drift terms need sums over all ranks; one small all-reduce for both.
         figures = torch.stack(
             [
                 scores.sum(0) if layout.writes_ledger else torch.zeros_like(scores[0]),
-                owner._probe.collect(),
-                *self._terms,
+                owner._probe.collect() * self._factor,
+                *terms,
             ]
         )
         dist.all_reduce(figures)
@@ -312,7 +306,8 @@ class ScoredStep:
         result.step_sums, result.sums = sums, [x * factor for x in sums]
         result.additivity_lhs = [x / clip for x in sums]
         result.additivity_rhs = [x / clip for x in optimizer_side]
-        result.momentum_terms, result.decay_terms = momentum, decay
+        if self.fresh:
+            result.momentum_terms, result.decay_terms = momentum, decay
 
     def _append(self) -> None:
         owner, result = self.owner, self.result
@@ -344,6 +339,7 @@ class ScoredStep:
                     clip_coefficient=result.clip_coefficient,
                     credit_factor=result.credit_factor,
                     base=result.base,
+                    direction_age=result.direction_age,
                     target_loss=result.target_losses,
                     sum_values=result.sums,
                     momentum_term=result.momentum_terms,

@@ -80,6 +80,9 @@ class LayoutCase:
     granularity: Literal["sample", "document", "token"] = "sample"
     reset_attention: bool = False  # attention and positions start anew with each document
     scale_power: int = 10  # fp16's first loss scale, as a power of 2
+    refresh: int = 1
+    direction_dtype: str = "fp32"
+    lr_growth: float = 1.0  # of the learning rate from step to step
 
     @property
     def dp(self) -> int:
@@ -149,11 +152,12 @@ class LayoutCase:
             self.model(),
             self.parameters(),
             self.spec(),
-            self.lr,
+            lambda t: self.lr * self.lr_growth ** (t - 1),
             self.targets(),
             proxy=self.proxy,
             estimator=self.estimator,
             base=self.base,
+            refresh=self.refresh,
         )
 
     def oracle(self) -> OracleRun:
@@ -177,6 +181,7 @@ class Ran:
     statuses: list[str]
     losses: list[float]  # the pipeline engine's training losses
     parts: list[dict[tuple[int, int], Tensor]]  # per step {(sample, ordinal): values [K]}
+    ages: list[int | None]  # of the directions, per step
 
 
 def _optimizer(case: LayoutCase, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -348,10 +353,14 @@ def train(rank: int, world: int, case: LayoutCase) -> Ran:
             base=case.base,
             credit=case.credit,
             total_steps=case.steps,
+            refresh=case.refresh,
+            direction_dtype=case.direction_dtype,
         )
     results, samples, losses = [], [], []
     for iteration, batch in enumerate(case.batches(), start=1):
         own = batch[layout.dp_rank]
+        for group in engine.optimizer.param_groups if case.lr_growth != 1.0 else ():
+            group["lr"] = case.lr * case.lr_growth ** (iteration - 1)
         samples.append(torch.cat([m["sample"] for m in own]))
         if shapley is None:
             if case.pp > 1:
@@ -396,6 +405,7 @@ def train(rank: int, world: int, case: LayoutCase) -> Ran:
         statuses=[r.status for r in results],
         losses=losses,
         parts=[_parts(r, s) for r, s in zip(results, samples)],
+        ages=[r.direction_age for r in results],
     )
 
 

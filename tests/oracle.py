@@ -31,6 +31,7 @@ from tests.oracle_optimizer import (
     OptimizerState,
     global_norm,
     jacobian_all,
+    scalar_part,
     step_all,
     with_stand_in,
 )
@@ -157,6 +158,8 @@ class OracleTrainer:
         estimator, base: as InRunShapley's; the path estimators' J is (Phi(0) - Phi(c G)) / (c G), as it stands.
         at_zero: take Adam's J at zero gradient, the exact derivative of the step, instead of at the validation
             gradient (oracle_optimizer.py); Adam's first step is then not scored.
+        refresh: first_order takes directions in steps 1, 1 + refresh, ...; those between use the last ones, times what J's
+            scalar part has become since.
     """
 
     def __init__(
@@ -171,6 +174,7 @@ class OracleTrainer:
         at_zero: bool = False,
         estimator: str = "first_order",
         base: str = "current",
+        refresh: int = 1,
     ) -> None:
         self.model = OracleGPT(shape)
         self.weights = {name: value.detach().double().clone() for name, value in parameters.items()}
@@ -180,6 +184,8 @@ class OracleTrainer:
         self.proxy = proxy
         self.at_zero = at_zero
         self.estimator, self.base = estimator, base
+        self.refresh = refresh
+        self._held: tuple[list[Parameters] | None, float] = (None, 1.0)
         self._lr = lr
 
     @property
@@ -203,7 +209,7 @@ class OracleTrainer:
         moved = {name: self.weights[name] - resting[name] for name in resting}
         losses, slopes = self.node_gradients(resting, self._after(clipped))
         if self.estimator == "first_order":
-            directions = self.directions(slopes)
+            directions = self._of_the_last_refresh(self.directions(slopes))
         else:
             directions = []
             for slope in slopes:
@@ -225,6 +231,15 @@ class OracleTrainer:
         )
         self.weights, self.state = step_all(self.optimizer, self.lr, self.weights, clipped, self.state)
         return result
+
+    def _of_the_last_refresh(self, own: list[Parameters] | None) -> list[Parameters] | None:
+        now = self.lr if self.proxy else scalar_part(self.optimizer, self.lr, self.state.steps)
+        if self.state.steps % self.refresh == 0:
+            self._held = (own, now)
+        held, then = self._held
+        if held is None or held is own:
+            return own
+        return [{name: value * (now / then) for name, value in direction.items()} for direction in held]
 
     def _after(self, clipped: Parameters, state: OptimizerState | None = None) -> Parameters:
         """Phi(g): the weights after a step with this clipped gradient."""

@@ -132,6 +132,14 @@ def jacobian_tensor(
     return lr * ((1 - spec.beta1) / correction1 / (root + spec.eps) - first * bend / (root + spec.eps) ** 2)
 
 
+def scalar_part(spec: OptimizerSpec, lr: float, steps: int) -> float:
+    """What J is proportional to at the coming step beside vectors of the state: lr, under Adam lr / (1 - b1^t)."""
+    if spec.kind == "sgd":
+        gain = 1.0 if steps == 0 else 1.0 - spec.dampening
+        return lr if spec.momentum == 0.0 else lr * (1.0 + spec.momentum * gain if spec.nesterov else gain)
+    return lr / _corrections(spec, steps + 1)[0]
+
+
 def step_all(
     spec: OptimizerSpec, lr: float, parameters: Parameters, gradients: Parameters, state: OptimizerState
 ) -> tuple[Parameters, OptimizerState]:

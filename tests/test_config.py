@@ -138,6 +138,11 @@ def test_mistakes_on_the_command_line_are_one_line(flags: list[str], message: st
         ("--hidden-dropout 1", "--hidden-dropout is 1.0"),
         ("--save-interval 5", "needs --save"),
         ("--micro-batch-size 0", "--micro-batch-size is 0"),
+        ("--shapley-refresh 0", "--shapley-refresh is 0: it must be positive"),
+        (
+            "--shapley --shapley-refresh 2 --shapley-estimator simpson",
+            "--shapley-refresh 2 with --shapley-estimator simpson: .* leave --shapley-refresh out",
+        ),
         ("--shapley", "no --shapley-target"),
         ("--shapley --shapley-target a=b", "--save DIRECTORY or --shapley-dir"),
     ],

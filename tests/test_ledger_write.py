@@ -45,7 +45,7 @@ def test_other_readers_open_the_parts(tmp_path: Path) -> None:
     query = f"SELECT sum(value) FROM '{tmp_path}/values/*.parquet' WHERE target = 'code'"
     assert duckdb.sql(query).fetchall()[0][0] == pytest.approx(rows["code"].sum(), rel=1e-12)
     metadata = pq.read_schema(next((tmp_path / "values").iterdir())).metadata
-    assert metadata[b"inrun.schema_version"] == b"2"
+    assert metadata[b"inrun.schema_version"] == b"3"
     assert metadata[b"inrun.run_id"].decode() == Ledger(tmp_path).run_id
 
 

@@ -34,6 +34,7 @@ class Case:
     layout: LayoutCase
     estimator: str = "first_order"
     base: str = "current"
+    direction_dtype: str = "fp32"
 
     def job(self) -> Job:
         """The plan's description of the run that `_measure` makes."""
@@ -71,6 +72,7 @@ class Case:
             target_micro_batch_size=MICRO_BATCH,
             estimator=self.estimator,
             base=self.base,
+            direction_dtype=self.direction_dtype,
         )
 
 
@@ -173,7 +175,13 @@ def _measure(rank: int, world: int, case: Case) -> Measured:
     share = _share(rows, layout, MICRO_BATCH, pipeline=False)
     targets = [ShapleyTarget(f"target{k}", share, rows.num_tokens) for k in range(TARGETS)]
     shapley = InRunShapley(
-        engine, targets, token_losses, layout=layout, estimator=case.estimator, base=case.base
+        engine,
+        targets,
+        token_losses,
+        layout=layout,
+        estimator=case.estimator,
+        base=case.base,
+        direction_dtype=case.direction_dtype,
     )
     batches = [batch[layout.dp_rank] for batch in layout_case.batches()]
 
@@ -226,16 +234,16 @@ CASES = {
         _case(1, 0),
         _case(1, 0, "llama"),
         _case(1, 1, estimator="midpoint"),
-        _case(1, 1, "llama", base="drift"),
+        _case(1, 1, "llama", base="drift", direction_dtype="bf16"),
         _case(1, 1, estimator="simpson"),
     ],
     2: [
         _case(2, 0),
-        _case(2, 1, "llama"),
+        _case(2, 1, "llama", direction_dtype="bf16"),
         _case(2, 2, estimator="simpson"),
         _case(2, 1, base="drift"),
         _case(2, 3),
-        _case(2, 3, "llama", estimator="midpoint"),
+        _case(2, 3, "llama", estimator="midpoint", direction_dtype="bf16"),
         _case(2, 1, tp=2),
         _case(2, 1, "llama", tp=2, estimator="midpoint"),
     ],
@@ -334,6 +342,9 @@ def test_time_follows_from_the_counts() -> None:
     fast = predict.Hardware(memory=1e30, network=1e30)
     assert predict.time(job, fast).overhead == pytest.approx(64 / 1024)
     assert predict.time(replace(job, interval=4), fast).overhead == pytest.approx(16 / 1024)
+    assert predict.time(replace(job, refresh=4), fast).overhead == pytest.approx(16 / 1024)
+    each = predict.time(replace(job, refresh=10**9), predict.Hardware(memory=1e30))
+    assert 0 < each.overhead < 1e-4 < each.scored_overhead  # dots and audits are sent in every scored step
     # One sequence costs as much as one per replica: the microbatches are filled up.
     assert predict.time(replace(job, target_sequences=1), fast).overhead == pytest.approx(32 / 1024)
     assert (
@@ -363,6 +374,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert code == 0 and "16,384" in out and max(map(len, out.splitlines())) <= 100 and "…" not in out
     plan = json.loads(run(capsys, "--preset", "7b", "--targets", "3", "--json")[1])
     assert plan["memory"]["directions"] == 3 * 4 * plan["parameters_per_rank"]
+    half = json.loads(
+        run(capsys, "--preset", "7b", "--targets", "3", "--direction-dtype", "bf16", "--json")[1]
+    )
+    assert half["memory"]["directions"] == half["memory"]["sums"] == plan["memory"]["directions"] // 2
+    assert half["communication"]["bytes"] < plan["communication"]["bytes"]
     shape = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --vocab-size 512 --seq-length 128"
     rest = (
         "--world-size 4 --global-batch-size 16 --zero-stage 3 --precision fp32 --llama --num-query-groups 2"
@@ -395,6 +411,10 @@ def test_the_table_of_the_documentation_is_the_commands(capsys: pytest.CaptureFi
         (("--preset", "7b", "--world-size", "63"), "63 GPUs are no multiple of"),
         (("--preset", "7b", "--global-batch-size", "1000"), "--global-batch-size 1000 is no multiple"),
         (("--preset", "70b", "--zero-stage", "3"), "ZeRO stage 3 does not work with 4 pipeline stages"),
+        (
+            ("--preset", "7b", "--refresh", "2", "--estimator", "simpson"),
+            "--refresh 2 with --estimator simpson",
+        ),
         (("--preset", "7b", "--targets", "0"), "--targets is 0: it must be positive"),
         (("--preset", "7b", "--config", "x"), "give one of them"),
     ],

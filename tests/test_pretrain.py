@@ -107,12 +107,15 @@ def ledger(directory: Path, table: str) -> list[dict[str, Any]]:
 
 RESUMED = [
     ("--zero-stage 0 --no-shapley", 2),
-    ("--zero-stage 1 --bf16", 2),
+    ("--zero-stage 1 --bf16 --shapley-refresh 4", 2),
     ("--zero-stage 2 --tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full", 1),
     ("--zero-stage 3 --shapley-estimator midpoint", 2),
     ("--pipeline-model-parallel-size 2 --zero-stage 1 --recompute-granularity full", 1),
     ("--pipeline-model-parallel-size 2 --zero-stage 1 --bf16 --shapley-base drift", 1),
-    ("--pipeline-model-parallel-size 2 --zero-stage 0 --untie-embeddings-and-output-weights", 1),
+    (
+        "--pipeline-model-parallel-size 2 --zero-stage 0 --untie-embeddings-and-output-weights --shapley-refresh 4",
+        1,
+    ),
 ]
 
 

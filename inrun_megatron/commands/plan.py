@@ -68,6 +68,12 @@ def plan(
         Literal["first_order", "midpoint", "simpson"] | None, typer.Option(help="As --shapley-estimator.")
     ] = None,
     base: Annotated[Literal["current", "drift"] | None, typer.Option(help="As --shapley-base.")] = None,
+    refresh: Annotated[
+        Number, typer.Option(help="As --shapley-refresh: own direction every N-th time.")
+    ] = None,
+    direction_dtype: Annotated[
+        Literal["fp32", "bf16"] | None, typer.Option(help="As --shapley-direction-dtype. Default: fp32.")
+    ] = None,
     segments: Annotated[
         float | None, typer.Option(help="Ledger rows per sample and target: documents or tokens of a sample.")
     ] = None,
@@ -126,6 +132,8 @@ def plan(
         "interval": interval,
         "estimator": estimator,
         "base": base,
+        "refresh": refresh,
+        "direction_dtype": direction_dtype,
         "segments": segments,
     }
     starts = _starts(preset or (), config)
@@ -183,6 +191,8 @@ def _of_run(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         "interval": shapley.interval,
         "estimator": shapley.estimator,
         "base": shapley.base,
+        "refresh": shapley.refresh,
+        "direction_dtype": shapley.direction_dtype,
     }
     counts = [text.rpartition(":")[2] for text in shapley.target]
     if counts and all(text.isdecimal() for text in counts):

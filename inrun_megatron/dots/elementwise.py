@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .precision import wide, widened
+
 
 def row_gradients(tokens: Tensor, batch_dim: int, dtype: torch.dtype) -> Tensor:
     """Sum over every dimension but the rows and the features: ``[b, h]``."""
@@ -31,13 +33,14 @@ def vector_dots(gradients: Tensor, directions: Sequence[Tensor], dots: Tensor) -
 
 def token_vector_dots(tokens: Tensor, directions: Sequence[Tensor]) -> Tensor:
     """``tokens . D_k`` of every token: ``[*, h]`` -> ``[*, K]``, fp64."""
-    return (tokens.to(directions[0].dtype) @ torch.stack(list(directions), dim=1)).double()
+    columns = torch.stack([widened(d) for d in directions], dim=1)
+    return (tokens.to(columns.dtype) @ columns).double()
 
 
 def token_embedding_dots(output_grad: Tensor, ids: Tensor, directions: Sequence[Tensor]) -> Tensor:
     """``B_t . D_k[id_t]`` of every token: ``[*, h]`` -> ``[*, K]``, fp64."""
-    wide = output_grad.to(directions[0].dtype)
-    return torch.stack([torch.linalg.vecdot(wide, d[ids]) for d in directions], dim=-1).double()
+    own = output_grad.to(wide(directions[0].dtype))
+    return torch.stack([torch.linalg.vecdot(own, widened(d[ids])) for d in directions], dim=-1).double()
 
 
 def embedding_dots(
@@ -45,7 +48,7 @@ def embedding_dots(
 ) -> None:
     """``dots[i, k] += sum_t B_it . D_k[id_it]``; rows whose output gradient is zero (masked ids) add nothing."""
     for k, direction in enumerate(directions):
-        products = (output_grad.to(direction.dtype) * direction[ids]).sum(-1)
+        products = (output_grad.to(wide(direction.dtype)) * widened(direction[ids])).sum(-1)
         rows = products.movedim(batch_dim, 0)
         dots[:, k] += rows.reshape(rows.shape[0], -1).sum(1)
 

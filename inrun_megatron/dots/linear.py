@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from . import cost
+from .precision import LOW_PRECISION, widened
 from .projection import token_dots
 from .segments import Segments
 
-LOW_PRECISION = (torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Rows that share an accumulator: a row's dot is the difference of two dots of the accumulator, so its
@@ -60,7 +60,7 @@ def weight_gradient_and_dots(
     Args:
         activation: A, ``[s, b, in]`` or with rows along another ``batch_dim``.
         output_grad: B, ``[s, b, out]``.
-        directions: K tensors ``[out, in]``, fp32 (fp64 in fp64 runs).
+        directions: K tensors ``[out, in]``, fp32 or bf16 (fp64 in fp64 runs).
         batch_dim: dimension of A and B that counts the rows.
         dots: ``[b, K]``, ``[n, K]`` with segments; the dots are added to it.
         segments: n parts of the rows, with A ``[s, b, in]`` or ``[b, s, in]``.
@@ -71,6 +71,8 @@ def weight_gradient_and_dots(
         fp32.
     """
     form = _form(activation, output_grad, len(dots), len(directions))
+    if form != "fused":
+        directions = [widened(direction) for direction in directions]
     if form == "projection":
         products = token_dots(activation, output_grad, directions)
         dots += products.sum(1 - batch_dim) if segments is None else segments.sums(products, batch_dim)

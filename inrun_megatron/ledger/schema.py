@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from inrun_megatron.errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised when a column or a rule changes so that an older reader would misread the files."""
 
 RUN_FILE = "run.json"
@@ -57,6 +57,7 @@ STEPS_SCHEMA = pa.schema(
         pa.field("clip_coefficient", pa.float64()),
         pa.field("credit_factor", pa.float64()),
         pa.field("base", pa.string(), nullable=False),
+        pa.field("direction_age", pa.int32()),
         pa.field("target_loss", pa.float64()),
         pa.field("realised", pa.float64()),
         pa.field("sum_values", pa.float64()),
@@ -112,6 +113,9 @@ class StepRecord:
     (trajectory credit); the rows are of the kind that run.json's configuration names."""
     base: str = CURRENT
     """Where target_loss was taken: `current` (w_t) or `drift` (Phi_t(0), where momentum and decay alone lead)."""
+    direction_age: int | None = None
+    """Steps since the direction was taken: 0 in the step itself, more with --shapley-refresh, where target_loss and the
+    momentum and decay terms are then unknown."""
     target_loss: PerTarget = None
     """L_k before the step, at the base point."""
     realised: PerTarget = None

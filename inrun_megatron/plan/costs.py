@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DIRECTION_BYTES = 4
-"""Per element of a direction and of the batch gradient (direction.py)."""
+SUM_BYTES = 4
+"""Per element of what gradients of directions, and the batch's, are added up in (direction.py)."""
+
+DIRECTION_BYTES = {"fp32": 4, "bf16": 2}
+"""Per element of a direction as layers read it, by --shapley-direction-dtype."""
 
 DOT_BYTES = 8
 """Per dot, loss or audit figure in a collective: they are fp64."""
@@ -56,12 +59,14 @@ LEDGER_ROW_BYTES, LEDGER_SAMPLE_BYTES = 9.0, 2.5
 """Of a Parquet part, zstd: per row (its value hardly compresses), and per sample for what its K rows share."""
 
 
-def dot_traffic_bytes(targets: int, low_precision: bool, rows: int) -> int:
+def dot_traffic_bytes(targets: int, low_precision: bool, rows: int, direction_bytes: int = 4) -> float:
     """Memory traffic of scoring one weight of a linear layer for one row, beyond training (docs/dots.md).
 
-    bf16 and fp16 on a GPU: the fused kernel reads each of the K directions (4 K). fp32: the product is read with each of
-    them (8 K), and with several rows in a microbatch the accumulator is read and written once more (8).
+    bf16 and fp16 on a GPU: the fused kernel reads each of the K directions (4 K, or 2 K). fp32: the product is read with
+    each of them (8 K), and with several rows in a microbatch the accumulator is read and written once more (8); bf16
+    directions are written out in fp32 once per microbatch (6 K).
     """
     if low_precision:
-        return DIRECTION_BYTES * targets
-    return 2 * DIRECTION_BYTES * targets + (8 if rows > 1 else 0)
+        return float(direction_bytes * targets)
+    widening = 0 if direction_bytes == SUM_BYTES else direction_bytes + SUM_BYTES
+    return 2 * SUM_BYTES * targets + (8 if rows > 1 else 0) + widening * targets / rows

@@ -11,7 +11,7 @@ from math import ceil, prod
 
 from inrun_megatron.config import ModelConfig
 from inrun_megatron.errors import UserError
-from inrun_megatron.plan.costs import EstimatorCost, estimator_cost
+from inrun_megatron.plan.costs import DIRECTION_BYTES, EstimatorCost, estimator_cost
 
 _POSITIVE = (
     "vocab_size",
@@ -24,6 +24,7 @@ _POSITIVE = (
     "targets",
     "target_sequences",
     "interval",
+    "refresh",
     "train_iters",
     "segments",
 )
@@ -77,6 +78,8 @@ class Job:
     interval: int = 1
     estimator: str = "first_order"
     base: str = "current"
+    refresh: int = 1
+    direction_dtype: str = "fp32"
     segments: float = 1.0
     train_iters: int = 1000
 
@@ -100,6 +103,11 @@ class Job:
         if p > 1 and self.zero_stage > 1:
             raise UserError(
                 f"ZeRO stage {self.zero_stage} does not work with {p} pipeline stages: use --zero-stage 0 or 1"
+            )
+        if self.refresh > 1 and self.estimator != "first_order":
+            raise UserError(
+                f"--refresh {self.refresh} with --estimator {self.estimator}: only first_order's direction serves "
+                f"another step; leave --refresh out"
             )
         if p > self.model.num_layers:
             raise UserError(f"{self.model.num_layers} layers cannot be cut into {p} pipeline stages")
@@ -130,6 +138,10 @@ class Job:
         if self.pipeline_parallel > 1:
             return self.micro_batch_size
         return ceil(ceil(self.target_sequences / self.data_parallel) / self._target_microbatches)
+
+    @property
+    def direction_bytes(self) -> int:
+        return DIRECTION_BYTES[self.direction_dtype]
 
     @property
     def cost(self) -> EstimatorCost:

@@ -12,25 +12,31 @@ from math import ceil
 from inrun_megatron.plan.costs import (
     ATTENTION_BACKWARD,
     BACKWARD,
-    DIRECTION_BYTES,
     DOT_BYTES,
     FLAT_GROUPS,
     FORWARD,
     LEDGER_ROW_BYTES,
     LEDGER_SAMPLE_BYTES,
+    SUM_BYTES,
     dot_traffic_bytes,
 )
 from inrun_megatron.plan.job import Job, count
 
+READ, DOTS, AUDITS = "read directions", "dots", "audits"
+"""Purposes of the collectives that every scored step has; the others serve a step's own directions."""
+
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes per rank that scoring adds, on the fullest rank. directions, batch_gradient: held through the run.
-    saved_weights: while weights are moved. layer: the largest of what one layer takes for a moment. conditioning: for a
+    """Bytes per rank that scoring adds, on the fullest rank. directions, batch_gradient: held through the run. sums: by
+    which the fp32 sums are larger than directions in bf16, from the first validation backward until they are rounded.
+    rounding: the sums, while directions in bf16 are made of them. saved_weights: while weights are moved. layer: the largest of what one layer takes for a moment. conditioning: for a
     moment per optimizer tensor. activations: of validation microbatches that are larger than training ones."""
 
     directions: int
     batch_gradient: int
+    sums: int
+    rounding: int
     saved_weights: int
     layer: int
     conditioning: int
@@ -43,7 +49,8 @@ class Memory:
     @property
     def peak(self) -> int:
         """What does not happen at the same time does not add up."""
-        return self.held + max(self.saved_weights + self.activations, self.layer, self.conditioning)
+        filling = self.sums + max(self.saved_weights + self.activations, self.conditioning)
+        return self.held + max(filling, self.rounding, self.layer)
 
 
 @dataclass(frozen=True)
@@ -85,13 +92,16 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of one step: training without scoring, and what scoring adds to a scored one."""
+    """Seconds of one step: training without scoring, and what scoring adds to one that takes its own directions. each: the
+    part of `communication` that steps with older directions have, too."""
 
     training: float
     passes: float
     dots: float
     communication: float
     interval: int
+    refresh: int
+    each: float
 
     @property
     def scored_overhead(self) -> float:
@@ -101,7 +111,8 @@ class Time:
     @property
     def overhead(self) -> float:
         """Over the run."""
-        return self.scored_overhead / self.interval
+        fresh = (self.passes + self.communication - self.each) / self.refresh
+        return (fresh + self.each + self.dots) / self.training / self.interval
 
 
 def parameters_held(job: Job) -> int:
@@ -121,17 +132,25 @@ def memory(job: Job) -> Memory:
     held, k = parameters_held(job), job.targets
     largest = max(parameter.numel for parameter in job.parameters)
     # One row's weight gradient in fp32, and the sum of the rows'.
-    layer = 2 * DIRECTION_BYTES * largest
+    layer = 2 * SUM_BYTES * largest
     if job.zero_stage == 3:
         # K directions of the layer as they are gathered, and put together.
-        layer += 2 * k * DIRECTION_BYTES * largest
+        layer += 2 * k * job.direction_bytes * largest
+    narrow = job.direction_bytes < SUM_BYTES
+    if narrow and job.parameter_bytes == 4:
+        # Only the fused kernel of 16-bit training reads bf16 as it is.
+        layer += k * SUM_BYTES * largest
+    # At stages 1 and 2 each rank rounds its own shard; the whole sums are given up before directions take their room.
+    sharded = job.zero_stage in (1, 2) and job.data_parallel > 1
     extra = max(0, job.validation_rows - job.micro_batch_size)
     return Memory(
-        directions=k * DIRECTION_BYTES * held,
-        batch_gradient=DIRECTION_BYTES * held if job.cost.batch_passes else 0,
+        directions=k * job.direction_bytes * held,
+        batch_gradient=SUM_BYTES * held if job.cost.batch_passes else 0,
+        sums=k * (SUM_BYTES - job.direction_bytes) * held,
+        rounding=k * SUM_BYTES * held if narrow and not sharded else 0,
         saved_weights=job.parameter_bytes * shard(job) if job.cost.moves else 0,
         layer=layer,
-        conditioning=3 * DIRECTION_BYTES * shard(job),
+        conditioning=3 * SUM_BYTES * shard(job),
         activations=extra * activation_bytes(job),
     )
 
@@ -149,11 +168,11 @@ def activation_bytes(job: Job) -> int:
 
 
 def collectives(job: Job) -> list[Collective]:
-    """Collectives of one scored step that scoring itself issues; those inside its model passes are as many as training's
+    """Collectives of one scored step with its own directions that scoring itself issues; those inside its model passes are as many as training's
     own for as many microbatches."""
     cost, d, t, k = job.cost, job.data_parallel, job.tensor_parallel, job.targets
     vectors = k + (1 if cost.batch_passes else 0)
-    whole = DIRECTION_BYTES * count(job.parameters)
+    whole = SUM_BYTES * count(job.parameters)
     found: list[Collective] = []
 
     def add(kind: str, group: str, purpose: str, number: int, size: float) -> None:
@@ -163,26 +182,28 @@ def collectives(job: Job) -> list[Collective]:
     if job.zero_stage == 3:
         uses = [(parameter.numel, parameter.uses) for parameter in job.parameters]
         each = sum(number for _, number in uses)
-        padded = sum(DIRECTION_BYTES * d * ceil(n / d) * number for n, number in uses)
+        padded = sum(SUM_BYTES * d * ceil(n / d) * number for n, number in uses)
         passes = cost.validation_passes * job.validation_microbatches + cost.batch_passes * job.microbatches
         add("reduce_scatter", "dp", "fill directions", each * passes, padded * passes)
-        add("all_gather", "dp", "read directions", each * job.microbatches, k * padded * job.microbatches)
+        read = k * padded * job.direction_bytes / SUM_BYTES
+        add("all_gather", "dp", READ, each * job.microbatches, read * job.microbatches)
     elif d > 1 and job.zero_stage == 0:
         # All directions of a group at once; the batch gradient by itself.
         calls = FLAT_GROUPS * (2 if cost.batch_passes else 1)
         add("all_reduce", "dp", "sum directions", calls, vectors * whole)
     elif d > 1:
         add("reduce_scatter", "dp", "sum directions", FLAT_GROUPS * vectors, vectors * whole)
-        add("all_gather", "dp", "publish directions", FLAT_GROUPS * k, k * whole)
+        published = k * job.direction_bytes * count(job.parameters)
+        add("all_gather", "dp", "publish directions", FLAT_GROUPS * k, published)
         moved = job.parameter_bytes * count(job.parameters) * cost.gathers
         add("all_gather", "dp", "move weights", FLAT_GROUPS * cost.gathers, moved)
     if t > 1 and any(parameter.sequence for parameter in job.parameters):
         own = sum(parameter.numel for parameter in job.parameters if parameter.sequence)
         share = own / d if job.zero_stage else own
         calls = 2 if cost.batch_passes else 1
-        add("all_reduce", "tp", "sequence shards", calls, vectors * DIRECTION_BYTES * share)
+        add("all_reduce", "tp", "sequence shards", calls, vectors * SUM_BYTES * share)
     if job.pipeline_parallel > 1 and not job.model.untie_embeddings_and_output_weights:
-        tied = DIRECTION_BYTES * job.vocab_size // t * job.model.hidden_size
+        tied = SUM_BYTES * job.vocab_size // t * job.model.hidden_size
         calls = k + 1 if cost.batch_passes else k if cost.moves else 1
         add("all_reduce", "tied", "tied embeddings", calls, vectors * tied)
     if cost.batch_passes:
@@ -201,8 +222,8 @@ def collectives(job: Job) -> list[Collective]:
         )
     rows = job.microbatches * job.micro_batch_size * job.segments
     if t * job.pipeline_parallel > 1:
-        add("all_reduce", "mp", "dots", 1, rows * k * DOT_BYTES)
-    add("all_reduce", "world", "audits", 1, 4 * k * DOT_BYTES)
+        add("all_reduce", "mp", DOTS, 1, rows * k * DOT_BYTES)
+    add("all_reduce", "world", AUDITS, 1, 4 * k * DOT_BYTES)
     return found
 
 
@@ -252,12 +273,17 @@ def time(job: Job, hardware: Hardware) -> Time:
         # Weights that move let nothing ride along: every pass fills and drains the pipeline.
         extra += bubble * (job.cost.validation_passes + job.cost.batch_passes + job.cost.loss_passes / 3)
     weights = sum(p.numel for p in job.parameters if p.linear)
-    traffic = dot_traffic_bytes(job.targets, job.parameter_bytes < 4, job.micro_batch_size) * weights
-    sent = sum(own.bytes * (2 if own.kind == "all_reduce" else 1) for own in collectives(job))
+    traffic = weights * dot_traffic_bytes(
+        job.targets, job.parameter_bytes < 4, job.micro_batch_size, job.direction_bytes
+    )
+    sent = [(own, own.bytes * (2 if own.kind == "all_reduce" else 1)) for own in collectives(job)]
+    each = sum(size for own, size in sent if own.purpose in (READ, DOTS, AUDITS))
     return Time(
         training=(job.microbatches + bubble) * microbatch,
         passes=extra * microbatch,
         dots=traffic * job.microbatches * job.micro_batch_size / hardware.memory,
-        communication=sent / hardware.network,
+        communication=sum(size for _, size in sent) / hardware.network,
         interval=job.interval,
+        refresh=job.refresh,
+        each=each / hardware.network,
     )

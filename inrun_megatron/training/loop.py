@@ -217,6 +217,8 @@ class Run:
                 self.scoring.commits.after_step(iteration, commit)
         if due:
             checkpoint.save(self.config, self.trainer, self.progress)
+            if self.scoring is not None:
+                self.scoring.checkpointed()
 
 
 class _Reporter:

@@ -130,6 +130,8 @@ class Scoring:
                 "total_steps": config.training.train_iters,
                 "optimizer": config.shapley.optimizer,
                 "interval": config.shapley.interval,
+                "refresh": config.shapley.refresh,
+                "direction_dtype": config.shapley.direction_dtype,
                 "ledger": self.writer,
                 "taps": taps,
             }
@@ -152,6 +154,10 @@ class Scoring:
     def step(self, iteration: int, microbatches: Sequence[Microbatch]) -> Any:
         """`InRunShapley.step`: the context of one optimizer step."""
         return self.shapley.step(iteration, microbatches)
+
+    def checkpointed(self) -> None:
+        """A checkpoint was written: a run resumed from it has no direction, so this one drops its own, too."""
+        self.shapley.expire_direction()
 
     def cut(self, microbatch: Microbatch) -> Microbatch:
         """The microbatch with `segments` [b, s] where --shapley-granularity cuts its rows."""
@@ -220,8 +226,11 @@ class Audits:
             left, right = result.additivity_lhs[k], result.additivity_rhs[k]
             scale = max(abs(left), abs(right))
             figures[f"audit/additivity/{name}"] = abs(left - right) / scale if scale else 0.0
-            if before is not None and before.scored:
-                assert before.target_losses and result.target_losses and before.step_sums
+            if before is None or not before.scored:
+                continue
+            # Both losses are known where both steps took their own directions.
+            if before.target_losses and result.target_losses:
+                assert before.step_sums
                 # Between two losses at Phi(0) lie this batch and the *next* step's drift.
                 drifting = result if result.base == DRIFT else before
                 assert drifting.momentum_terms is not None and drifting.decay_terms is not None

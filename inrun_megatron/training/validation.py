@@ -156,6 +156,7 @@ def _training(config: Config) -> None:
         exit_interval=training.exit_interval,
         log_interval=config.logging.log_interval,
         shapley_interval=config.shapley.interval,
+        shapley_refresh=config.shapley.refresh,
         shapley_micro_batch_size=config.shapley.micro_batch_size,
         shapley_audit_interval=config.shapley.audit_interval,
         shapley_commit_interval=config.shapley.commit_interval,
@@ -215,6 +216,11 @@ def _run_directory(config: Config) -> None:
         raise UserError(f"--save-interval is {interval}: it must not be negative")
     if not shapley.enabled:
         return
+    if shapley.refresh > 1 and shapley.estimator != "first_order":
+        raise UserError(
+            f"--shapley-refresh {shapley.refresh} with --shapley-estimator {shapley.estimator}: a direction integrated "
+            f"along one step's own path says nothing of another step; use first_order or leave --shapley-refresh out"
+        )
     if not shapley.target:
         raise UserError(
             "no --shapley-target is given: name a validation set as NAME=PATH[:SEQUENCES], or train without scoring "

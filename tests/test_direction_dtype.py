@@ -1,0 +1,97 @@
+"""Directions stored in bf16: values within their rounding, audits as exact as ever, half the memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from inrun_megatron.direction import stored_type
+from inrun_megatron.errors import UserError
+from tests.distributed import assert_cases, run_cases
+from tests.layouts import LayoutCase, _forward_backward, _share, build_engine, deviation, train
+from tests.test_exactness import TOLERANCE
+
+CASES = [
+    LayoutCase(2, 1, False, 0, 1, "gpt2", "adamw", steps=2, direction_dtype="bf16"),
+    LayoutCase(2, 2, True, 1, 2, "gpt2", "adamw", steps=2, direction_dtype="bf16"),
+    LayoutCase(2, 1, False, 2, 2, "llama", "adamw", steps=2, direction_dtype="bf16", granularity="document"),
+    LayoutCase(2, 1, False, 3, 2, "gpt2", "adamw", steps=2, direction_dtype="bf16", micro_batch=1),
+    LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", steps=3, direction_dtype="bf16", pp=2, refresh=2),
+    LayoutCase(2, 1, False, 2, 2, "llama", "sgd", steps=2, direction_dtype="bf16", base="drift"),
+]
+# bf16 rounds an element by up to 2^-9 of itself; signs of the errors vary, so that a sample's sum is off by less.
+ROUNDING = 2**-8
+
+
+def test_values_are_those_of_the_oracle_within_the_rounding() -> None:
+    """And rounded they are: nothing else would explain a difference beyond fp32's."""
+    results = assert_cases(run_cases(train, 2, CASES, timeout=180))
+    for case, ranks in zip(CASES, results, strict=True):
+        oracle = case.oracle()
+        for step, truth in enumerate(oracle.steps):
+            found = deviation(ranks, oracle, step)
+            print(f"{case}: step {step + 1}: {found:.1e}")
+            assert TOLERANCE["fp32"] < found < ROUNDING, f"{case}: step {step + 1}"
+            scale = truth.values.abs().sum(0).max() / truth.clip_coefficient
+            for ran in ranks:  # both sides read the same rounded direction
+                left, right = (torch.tensor(side) for side in ran.additivity[step])
+                assert (left - right).abs().max() < TOLERANCE["fp32"] * scale, case
+
+
+def _held(rank: int, world: int, case: LayoutCase) -> tuple[int, int, int]:
+    """Bytes that directions hold while they are filled, when they are read, and after the step."""
+    from inrun_megatron import InRunShapley, Layout, ShapleyTarget
+    from inrun_megatron.models import token_losses
+
+    engine = build_engine(case)
+    layout = Layout.current()
+    targets = [
+        ShapleyTarget(t.name, _share(t, layout, 2, pipeline=False), t.num_tokens) for t in case.targets()
+    ]
+    read: list[int] = []
+    filled: list[int] = []
+    shapley = InRunShapley(
+        engine,
+        targets,
+        token_losses,
+        layout=layout,
+        direction_dtype=case.direction_dtype,
+        consumers=[lambda emission: read.append(shapley.directions.nbytes)],
+    )
+    passes = shapley.passes.run
+
+    def run(*arguments: Any, **options: Any) -> None:
+        passes(*arguments, **options)
+        filled.append(shapley.directions.nbytes)
+
+    shapley.passes.run = run  # type: ignore[method-assign]
+    [batch] = case.batches()
+    with shapley.step(1) as step:
+        for microbatch in batch[layout.dp_rank]:
+            with step.samples(microbatch["dataset"], microbatch["sample"], microbatch["loss_mask"].sum(1)):
+                _forward_backward(engine, microbatch)
+    assert step.result.scored
+    return filled[0], max(read), shapley.directions.nbytes
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_two_bytes_per_parameter_and_target(zero: int) -> None:
+    """While layers read them; the fp32 sums are there until then and gone afterwards."""
+    wide = LayoutCase(2, 1, False, zero, 2, "llama", "adamw", steps=1)
+    both = [wide, replace(wide, direction_dtype="bf16")]
+    fp32, bf16 = assert_cases(run_cases(_held, 2, both, timeout=120))
+    for (filled, read, after), (narrow_filled, narrow_read, narrow_after) in zip(fp32, bf16, strict=True):
+        print(f"ZeRO-{zero}: fp32 {filled} {read} {after}, bf16 {narrow_filled} {narrow_read} {narrow_after}")
+        assert filled == read == after == narrow_filled
+        assert 2 * narrow_read == 2 * narrow_after == read
+
+
+def test_what_cannot_be_stored_is_refused() -> None:
+    assert stored_type("fp32", precise=True) is torch.float64
+    with pytest.raises(UserError, match="direction_dtype 'fp8' is neither fp32 nor bf16"):
+        stored_type("fp8", precise=False)
+    with pytest.raises(UserError, match="direction_dtype bf16 with fp64 weights"):
+        stored_type("bf16", precise=True)
