@@ -22,7 +22,7 @@ from inrun_megatron.report.document_sums import Leading
 from inrun_megatron.report.documents import Documents
 from inrun_megatron.report.draws import in_order, read_draws
 from inrun_megatron.report.groups import Groups
-from inrun_megatron.report.moments import create_document_moments, create_group_moments
+from inrun_megatron.report.moments import _ranges, create_document_moments, create_group_moments
 from inrun_megatron.report.phases import Phase, whole_run
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.ranking import Level, Measure, create_figures, ranked
@@ -241,6 +241,13 @@ def test_sql_gives_the_same(
     if granularity != "sample":
         ledger = write_cut_run(tmp_path, ledger.datasets, granularity)
     assert_sql_gives_the_same(ledger, Phase("late", 11, 30))
+
+
+def test_ranges_of_steps_are_of_rows_where_samples_are_cut(once: Path, tmp_path: Path) -> None:
+    ledger = write_cut_run(tmp_path, Ledger(once).datasets, "token")
+    with Query(ledger) as query:
+        ranges = _ranges(query, Phase("late", 11, 30), 3 * 8 * 64 * len(TARGETS))
+    assert ranges == [(11, 13), (14, 16), (17, 19), (20, 22), (23, 25), (26, 28), (29, 30)]
 
 
 def test_segments_in_another_order_and_not_finite(once: Path, tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ the run; attribution.py has the same attribution as SQL, for single documents an
 
 from __future__ import annotations
 
+from inrun_megatron.ledger.schema import VALUES
 from inrun_megatron.report import sql
 from inrun_megatron.report.document_sums import Leading, document_sums, draws_at_a_time
 from inrun_megatron.report.documents import Documents
 from inrun_megatron.report.group_sums import group_sums
 from inrun_megatron.report.groups import Groups
 from inrun_megatron.report.phases import Phase
-from inrun_megatron.report.query import Query
+from inrun_megatron.report.query import RANGE_ROWS, Query
 
 DOCUMENT = ["dataset", "document"]
 GROUP = ["grp"]
@@ -41,7 +42,7 @@ def create_document_moments(
     _create(query, "moments", DOCUMENT)
     _create(query, "partial_moments", DOCUMENT)
     targets = query.ledger.target_names if target is None else [target]
-    ranges = list(query.step_ranges(phase.first, phase.last, draws_at_a_time(len(targets)) * len(targets)))
+    ranges = _ranges(query, phase, draws_at_a_time(len(targets)) * len(query.ledger.target_names))
     for first, last in ranges:
         only = leading if len(ranges) == 1 else None
         for sums in document_sums(query, documents, targets, first, last, only):
@@ -60,13 +61,21 @@ def create_group_moments(
     targets = query.ledger.target_names if target is None else [target]
     query.drop("TABLE", "group_draws")
     query.run(f"CREATE TEMP TABLE group_draws AS {_NO_CELLS.format(keys='CAST(0 AS BIGINT) AS grp')}")
-    for first, last in query.step_ranges(phase.first, phase.last):
+    for first, last in _ranges(query, phase, RANGE_ROWS):
         for table in group_sums(query, documents, groups, targets, first, last):
             query.register("new_draws", table)
             query.run("INSERT INTO group_draws BY NAME SELECT * FROM new_draws")
         query.run(f"INSERT INTO partial_moments BY NAME {sql.moments(GROUP, _GROUP_DRAWS)}")
         query.run("DELETE FROM group_draws")
     _finish(query, GROUP)
+
+
+def _ranges(query: Query, phase: Phase, rows: int) -> list[tuple[int, int]]:
+    """Ranges of steps with about `rows` rows of the ledger each."""
+    samples = query.rows("SELECT CAST(sum(n) AS BIGINT) AS n FROM cells")[0]["n"]
+    # Where samples are cut, one has a row for each segment.
+    cut = 1.0 if not samples else max(1.0, sum(part.rows for part in query.ledger.parts(VALUES)) / samples)
+    return list(query.step_ranges(phase.first, phase.last, max(1, int(rows / cut))))
 
 
 def _create(query: Query, name: str, keys: list[str]) -> None:
