@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from inrun_megatron.data.identity import SampleResolver
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger import Ledger, LedgerWriter, commit, open_ledger, rollback
-from inrun_megatron.report import document_sums, group_sums
+from inrun_megatron.ledger import Ledger, LedgerWriter, commit, create_ledger, open_ledger, rollback
+from inrun_megatron.report import document_sums, group_sums, sql
+from inrun_megatron.report.attribution import create_document_rows
 from inrun_megatron.report.document_sums import Leading
 from inrun_megatron.report.documents import Documents
 from inrun_megatron.report.draws import in_order, read_draws
+from inrun_megatron.report.groups import Groups
+from inrun_megatron.report.moments import _ranges, create_document_moments, create_group_moments
 from inrun_megatron.report.phases import Phase, whole_run
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.ranking import Level, Measure, create_figures, ranked
@@ -138,7 +143,7 @@ def epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_documents(
     shape: str, phase: Phase, spans: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document_sums, "PIECE_SPANS", spans)
+    monkeypatch.setattr(document_sums, "PIECE_PARTS", spans)
     assert_figures_are_defined(Ledger(request.getfixturevalue(shape)), phase)
 
 
@@ -159,12 +164,109 @@ def test_documents_of_several_ranges_of_steps(
 def test_groups(
     shape: str, spans: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_sums, "PIECE_SPANS", spans)
+    monkeypatch.setattr(group_sums, "PIECE_PARTS", spans)
     assert_figures_are_defined(Ledger(request.getfixturevalue(shape)), LATE, "source")
 
 
+def assert_sql_gives_the_same(ledger: Ledger, phase: Phase) -> None:
+    """Moments against the attribution in SQL that `inrun show` reads: rows joined with their samples' documents."""
+    documents = Documents(ledger)
+    groups = Groups(ledger, documents, "source")
+    with Query(ledger) as query:
+        create_document_rows(query, documents, f"step BETWEEN {phase.first} AND {phase.last}")
+        query.register("document_groups", groups.documents())
+        for keys, draws in (
+            (["dataset", "document"], sql.rows_of(["dataset", "document"], "document_rows")),
+            (["grp"], sql.steps_of(["grp"], f"({sql.GROUP_ROWS})")),
+        ):
+            if keys == ["grp"]:
+                create_group_moments(query, phase, None, documents, groups)
+            else:
+                create_document_moments(query, phase, None, documents, None)
+            order = f"ORDER BY {', '.join(keys)}, target"
+            found = query.rows(f"SELECT * FROM moments {order}")
+            expected = query.rows(f"SELECT * FROM ({sql.moments(keys, draws)}) {order}")
+            assert len(found) == len(expected) > 10
+            for one, other in zip(found, expected, strict=True):
+                assert one == {
+                    name: pytest.approx(value, rel=1e-9, abs=1e-12) if isinstance(value, float) else value
+                    for name, value in other.items()
+                }
+
+
+def write_cut_run(directory: Path, table: list[dict[str, Any]], granularity: str, seed: int = 3) -> Ledger:
+    """A run scored by document or by token: 30 steps of 8 samples, a row for each segment and target."""
+    generator = np.random.default_rng(seed)
+    resolver = SampleResolver(table)
+    with create_ledger(directory / "shapley", description(table, shapley={"granularity": granularity})):
+        writers = [LedgerWriter(directory / "shapley", number) for number in range(2)]
+        losses = np.array([5.0, 5.0])
+        for step in range(1, 31):
+            dataset, sample = np.arange(8) % 3, 3 * step + np.arange(8) // 3
+            counts = np.full(8, 64)
+            if granularity == "document":
+                for row, (d, k) in enumerate(zip(dataset, sample, strict=True)):
+                    tokens = resolver.tokens(int(d), int(k))[:63]
+                    counts[row] = 1 + (tokens == resolver.end_of_document(int(d))).sum()
+            segment = np.concatenate([np.arange(count) for count in counts])
+            values = generator.normal(size=(len(segment), 2)) * 1e-3
+            writers[0].append_step(step_record(step, values, losses, 8 * step))
+            losses = losses - 0.9 * values.sum(0)
+            sample, dataset = np.repeat(sample, counts), np.repeat(dataset, counts)
+            half = int(counts[:4].sum())
+            for writer, own in zip(writers, (slice(half), slice(half, None)), strict=True):
+                n = len(segment[own])
+                writer.append(
+                    step, dataset[own], sample[own], [64 // 8] * n, values[own], segment=segment[own]
+                )
+            if step % 10 == 0:
+                commit(directory / "shapley", step, [p for writer in writers for p in writer.write_parts()])
+    return Ledger(directory)
+
+
+@pytest.mark.parametrize("parts", [40, 1 << 19], ids=["small pieces", "one piece"])
+@pytest.mark.parametrize("shape", ["once", "epochs"])
+@pytest.mark.parametrize("granularity", ["sample", "document", "token"])
+def test_sql_gives_the_same(
+    granularity: str,
+    shape: str,
+    parts: int,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (document_sums, group_sums):
+        monkeypatch.setattr(module, "PIECE_PARTS", parts)
+    ledger = Ledger(request.getfixturevalue(shape))
+    if granularity != "sample":
+        ledger = write_cut_run(tmp_path, ledger.datasets, granularity)
+    assert_sql_gives_the_same(ledger, Phase("late", 11, 30))
+
+
+def test_ranges_of_steps_are_of_rows_where_samples_are_cut(once: Path, tmp_path: Path) -> None:
+    ledger = write_cut_run(tmp_path, Ledger(once).datasets, "token")
+    with Query(ledger) as query:
+        ranges = _ranges(query, Phase("late", 11, 30), 3 * 8 * 64 * len(TARGETS))
+    assert ranges == [(11, 13), (14, 16), (17, 19), (20, 22), (23, 25), (26, 28), (29, 30)]
+
+
+def test_segments_in_another_order_and_not_finite(once: Path, tmp_path: Path) -> None:
+    def changed(table: pa.Table) -> pa.Table:
+        value = table["value"].to_numpy().copy()
+        value[::9] = np.nan
+        table = table.set_column(
+            table.schema.get_field_index("value"), table.schema.field("value"), pa.array(value)
+        )
+        order = [("step", "ascending"), ("segment", "descending"), ("value", "ascending")]
+        return table.take(pc.sort_indices(table.select(["step", "segment", "value"]), sort_keys=order))
+
+    write_cut_run(tmp_path / "run", Ledger(once).datasets, "document")
+    (tmp_path / "copy").mkdir()
+    assert_sql_gives_the_same(rewritten(tmp_path / "run", tmp_path / "copy", changed), Phase("late", 11, 30))
+
+
 def test_the_leading_documents_are_those_of_all(once: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(document_sums, "PIECE_SPANS", 40)
+    monkeypatch.setattr(document_sums, "PIECE_PARTS", 40)
     ledger = Ledger(once)
     documents = Documents(ledger)
     with Query(ledger) as query:
@@ -231,8 +333,6 @@ def test_a_resumed_run(once: Path, tmp_path: Path) -> None:
 
 def rewritten(source: Path, directory: Path, change: Any) -> Ledger:
     """A copy of a ledger whose parts of values/ are `change`d; readers do not look at hashes, `inrun verify` does."""
-    import shutil
-
     shutil.copytree(source / "shapley", directory / "shapley")
     ledger = Ledger(directory)
     for path in ledger.paths("values"):
@@ -274,8 +374,6 @@ def test_values_that_are_not_finite_count_for_no_target_but_their_own(
 
 
 def test_a_sample_of_two_steps_is_two_draws(once: Path, tmp_path: Path) -> None:
-    from inrun_megatron.ledger import create_ledger
-
     generator = np.random.default_rng(0)
     with create_ledger(tmp_path / "shapley", description(Ledger(once).datasets)):
         writer = LedgerWriter(tmp_path / "shapley", 0)

@@ -1,12 +1,8 @@
-"""Sums of documents where samples were scored whole: without a join, in the order of the stream that samples are cut from.
+"""Sums of documents, without a join, in the order of the stream that samples are cut from.
 
 GPTDataset strings documents together, cuts the stream into samples and shuffles those. In the order of the stream the
 samples of a document are neighbours, so that its sums are sums over neighbours; a piece of the stream is worked on at a
-time. Draw i gives document d
-
-    share_id * phi_ik,    share_id = tokens of d in the sample / tokens of the sample
-
-as `report/attribution.py` has it in SQL, and the columns are those of `sql.moments`.
+time. What a document has of a draw is in draw_parts.py; the columns are those of `sql.moments`.
 """
 
 from __future__ import annotations
@@ -19,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from inrun_megatron.report.documents import Documents
+from inrun_megatron.report.draw_parts import Parts, parts_of
 from inrun_megatron.report.draws import BYTES_PER_DRAW, Draws, in_order, read_draws
 from inrun_megatron.report.query import Query
 
@@ -28,8 +25,8 @@ DRAW_BYTES = 3 << 29
 FINITE = 1e308
 """Values beyond are not finite, as sql.FINITE has it."""
 
-PIECE_SPANS = 1 << 19
-"""Documents of samples that one thread works on at a time, about."""
+PIECE_PARTS = 1 << 19
+"""Parts of samples that one thread works on at a time, about."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +36,6 @@ class Scales:
     factor: np.ndarray
     per_change: np.ndarray
     """NaN where the realised change is not known."""
-
-
-@dataclass(frozen=True)
-class Spans:
-    """Parts of samples by document, documents one after another. All [spans]."""
-
-    row: np.ndarray
-    """Position of the draw."""
-    document: np.ndarray
-    tokens: np.ndarray
-    share: np.ndarray
-    """Of the sample's tokens."""
-
-    def of(self, chosen: np.ndarray) -> Spans:
-        """Those of the draws that `chosen` [draws] is true of."""
-        keep = chosen[self.row]
-        return Spans(*(column[keep] for column in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -122,7 +102,8 @@ def document_sums(
         once = documents.resolver.reads_once(dataset) and bool((place[1:] > place[:-1]).all())
         own = own[order]
         del place, order
-        size = max(1, int(PIECE_SPANS / documents.resolver.spans_per_sample(dataset)))
+        rows = len(draws.value) / len(draws.step)
+        size = max(1, int(PIECE_PARTS / max(rows, documents.resolver.spans_per_sample(dataset))))
         pieces = (own[start : start + size] for start in range(0, len(own), size))
         work = _Work(documents, draws, scales, targets, dataset, once, leading)
         for sums in in_order(work.of_piece, pieces):
@@ -155,22 +136,26 @@ class _Work:
 
     def of_piece(self, piece: np.ndarray) -> list[Sums]:
         """Sums of the draws `piece`."""
-        step, values = self.draws.step[piece], np.ascontiguousarray(self.draws.value[piece].T)
-        spans = _spans(self.documents, self.dataset, self.draws.sample[piece], sort=not self.once)
-        finite = np.abs(values) < FINITE
-        common = _ByDocument(spans, step) if finite.all() else None
+        parts, step = parts_of(self.documents, self.draws, self.dataset, piece), self.draws.step[piece]
+        if not self.once:
+            # A document comes up twice in one sample where an epoch ends with it and the next begins with it.
+            parts = parts.by_document()
+        finite = np.abs(parts.value) < FINITE
+        common = _ByDocument(parts, step) if finite.all() else None
         found: list[tuple[str, np.ndarray, dict[str, Any]]] = []
         for position, target in enumerate(self.targets):
-            summed = common or _ByDocument(spans.of(finite[position]), step)
+            summed = common or _ByDocument(parts.of(finite[position]), step)
             if len(summed.document):
                 factor, per_change = self.scales.factor[position], self.scales.per_change[position]
-                found.append((target, summed.document, summed.columns(values[position], factor, per_change)))
+                found.append(
+                    (target, summed.document, summed.columns(parts.value[position], factor, per_change))
+                )
         if not found:
             return []
         if not self.once:
             return [Sums(self._table(found), whole=False)]
         # The first and the last document may go on in the neighbouring pieces.
-        edge = np.unique(spans.document[[0, -1]])
+        edge = np.unique(parts.document[[0, -1]])
         inner = np.setdiff1d(np.concatenate([self._asked(*entry) for entry in found]), edge)
         return [Sums(self._table(found, inner), whole=True), Sums(self._table(found, edge), whole=False)]
 
@@ -193,55 +178,49 @@ class _Work:
         return pa.concat_tables(tables).unify_dictionaries()
 
 
-def _spans(documents: Documents, dataset: int, samples: np.ndarray, sort: bool) -> Spans:
-    row, document, tokens = documents.resolver.resolve_many(dataset, samples)
-    per_sample = np.bincount(row, weights=tokens, minlength=len(samples))
-    if sort and len(row):
-        # A document comes up twice in one sample where an epoch ends with it and the next begins with it.
-        order = np.lexsort((row, document))
-        row, document, tokens = row[order], document[order], tokens[order]
-        starts = _starts((row[1:] != row[:-1]) | (document[1:] != document[:-1]))
-        row, document, tokens = row[starts], document[starts], np.add.reduceat(tokens, starts)
-    return Spans(row, document, tokens, tokens / per_sample[row])
-
-
 def _starts(changes: np.ndarray) -> np.ndarray:
     """Where runs begin, of entries [n] of which [n - 1] tell whether they differ from the one before."""
     return np.concatenate(([0], np.flatnonzero(changes) + 1))
 
 
 class _ByDocument:
-    """Spans summed by document: what does not depend on the target, once."""
+    """Parts summed by draw and document, and those by document: what does not depend on the target, once."""
 
-    def __init__(self, spans: Spans, step: np.ndarray) -> None:
-        self._spans = spans
-        self.document = spans.document[:0]
-        if not len(spans.row):
+    def __init__(self, parts: Parts, step: np.ndarray) -> None:
+        self._parts = parts
+        self.document = parts.document[:0]
+        if not len(parts.draw):
             return
-        self._starts = _starts(spans.document[1:] != spans.document[:-1])
-        self.document = spans.document[self._starts]
-        self._step = step
-        of_span = step[spans.row]
+        fresh = (parts.draw[1:] != parts.draw[:-1]) | (parts.document[1:] != parts.document[:-1])
+        self._inner = None if fresh.all() else _starts(fresh)
+        draw, document, tokens = parts.draw, parts.document, parts.tokens
+        if self._inner is not None:
+            draw, document = draw[self._inner], document[self._inner]
+            tokens = np.add.reduceat(tokens, self._inner)
+        self._step = step[draw]
+        self._starts = _starts(document[1:] != document[:-1])
+        self.document = document[self._starts]
         self._same = {
-            "draws": np.diff(self._starts, append=len(spans.row)),
-            "tokens": np.add.reduceat(spans.tokens, self._starts),
-            "first_step": np.minimum.reduceat(of_span, self._starts),
-            "last_step": np.maximum.reduceat(of_span, self._starts),
+            "draws": np.diff(self._starts, append=len(draw)),
+            "tokens": np.add.reduceat(np.rint(tokens).astype(np.int64), self._starts),
+            "first_step": np.minimum.reduceat(self._step, self._starts),
+            "last_step": np.maximum.reduceat(self._step, self._starts),
         }
 
     def columns(
         self, value: np.ndarray, factor: np.ndarray, per_change: np.ndarray
     ) -> dict[str, np.ndarray | pa.Array]:
-        """Moments by document. value: of the draws [n]; factor, per_change: of the steps."""
-        row, share, starts = self._spans.row, self._spans.share, self._starts
-        part = value[row] * share
-        relative = (value * per_change[self._step])[row] * share
+        """Moments by document. value: of the parts' rows; factor, per_change: of the steps."""
+        own, starts = value[self._parts.at] * self._parts.share, self._starts
+        if self._inner is not None:
+            own = np.add.reduceat(own, self._inner)
+        relative = own * per_change[self._step]
         known = ~np.isnan(relative)
         columns = self._same | {
-            "value": np.add.reduceat(part, starts),
-            "squares": np.add.reduceat(part * part, starts),
-            "negatives": np.add.reduceat((part < 0).astype(np.int64), starts),
-            "normalised": np.add.reduceat((value * factor[self._step])[row] * share, starts),
+            "value": np.add.reduceat(own, starts),
+            "squares": np.add.reduceat(own * own, starts),
+            "negatives": np.add.reduceat((own < 0).astype(np.int64), starts),
+            "normalised": np.add.reduceat(own * factor[self._step], starts),
         }
         if known.all():
             return columns | {"relative": np.add.reduceat(relative, starts)}

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from inrun_megatron.data.identity import SampleResolver, Span
-from inrun_megatron.data.segments import places_of_documents, places_of_tokens
+from inrun_megatron.data.segments import SegmentPlaces, places_of_documents, places_of_tokens
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
 
@@ -53,10 +53,7 @@ class Documents:
         """Which documents the ledger's segments are of: columns dataset, sample, first and last (segments), document, share
         (of those segments' values; 1 unless a segment touches several documents). counts: segments of each sample."""
         samples = np.asarray(samples, dtype=np.int64)
-        if self._granularity == "token":
-            places = places_of_tokens(self.resolver, dataset, samples)
-        else:
-            places = places_of_documents(self.resolver, dataset, samples, np.asarray(counts))
+        places = self.places(dataset, samples, counts)
         return pa.table(
             {
                 "dataset": np.full(len(places.row), dataset, dtype=np.int16),
@@ -67,6 +64,12 @@ class Documents:
                 "share": places.share,
             }
         )
+
+    def places(self, dataset: int, samples: np.ndarray, counts: np.ndarray) -> SegmentPlaces:
+        """The same as arrays, samples by their positions in `samples`."""
+        if self._granularity == "token":
+            return places_of_tokens(self.resolver, dataset, samples)
+        return places_of_documents(self.resolver, dataset, samples, np.asarray(counts))
 
     def spans(self, dataset: int, sample: int) -> list[Span]:
         """The spans that a sample reads, in order."""

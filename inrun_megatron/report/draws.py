@@ -25,7 +25,8 @@ from inrun_megatron.ledger.schema import VALUES, PartInfo
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-COLUMNS = ["step", "dataset", "sample", "target", "value"]
+KEYS = ["step", "dataset", "sample"]
+CUT = ["segment", "tokens"]
 
 MOST_WORKERS = 8
 """Memory grows with each: a part's rows, or one piece of the samples."""
@@ -33,7 +34,11 @@ MOST_WORKERS = 8
 
 @dataclass
 class Draws:
-    """n samples in the order of the ledger's files. A sample that was scored in several steps is there once for each."""
+    """n samples in the order of the ledger's files. A sample that was scored in several steps is there once for each.
+
+    `value`, `tokens` and `segment` are of rows: one for each sample where samples are scored whole, else one for each of its
+    segments [rows]; those of a sample are neighbours, in the order of the segments.
+    """
 
     step: np.ndarray
     """[n] int32"""
@@ -42,8 +47,16 @@ class Draws:
     sample: np.ndarray
     """[n] int64"""
     value: np.ndarray
-    """[n, targets] float64; not finite where the ledger has no finite value."""
+    """[rows, targets] float64; not finite where the ledger has no finite value."""
+    begin: np.ndarray | None = None
+    """[n] int64, the first row of each sample; None where samples are scored whole: draw i has row i."""
+    tokens: np.ndarray | None = None
+    """[rows] int32, loss tokens; None like `begin`."""
+    segment: np.ndarray | None = None
+    """[rows] int32; None like `begin`."""
 
+
+OF_ROWS = ("value", "tokens", "segment")
 
 BYTES_PER_DRAW = 4 + 2 + 8 + 16
 """Besides 8 for each target; 16: its place while a dataset is sorted."""
@@ -56,50 +69,83 @@ def read_draws(ledger: Ledger, targets: Sequence[str], first: int, last: int) ->
     wanted = [ledger.target_names.index(target) for target in targets]
     size = sum(-(-part.rows // len(ledger.target_names)) for part in parts)
     # Pages that are not written take no memory.
-    found = Draws(
-        np.empty(size, np.int32),
-        np.empty(size, np.int16),
-        np.empty(size, np.int64),
-        np.empty((size, len(wanted))),
-    )
-    held = 0
+    columns: dict[str, np.ndarray] = {
+        "step": np.empty(size, np.int32),
+        "dataset": np.empty(size, np.int16),
+        "sample": np.empty(size, np.int64),
+        "value": np.empty((size, len(wanted))),
+    }
+    if ledger.granularity != "sample":
+        columns |= {
+            "begin": np.empty(size, np.int64),
+            "tokens": np.empty(size, np.int32),
+            "segment": np.empty(size, np.int32),
+        }
+    draws = rows = 0
     for own in in_order(lambda part: _read_part(ledger, part, wanted, first, last), parts):
-        end = held + len(own.step)
-        for name, column in vars(own).items():
-            into = getattr(found, name)
+        if own.begin is not None:
+            own.begin += rows
+        for name in columns:
+            column, start = getattr(own, name), rows if name in OF_ROWS else draws
+            end, into = start + len(column), columns[name]
             if end > len(into):
-                into = np.resize(into, (end + end // 4, *into.shape[1:]))
-                setattr(found, name, into)
-            into[held:end] = column
-        held = end
-    return Draws(found.step[:held], found.dataset[:held], found.sample[:held], found.value[:held])
+                columns[name] = into = np.resize(into, (end + end // 4, *into.shape[1:]))
+            into[start:end] = column
+        draws, rows = draws + len(own.step), rows + len(own.value)
+    return Draws(**{name: column[: rows if name in OF_ROWS else draws] for name, column in columns.items()})
 
 
 def _read_part(ledger: Ledger, part: PartInfo, wanted: Sequence[int], first: int, last: int) -> Draws:
     path, targets = ledger.directory / part.file, len(ledger.target_names)
+    cut = ledger.granularity != "sample"
+    names = KEYS + (CUT if cut else [])
     try:
-        table = _rows(path, first, last)
+        table = _rows(path, [*names, "target", "value"], first, last)
         code = _positions(table["target"], ledger.target_names)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(
             f"{path} cannot be read: {one_line(error)[:300]}; `inrun verify` names damaged parts"
         ) from error
-    step, dataset, sample, value = (table[name].to_numpy() for name in ("step", "dataset", "sample", "value"))
+    keys, value = [table[name].to_numpy() for name in names], table["value"].to_numpy()
     if part.first_step < first or part.last_step > last:
         # Before samples are made out: a group of rows may begin inside one, of an earlier step then.
-        inside = (step >= first) & (step <= last)
-        step, dataset, sample, value, code = (
-            column[inside] for column in (step, dataset, sample, value, code)
-        )
-    if _is_whole((step, dataset, sample), code, targets):
-        step, dataset, sample = step[::targets], dataset[::targets], sample[::targets]
-        value = value.reshape(-1, targets)
+        inside = (keys[0] >= first) & (keys[0] <= last)
+        keys, value, code = [key[inside] for key in keys], value[inside], code[inside]
+    if _is_whole(keys, code, targets):
+        keys, value = [key[::targets] for key in keys], value.reshape(-1, targets)
     else:
         value = np.where(code[:, None] == np.arange(targets), value[:, None], np.nan)
-    return Draws(step, dataset, sample, value if len(wanted) == targets else value[:, wanted])
+    if len(wanted) < targets:
+        value = value[:, wanted]
+    if cut:
+        return _by_sample(keys, value)
+    step, dataset, sample = keys
+    return Draws(step, dataset, sample, value)
 
 
-def _rows(path: Path, first: int, last: int) -> pa.Table:
+def _by_sample(keys: Sequence[np.ndarray], value: np.ndarray) -> Draws:
+    """Draws of rows that are segments. keys [rows] each: KEYS and CUT."""
+    step, dataset, sample, segment, tokens = keys
+    rows = [step, dataset, sample]
+    fresh = _changes(rows)
+    begin = np.flatnonzero(fresh)
+    if not (segment == np.arange(len(step)) - begin[np.cumsum(fresh) - 1]).all():
+        order = np.lexsort((segment, sample, dataset, step))
+        rows = [key[order] for key in rows]
+        segment, tokens, value = segment[order], tokens[order], value[order]
+        begin = np.flatnonzero(_changes(rows))
+    step, dataset, sample = (key[begin] for key in rows)
+    return Draws(step, dataset, sample, value, begin, tokens, segment)
+
+
+def _changes(keys: Sequence[np.ndarray]) -> np.ndarray:
+    """Where a row differs from the one before; the first does."""
+    fresh = np.ones(len(keys[0]), bool)
+    fresh[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
+    return fresh
+
+
+def _rows(path: Path, columns: list[str], first: int, last: int) -> pa.Table:
     """The row groups that may hold steps [first, last]."""
     with pq.ParquetFile(path) as file:
         column = file.schema_arrow.get_field_index("step")
@@ -108,7 +154,7 @@ def _rows(path: Path, first: int, last: int) -> pa.Table:
             known = file.metadata.row_group(group).column(column).statistics
             if known is None or not known.has_min_max or (known.min <= last and known.max >= first):
                 groups.append(group)
-        return file.read_row_groups(groups, columns=COLUMNS, use_threads=False)
+        return file.read_row_groups(groups, columns=columns, use_threads=False)
 
 
 def _positions(target: pa.ChunkedArray, names: Sequence[str]) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Sums of groups of documents (a file, a source) by step, where samples were scored whole: without a join.
+"""Sums of groups of documents (a file, a source) by step, without a join.
 
-What a group has of a sample is its documents' part of it, by length. Samples of one step move together
+What a group has of a sample is what its documents have of it (draw_parts.py). Samples of one step move together
 (report/domains.py), so that a group's samples of one step are one draw.
 """
 
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from inrun_megatron.report.document_sums import FINITE, PIECE_SPANS
+from inrun_megatron.report.document_sums import FINITE, PIECE_PARTS
 from inrun_megatron.report.documents import Documents
+from inrun_megatron.report.draw_parts import Parts, parts_of
 from inrun_megatron.report.draws import Draws, in_order, read_draws
 from inrun_megatron.report.groups import Groups
 from inrun_megatron.report.query import Query
@@ -30,7 +31,8 @@ def group_sums(
     draws = read_draws(query.ledger, targets, first, last)
     for dataset in np.unique(draws.dataset).tolist():
         own = np.flatnonzero(draws.dataset == dataset)
-        size = max(1, int(PIECE_SPANS / documents.resolver.spans_per_sample(dataset)))
+        rows = len(draws.value) / len(draws.step)
+        size = max(1, int(PIECE_PARTS / max(rows, documents.resolver.spans_per_sample(dataset))))
         pieces = (own[start : start + size] for start in range(0, len(own), size))
         work = _Work(documents, draws, targets, dataset, groups.of(dataset))
         for tables in in_order(work.of_piece, pieces):
@@ -48,48 +50,67 @@ class _Work:
 
     def of_piece(self, piece: np.ndarray) -> list[pa.Table]:
         """The sums of the draws `piece`, one table per target."""
-        samples = self.draws.sample[piece]
-        row, document, tokens = self.documents.resolver.resolve_many(self.dataset, samples)
-        share = tokens / np.bincount(row, weights=tokens, minlength=len(samples))[row]
-        group = self.group[document]
-        # Samples of which a group has several documents count once: first of them, in order of sample and group.
-        order = np.lexsort((group, row))
-        row, group, tokens, share = row[order], group[order], tokens[order], share[order]
-        fresh = np.append(True, (row[1:] != row[:-1]) | (group[1:] != group[:-1]))[: len(row)]
-        starts = np.flatnonzero(fresh)
-        row, group = row[starts], group[starts]
-        if not len(row):
-            return []
-        tokens, share = np.add.reduceat(tokens, starts), np.add.reduceat(share, starts)
+        parts, step = parts_of(self.documents, self.draws, self.dataset, piece), self.draws.step[piece]
+        finite = np.abs(parts.value) < FINITE
+        common = _ByGroup(parts, self.group, step) if finite.all() else None
         found = []
-        step = self.draws.step[piece][row]
         for position, target in enumerate(self.targets):
-            value = self.draws.value[piece, position][row]
-            finite = np.abs(value) < FINITE
-            found.append(
-                _table(step[finite], group[finite], target, tokens[finite], value[finite] * share[finite])
-            )
+            summed = common or _ByGroup(parts.of(finite[position]), self.group, step)
+            found.append(summed.table(target, parts.value[position]))
         return found
 
 
-def _table(
-    step: np.ndarray, group: np.ndarray, target: str, tokens: np.ndarray, value: np.ndarray
-) -> pa.Table:
-    count = int(group.max(initial=0)) + 1
-    key, cell = np.unique(step.astype(np.int64) * count + group, return_inverse=True)
-    cells = len(key)
+class _ByGroup:
+    """Parts summed by draw and group, and those by step and group: what does not depend on the target, once."""
 
-    def added(weights: np.ndarray | None) -> np.ndarray:
-        return np.bincount(cell, weights, minlength=cells)
+    def __init__(self, parts: Parts, group_of: np.ndarray, step: np.ndarray) -> None:
+        tokens = parts.tokens
+        if tokens.dtype.kind == "f":
+            # Shares of segments: a document's tokens of a sample are whole.
+            parts = parts.by_document()
+            starts = _starts(parts.draw, parts.document)
+            tokens = np.zeros(len(parts.draw), np.int64)
+            tokens[starts] = np.rint(_added(parts.tokens, starts))
+        group = group_of[parts.document]
+        # Samples of which a group has several documents count once.
+        order = np.lexsort((group, parts.draw))
+        draw, group = parts.draw[order], group[order]
+        self._at, self._share = parts.at[order], parts.share[order]
+        self._starts = _starts(draw, group)
+        self._tokens = _added(tokens[order], self._starts)
+        draw, group = draw[self._starts], group[self._starts]
+        count = int(group.max(initial=0)) + 1
+        key, self._cell = np.unique(step[draw].astype(np.int64) * count + group, return_inverse=True)
+        self._step, self._group = (key // count).astype(np.int32), key % count
 
-    return pa.table(
-        {
-            "step": (key // count).astype(np.int32),
-            "grp": key % count,
-            "target": pa.DictionaryArray.from_arrays(np.zeros(cells, np.int32), pa.array([target])),
-            "n": added(None),
-            "tokens": np.rint(added(tokens)).astype(np.int64),
-            "total": added(value),
-            "negatives": np.rint(added(value < 0)).astype(np.int64),
-        }
-    )
+    def table(self, target: str, value: np.ndarray) -> pa.Table:
+        """value: of the parts' rows."""
+        own = _added(value[self._at] * self._share, self._starts)
+        cells = len(self._step)
+
+        def added(weights: np.ndarray | None) -> np.ndarray:
+            return np.bincount(self._cell, weights, minlength=cells)
+
+        return pa.table(
+            {
+                "step": self._step,
+                "grp": self._group,
+                "target": pa.DictionaryArray.from_arrays(np.zeros(cells, np.int32), pa.array([target])),
+                "n": added(None),
+                "tokens": np.rint(added(self._tokens)).astype(np.int64),
+                "total": added(own),
+                "negatives": np.rint(added(own < 0)).astype(np.int64),
+            }
+        )
+
+
+def _starts(*keys: np.ndarray) -> np.ndarray:
+    """Where runs of equal keys begin."""
+    fresh = np.ones(len(keys[0]), bool)
+    fresh[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
+    return np.flatnonzero(fresh)
+
+
+def _added(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sums of runs; `reduceat` knows no empty arrays."""
+    return np.add.reduceat(numbers, starts) if len(starts) else numbers[:0]

@@ -1,20 +1,19 @@
 """Moments of documents, or of groups of them, over a phase: the relation `moments` that figures are made of.
 
-Where samples were scored whole they are summed outside SQL (document_sums.py, group_sums.py); where values are by document
-or by token, segments are joined with their documents (attribution.py). Either way a range of steps is worked on at a time,
-so that memory does not grow with the run.
+They are summed outside SQL (document_sums.py, group_sums.py), a range of steps at a time, so that memory does not grow with
+the run; attribution.py has the same attribution as SQL, for single documents and samples.
 """
 
 from __future__ import annotations
 
+from inrun_megatron.ledger.schema import VALUES
 from inrun_megatron.report import sql
-from inrun_megatron.report.attribution import create_document_rows
 from inrun_megatron.report.document_sums import Leading, document_sums, draws_at_a_time
 from inrun_megatron.report.documents import Documents
 from inrun_megatron.report.group_sums import group_sums
 from inrun_megatron.report.groups import Groups
 from inrun_megatron.report.phases import Phase
-from inrun_megatron.report.query import Query, quoted
+from inrun_megatron.report.query import RANGE_ROWS, Query
 
 DOCUMENT = ["dataset", "document"]
 GROUP = ["grp"]
@@ -42,19 +41,14 @@ def create_document_moments(
     out."""
     _create(query, "moments", DOCUMENT)
     _create(query, "partial_moments", DOCUMENT)
-    if query.ledger.granularity != "sample":
-        _join(query, phase, target, documents, sql.rows_of(DOCUMENT, "document_rows"), DOCUMENT)
-    else:
-        targets = query.ledger.target_names if target is None else [target]
-        ranges = list(
-            query.step_ranges(phase.first, phase.last, draws_at_a_time(len(targets)) * len(targets))
-        )
-        for first, last in ranges:
-            only = leading if len(ranges) == 1 else None
-            for sums in document_sums(query, documents, targets, first, last, only):
-                into = "moments" if sums.whole and len(ranges) == 1 else "partial_moments"
-                query.register("new_moments", sums.table)
-                query.run(f"INSERT INTO {into} BY NAME {_NEW_MOMENTS}")
+    targets = query.ledger.target_names if target is None else [target]
+    ranges = _ranges(query, phase, draws_at_a_time(len(targets)) * len(query.ledger.target_names))
+    for first, last in ranges:
+        only = leading if len(ranges) == 1 else None
+        for sums in document_sums(query, documents, targets, first, last, only):
+            into = "moments" if sums.whole and len(ranges) == 1 else "partial_moments"
+            query.register("new_moments", sums.table)
+            query.run(f"INSERT INTO {into} BY NAME {_NEW_MOMENTS}")
     _finish(query, DOCUMENT)
 
 
@@ -64,29 +58,24 @@ def create_group_moments(
     """(Re)create `moments`, one row per group (`grp`) and target."""
     _create(query, "moments", GROUP)
     _create(query, "partial_moments", GROUP)
-    if query.ledger.granularity != "sample":
-        query.register("document_groups", groups.documents())
-        _join(query, phase, target, documents, sql.steps_of(GROUP, f"({sql.GROUP_ROWS})"), GROUP)
-    else:
-        targets = query.ledger.target_names if target is None else [target]
-        query.drop("TABLE", "group_draws")
-        query.run(f"CREATE TEMP TABLE group_draws AS {_NO_CELLS.format(keys='CAST(0 AS BIGINT) AS grp')}")
-        for first, last in query.step_ranges(phase.first, phase.last):
-            for table in group_sums(query, documents, groups, targets, first, last):
-                query.register("new_draws", table)
-                query.run("INSERT INTO group_draws BY NAME SELECT * FROM new_draws")
-            query.run(f"INSERT INTO partial_moments BY NAME {sql.moments(GROUP, _GROUP_DRAWS)}")
-            query.run("DELETE FROM group_draws")
+    targets = query.ledger.target_names if target is None else [target]
+    query.drop("TABLE", "group_draws")
+    query.run(f"CREATE TEMP TABLE group_draws AS {_NO_CELLS.format(keys='CAST(0 AS BIGINT) AS grp')}")
+    for first, last in _ranges(query, phase, RANGE_ROWS):
+        for table in group_sums(query, documents, groups, targets, first, last):
+            query.register("new_draws", table)
+            query.run("INSERT INTO group_draws BY NAME SELECT * FROM new_draws")
+        query.run(f"INSERT INTO partial_moments BY NAME {sql.moments(GROUP, _GROUP_DRAWS)}")
+        query.run("DELETE FROM group_draws")
     _finish(query, GROUP)
 
 
-def _join(
-    query: Query, phase: Phase, target: str | None, documents: Documents, draws: str, keys: list[str]
-) -> None:
-    only = "" if target is None else f" AND target = {quoted(target)}"
-    for first, last in query.step_ranges(phase.first, phase.last):
-        create_document_rows(query, documents, f"step BETWEEN {first} AND {last}{only}")
-        query.run(f"INSERT INTO partial_moments BY NAME {sql.moments(keys, draws)}")
+def _ranges(query: Query, phase: Phase, rows: int) -> list[tuple[int, int]]:
+    """Ranges of steps with about `rows` rows of the ledger each."""
+    samples = query.rows("SELECT CAST(sum(n) AS BIGINT) AS n FROM cells")[0]["n"]
+    # Where samples are cut, one has a row for each segment.
+    cut = 1.0 if not samples else max(1.0, sum(part.rows for part in query.ledger.parts(VALUES)) / samples)
+    return list(query.step_ranges(phase.first, phase.last, max(1, int(rows / cut))))
 
 
 def _create(query: Query, name: str, keys: list[str]) -> None:
