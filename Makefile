@@ -16,7 +16,7 @@ ifeq ($(STACK),cpu)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: help setup demo demo-pipeline test test-long check clean
+.PHONY: help setup demo demo-pipeline test test-long check bench-smoke clean
 help:           ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -45,6 +45,9 @@ test: $(READY)  ## the default tests
 test-long: $(READY) ## the full products of layouts as well
 	$(BIN)/python launch/build_ops.py
 	$(BIN)/python -m pytest -q --long
+
+bench-smoke: $(READY) ## what scoring costs in a tiny model, in seconds: figures, no judgement
+	$(BIN)/python -m benchmarks.overhead --smoke
 
 check: $(READY) ## lint, format, types
 	$(BIN)/ruff check .

@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import resource
+import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -35,7 +37,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.overhead import Case, _batch, _start
+from benchmarks.pairs import Case
+from benchmarks.runs import random_microbatches, start
 
 Batch = dict[str, Tensor]
 
@@ -71,7 +74,12 @@ class Scene:
         from inrun_megatron.config import ModelConfig
         from inrun_megatron.models import build_gpt
 
-        _start(1)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        start(1, 1, 1)
         config = ModelConfig(
             num_layers=setting.layers,
             hidden_size=setting.hidden,
@@ -83,11 +91,11 @@ class Scene:
         self.model: nn.Module = build_gpt(
             config, vocab_size=setting.vocab, seq_length=setting.seq_length, seed=1
         )
-        case = Case("", setting.hidden, setting.layers, setting.seq_length, 0, 0, 0, 0)
-        torch.manual_seed(3)
-        device = torch.device("cpu")
-        self.train = _batch(case, setting.vocab, setting.train, device)
-        self.validation = _batch(case, setting.vocab, setting.validation, device)
+        case = Case("", setting.hidden, setting.layers, setting.seq_length, setting.train, 0, 1, 0)
+        rows = setting.train, setting.validation
+        [self.train], [self.validation] = (
+            random_microbatches(case, setting.vocab, n, seed, size=n) for seed, n in enumerate(rows)
+        )
 
     @property
     def parameters(self) -> list[nn.Parameter]:

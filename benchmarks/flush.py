@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import torch.distributed as dist
@@ -24,14 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.pairs import Batch, Case, Pairs, alternate, median_ratio
-from benchmarks.pipeline import (
-    build_stage,
-    microbatches,
-    on_stages,
-    random_microbatches,
-    scored_step,
-    scoring_of,
-)
+from benchmarks.runs import build_engine, on_ranks, random_microbatches, scored_step, scoring_of
 from benchmarks.schedule import FlushedSchedule, timeline
 
 VOCABULARY = 256
@@ -52,7 +45,7 @@ def counted(validation: int, training: int, stages: int) -> dict[str, Any]:
 
 def measured(case: Case, stages: int, *, pairs: int, pause: float) -> dict[str, Any]:
     """Seconds of a scored step both ways, on the first stage: the least, which a busy neighbour stretched least."""
-    timed: Pairs = on_stages(stages, _both_ways, case, pairs, pause)[0]
+    timed: Pairs = on_ranks(1, 1, stages, 1, _both_ways, replace(case, pp=stages), pairs, pause)[0]
     low, ratio, high = median_ratio(timed.wall)
     in_front, flushed = (min(pair[i] for pair in timed.wall) for i in (0, 1))
     return {
@@ -67,8 +60,9 @@ def measured(case: Case, stages: int, *, pairs: int, pause: float) -> dict[str, 
 
 
 def _both_ways(case: Case, pairs: int, pause: float) -> Pairs:
-    shapley = scoring_of(build_stage(case, VOCABULARY), case, VOCABULARY)
-    engine, (validation, training) = shapley.engine, microbatches(case)
+    shapley = scoring_of(build_engine(case, VOCABULARY), case, VOCABULARY)
+    engine, validation, training = shapley.engine, case.validation_microbatches, case.accumulation
+    scored = scored_step(shapley, case)
     in_front = engine._train_schedule
     engine._INSTRUCTION_MAP = {
         kind: _then_pause(run, pause) if kind in (ForwardPass, BackwardPass) else run
@@ -80,13 +74,13 @@ def _both_ways(case: Case, pairs: int, pause: float) -> Pairs:
             validation, training, engine.num_stages, engine.stage_id
         )
         try:
-            scored_step(shapley, iteration, batch)
+            scored(iteration, batch)
         finally:
             engine._train_schedule = in_front
 
     try:
         return alternate(
-            lambda iteration, batch: scored_step(shapley, iteration, batch),
+            scored,
             flushed_step,
             batch=lambda iteration: random_microbatches(case, VOCABULARY, case.train, iteration),
             pairs=pairs,

@@ -6,12 +6,14 @@ ratio is the median over pairs of steps.
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 from typing import Any
+
+from inrun_megatron.plan.costs import estimator_cost
 
 WARM_UP = 2  # pairs that are not counted
 
@@ -22,7 +24,7 @@ Step = Callable[[int, Batch], None]
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a table; tokens per sequence, sequences per step."""
+    """One line of a table; tokens per sequence, sequences per step (validation: of each target), ranks of each kind."""
 
     name: str
     hidden: int
@@ -32,6 +34,47 @@ class Case:
     validation: int
     micro_batch: int
     zero_stage: int
+    tp: int = 1
+    dp: int = 1
+    pp: int = 1
+    shape: str = "gpt2"
+    precision: str = "fp32"
+    targets: int = 1
+    granularity: str = "sample"
+    estimator: str = "first_order"
+    base: str = "current"
+    direction_dtype: str = "fp32"
+
+    @property
+    def accumulation(self) -> int:
+        """Training microbatches of one replica and step."""
+        steps, rest = divmod(self.train, self.micro_batch * self.dp)
+        if rest:
+            raise ValueError(
+                f"{self.train} sequences a step are no multiple of {self.dp} replicas x {self.micro_batch}"
+            )
+        return steps
+
+    @property
+    def validation_microbatches(self) -> int:
+        """Of one replica, all targets."""
+        return self.targets * ceil(ceil(self.validation / self.dp) / self.micro_batch)
+
+    @property
+    def work(self) -> float:
+        """The passes of a scored step over those of a plain one; a forward is a third of a pass."""
+        cost = estimator_cost(self.estimator, self.base)
+        ratio = self.targets * ceil(self.validation / self.dp) * self.dp / self.train
+        return 1 + cost.batch_passes + ratio * (cost.validation_passes + cost.loss_passes / 3)
+
+    @property
+    def ideal(self) -> float:
+        """The ratio of times that could be had: of the work, through a pipeline of the half-steps of its stream."""
+        cost = estimator_cost(self.estimator, self.base)
+        if self.pp == 1 or cost.moves:
+            return self.work
+        bubble = self.accumulation + self.pp - 1
+        return (self.validation_microbatches + bubble) / bubble
 
 
 @dataclass(frozen=True)
@@ -54,8 +97,9 @@ class Outcome:
     scored_s: float
     ratio_low: float  # quartiles of the ratio over pairs of steps
     ratio_high: float
-    cpu_ratio: float  # the same of processor time, which a busy neighbour does not stretch
-    cpu_ideal: float  # 1 + n_val / n_train: the work; a pipeline's idle half-steps are in `ideal` alone
+    plain_cpu_s: float  # processor time of all ranks
+    cpu_ratio: float  # the ratio of that, which a busy neighbour does not stretch
+    cpu_ideal: float  # the work, 1 + n_val / n_train for one target and first_order; a pipeline's idle half-steps are in `ideal` alone
     pairs: int
     tokens_per_second: float
     peak_rss_mb: float
@@ -106,15 +150,13 @@ def median_ratio(pairs: list[tuple[float, float]]) -> tuple[float, float, float]
     return low, median, high
 
 
-def outcome(
-    case: Case, timed: Pairs, *, ideal: float, cpu: list[tuple[float, float]] | None = None
-) -> Outcome:
-    """A line of the table: plain steps came first, scored ones second.
-
-    Args:
-        ideal: the ratio of wall times that could be had.
-        cpu: processor seconds of all processes; default: this one's.
-    """
+def outcome(case: Case, ranks: Sequence[Pairs], peak_rss_mb: float) -> Outcome:
+    """A line of the table: plain steps came first, scored ones second. Wall time is that of rank 0."""
+    timed, ideal = ranks[0], case.ideal
+    cpu = [
+        (sum(plain for plain, _ in own), sum(scored for _, scored in own))
+        for own in zip(*(rank.cpu for rank in ranks), strict=True)
+    ]
     low, ratio, high = median_ratio(timed.wall)
     plain_s, scored_s = (statistics.median(pair[i] for pair in timed.wall) for i in (0, 1))
     return Outcome(
@@ -126,10 +168,11 @@ def outcome(
         scored_s=scored_s,
         ratio_low=low,
         ratio_high=high,
-        cpu_ratio=median_ratio(cpu or timed.cpu)[1],
-        cpu_ideal=1.0 + case.validation / case.train,
+        plain_cpu_s=statistics.median(plain for plain, _ in cpu),
+        cpu_ratio=median_ratio(cpu)[1],
+        cpu_ideal=case.work,
         pairs=len(timed.wall),
         tokens_per_second=case.train * case.seq_length / scored_s,
-        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        peak_rss_mb=peak_rss_mb,
         case=asdict(case),
     )

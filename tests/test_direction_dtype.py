@@ -10,7 +10,7 @@ import torch
 
 from inrun_megatron.direction import stored_type
 from inrun_megatron.errors import UserError
-from tests.distributed import assert_cases, run_cases
+from tests.distributed import assert_cases, run_cases, run_distributed
 from tests.layouts import LayoutCase, _forward_backward, _share, build_engine, deviation, train
 from tests.test_exactness import TOLERANCE
 
@@ -87,6 +87,42 @@ def test_two_bytes_per_parameter_and_target(zero: int) -> None:
         print(f"ZeRO-{zero}: fp32 {filled} {read} {after}, bf16 {narrow_filled} {narrow_read} {narrow_after}")
         assert filled == read == after == narrow_filled
         assert 2 * narrow_read == 2 * narrow_after == read
+
+
+def _gathered(rank: int, world: int, dtype: str) -> list[Any]:
+    """(all-gathers that run on after publish, after the first read, the direction as both ranks read it)."""
+    from torch.nn import Parameter
+
+    from inrun_megatron.direction import Directions
+    from inrun_megatron.engines.shards import FlatGroup, Residence, Span
+    from inrun_megatron.parallel import Layout
+
+    weights = [Parameter(torch.zeros(3, 2)), Parameter(torch.zeros(4))]
+    groups = [
+        FlatGroup(Residence.FLAT, 2 * n, n * rank, n * rank + n, [Span(w, 0, w.numel())], w.device)
+        for w, n in zip(weights, (3, 2), strict=True)
+    ]
+    directions = Directions(groups, {}, Layout.data_parallel(), 2, stored=stored_type(dtype, precise=False))
+    directions.zero()
+    for k in range(2):
+        for weight in weights:
+            add = torch.arange(weight.numel(), dtype=torch.float32).view(weight.shape)
+            directions.accumulate(k, weight, lambda out, add=add, k=k: out.add_(add + 10 * k + rank))
+    directions.reduce()
+    directions.publish()
+    running = len(directions._gathering)
+    read = [directions.of(weights[0])[1].float().flatten().tolist()]
+    after = len(directions._gathering)
+    read.append(directions.of(weights[1])[0].float().tolist())
+    return [running, after, len(directions._gathering), read]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gathers_run_on_until_their_group_is_read(dtype: str) -> None:
+    """Each group's is waited for by its own first reader, and what is read is whole."""
+    for running, after, end, read in run_distributed(_gathered, 2, dtype):
+        assert (running, after, end) == (2, 1, 0)
+        assert read == [[2.0 * i + 21.0 for i in range(6)], [2.0 * i + 1.0 for i in range(4)]]
 
 
 def test_what_cannot_be_stored_is_refused() -> None:

@@ -42,6 +42,7 @@ def describe_run(ledger: Ledger) -> dict[str, Any]:
         "SGD proxy" if setting(run, "optimizer", group="shapley") == "sgd" else None,
         f"by {ledger.granularity}",
         _every(setting(run, "interval", group="shapley")),
+        _refreshed(setting(run, "refresh", group="shapley")),
     )
     return {
         "id": ledger.run_id,
@@ -118,6 +119,12 @@ def _named(name: str, value: Any) -> str | None:
 
 def _count(number: Any, noun: str) -> str | None:
     return None if number is None else f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _refreshed(refresh: Any) -> str | None:
+    return (
+        f"direction anew every {refresh} scored steps" if isinstance(refresh, int) and refresh > 1 else None
+    )
 
 
 def _every(interval: Any) -> str | None:

@@ -1,0 +1,88 @@
+"""The benchmarks' own arithmetic: ideals, cases, tables and the growth plot. What they time is not judged anywhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import growth, overhead
+from benchmarks.pairs import Case, Pairs, outcome
+from benchmarks.profile import Phases
+
+BASE = Case("base", 64, 2, 64, 16, 2, 4, 2)
+
+
+def test_ideals() -> None:
+    """The validation pass, once per target and node; through a pipeline the stream that it makes longer."""
+    assert BASE.ideal == BASE.work == 1 + 2 / 16
+    assert replace(BASE, targets=4).work == 1 + 8 / 16
+    assert replace(BASE, dp=4).work == 1 + 4 / 16  # every replica runs a sequence
+    assert replace(BASE, estimator="simpson").work == 2 + 3 * 2 / 16
+    assert replace(BASE, estimator="midpoint").work == pytest.approx(2 + 4 / 3 * 2 / 16)
+    stages = replace(BASE, pp=2, micro_batch=2)
+    assert (stages.accumulation, stages.validation_microbatches) == (8, 1)
+    assert stages.ideal == (1 + 8 + 1) / (8 + 1)
+    with pytest.raises(ValueError, match="16 sequences a step are no multiple of 3 replicas x 4"):
+        _ = replace(BASE, dp=3).accumulation
+
+
+def test_processor_time_is_that_of_all_ranks() -> None:
+    ranks = [Pairs([(1.0, 2.0)] * 3, [(1.0, 1.0)] * 3), Pairs([(9.0, 9.0)] * 3, [(1.0, 2.0)] * 3)]
+    found = outcome(BASE, ranks, 5.0)
+    assert (found.ratio, found.cpu_ratio, found.plain_cpu_s, found.peak_rss_mb) == (2.0, 1.5, 2.0, 5.0)
+
+
+def test_the_matrix_changes_one_setting_at_a_time() -> None:
+    """And every case of it is one that can run."""
+    base = overhead.MATRIX["base"]
+    assert base == {} and set(overhead.SMOKE) <= set(overhead.MATRIX)
+    for case in overhead.chosen_cases(BASE, overhead.MATRIX):
+        assert case.accumulation >= 1 and case.work > 1.0 and case.tp * case.dp * case.pp <= 2
+
+
+def test_the_smoke_subset_runs_and_prints_its_ratios() -> None:
+    """One case of it, one pair of steps, in a process of its own."""
+    [found] = overhead.measure_together([replace(BASE, train=8, hidden=32)], pairs=1, vocab=64)
+    assert found.cpu_ratio > 0 and found.pairs == 1 and found.name == "base"
+
+
+def test_an_unknown_case_is_refused() -> None:
+    import typer
+
+    app = typer.Typer()
+    app.command()(overhead.main)
+    answer = CliRunner().invoke(app, ["--smoke", "--only", "nothing"])
+    assert answer.exit_code == 2 and "no case's name contains 'nothing'" in answer.output
+
+
+def test_time_inside_a_phase_counts_once() -> None:
+    phases = Phases()
+    with phases.timed("outer"):
+        with phases.timed("inner"):
+            sum(range(200_000))
+    with phases.timed("inner"):
+        pass
+    assert set(phases.spent) == {"outer", "inner"}
+    assert 0 <= phases.spent["outer"][0] < phases.spent["inner"][0]
+
+
+def test_growth_has_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of made-up times: the formula at the plain step's rate, beside the limit."""
+
+    def measured(case: Case, **options: object) -> object:
+        seconds = [(1.0, 1.1)] * 3
+        return outcome(case, [Pairs(seconds, seconds)] * (case.tp * case.dp * case.pp), 1.0)
+
+    monkeypatch.setattr(growth, "measure", measured)
+    points = [point for axis in growth.AXES for point in growth.measure_axis(axis, pairs=1, vocab=512)]
+    growth.plot(points, tmp_path / "out" / "growth.png")
+    assert (tmp_path / "out" / "growth.png").read_bytes()[:4] == b"\x89PNG"
+    for point in points:
+        assert point.predicted > point.limit > 0 and point.extra == pytest.approx(0.1)
+    by_targets = [point.predicted for point in points if point.axis == "targets"]
+    assert by_targets == sorted(by_targets)
+    assert json.dumps([point.size for point in points])
