@@ -77,7 +77,7 @@ def write(item: Item, outcome: Outcome, setting: str, seconds: float, output: Pa
         draw(one)
     figure.suptitle(item.question)
     figure.tight_layout()
-    figure.savefig(output / f"{item.name}.png", dpi=120)
+    figure.savefig(output / f"{item.name}.png", dpi=120 if len(panels) < 4 else 90)
     pyplot.close(figure)
 
 

@@ -163,7 +163,11 @@ def run(pool: Executor, full: bool) -> Outcome:
         for rate in RATES
         for optimizer in OPTIMIZERS
     ]
-    records = [record for found in collect(pool, measure, cases) for record in found]
+    return tabulate([record for found in collect(pool, measure, cases) for record in found])
+
+
+def tabulate(records: list[dict[str, Any]]) -> Outcome:
+    """Tables and plot of the records as they are in the JSON file."""
     tables = []
     for first, title in ((False, f"t = {STEPS[1]} and later"), (True, "t = 1")):
         rows = []
@@ -178,14 +182,26 @@ def run(pool: Executor, full: bool) -> Outcome:
         tables.append(
             Table(f"Against Monte Carlo Shapley values, {title}: {len(here)} games and targets", rows)
         )
+    rates = []
+    for optimizer in OPTIMIZERS:
+        for method in METHODS:
+            row = {"optimizer": optimizer, "estimator": method.name}
+            for rate in RATES:
+                found = [
+                    r["pearson"]
+                    for r in records
+                    if r["step"] > 1
+                    and (r["optimizer"], r["method"], r["rate"]) == (optimizer, method.name, rate)
+                ]
+                row |= {f"{rate:g}x, median": statistics.median(found), f"{rate:g}x, lowest": min(found)}
+            rates.append(row)
+    tables.append(Table("Pearson by learning rate, after the first step", rates))
     rows = [_worst([r for r in records if r["step"] > 1 and r["method"] == m.name]) for m in METHODS]
     tables.append(Table("Where each estimator is least faithful", rows))
     missed = [r for r in records if r["pearson"] < GOALS.get(r["method"], -1.0) and r["step"] > 1]
     if missed:
-        again = max(case.again for case in cases)
-        tables.append(
-            Table(f"Goals missed: the same with {again} permutations", [_missed(r) for r in missed])
-        )
+        title = f"Goals missed: the same with {Case.again} permutations"
+        tables.append(Table(title, [_missed(r) for r in missed]))
     return Outcome(tables, records, [partial(_draw, records=records, optimizer=name) for name in OPTIMIZERS])
 
 
