@@ -52,30 +52,48 @@ def measure_pipeline(case: Case, stages: int, *, pairs: int, vocab: int) -> Outc
     return outcome(case, ranks[0], ideal=ideal(case, stages), cpu=cpu)
 
 
-def on_stages(stages: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """``work(*arguments)`` on one new process per stage, with Megatron's groups; the answers by stage."""
+def on_stages(
+    stages: int, work: Callable[..., Any], *arguments: Any, pipeline: int | None = None
+) -> list[Any]:
+    """``work(*arguments)`` on one new process per stage, with Megatron's groups; the answers by rank.
+
+    ``pipeline``: how many stages the ``stages`` processes make, if not one each; the rest is data parallelism.
+    """
+    groups = pipeline or stages
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with ProcessPoolExecutor(stages, mp_context=multiprocessing.get_context("spawn")) as pool:
-        ranks = [pool.submit(_stage, rank, stages, port, work, arguments) for rank in range(stages)]
+        ranks = [pool.submit(_stage, rank, stages, groups, port, work, arguments) for rank in range(stages)]
         return [rank.result() for rank in ranks]
 
 
-def _stage(rank: int, stages: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+def _stage(
+    rank: int,
+    world: int,
+    stages: int,
+    port: int,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> Any:
     import deepspeed
     from megatron.core import parallel_state
 
     from inrun_megatron.models import cpu
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(stages)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's messages; the figures alone belong to stdout
         torch.set_num_threads(1)
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
         parallel_state.initialize_model_parallel(1, stages)
         cpu.install()
-        cpu.seed_everything(1, tp_rank=0, dp_rank=0, pp_rank=rank)
+        cpu.seed_everything(
+            1,
+            tp_rank=0,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        )
         return work(*arguments)
 
 
