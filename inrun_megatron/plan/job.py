@@ -10,6 +10,7 @@ from functools import cached_property
 from math import ceil, prod
 
 from inrun_megatron.config import ModelConfig
+from inrun_megatron.defaults import default_base
 from inrun_megatron.errors import UserError
 from inrun_megatron.plan.costs import EstimatorCost, estimator_cost
 
@@ -76,7 +77,7 @@ class Job:
     target_micro_batch_size: int | None = None
     interval: int = 1
     estimator: str = "first_order"
-    base: str = "current"
+    base: str | None = None
     segments: float = 1.0
     train_iters: int = 1000
 
@@ -132,8 +133,12 @@ class Job:
         return ceil(ceil(self.target_sequences / self.data_parallel) / self._target_microbatches)
 
     @property
+    def resolved_base(self) -> str:
+        return self.base or default_base(self.pipeline_parallel)
+
+    @property
     def cost(self) -> EstimatorCost:
-        return estimator_cost(self.estimator, self.base)
+        return estimator_cost(self.estimator, self.resolved_base)
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
