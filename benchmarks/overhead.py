@@ -39,7 +39,7 @@ MATRIX: dict[str, dict[str, Any]] = {
     "microbatch 8": {"micro_batch": 8},
     "documents": {"granularity": "document"},
     "tokens": {"granularity": "token"},
-    "drift": {"base": "drift"},
+    "current": {"base": "current"},
     "midpoint": {"estimator": "midpoint"},
     "simpson": {"estimator": "simpson"},
     "ZeRO-0, DP 2": {"dp": 2, "zero_stage": 0},
@@ -141,7 +141,7 @@ def main(
     estimator: Annotated[
         Literal["first_order", "midpoint", "simpson"], typer.Option(help="as --shapley-estimator")
     ] = "first_order",
-    base: Annotated[Literal["current", "drift"], typer.Option(help="as --shapley-base")] = "current",
+    base: Annotated[Literal["current", "drift"] | None, typer.Option(help="as --shapley-base")] = None,
     direction_dtype: Annotated[
         Literal["fp32", "bf16"], typer.Option(help="as --shapley-direction-dtype")
     ] = "fp32",

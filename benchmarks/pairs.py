@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
-from inrun_megatron.plan.costs import estimator_cost
+from inrun_megatron.defaults import default_base
+from inrun_megatron.plan.costs import EstimatorCost, estimator_cost
 
 WARM_UP = 2  # pairs that are not counted
 
@@ -42,7 +43,7 @@ class Case:
     targets: int = 1
     granularity: str = "sample"
     estimator: str = "first_order"
-    base: str = "current"
+    base: str | None = None  # None: the layout's default
     direction_dtype: str = "fp32"
 
     @property
@@ -61,16 +62,21 @@ class Case:
         return self.targets * ceil(ceil(self.validation / self.dp) / self.micro_batch)
 
     @property
+    def cost(self) -> EstimatorCost:
+        """Passes that the estimator takes."""
+        return estimator_cost(self.estimator, self.base or default_base(self.pp))
+
+    @property
     def work(self) -> float:
         """The passes of a scored step over those of a plain one; a forward is a third of a pass."""
-        cost = estimator_cost(self.estimator, self.base)
+        cost = self.cost
         ratio = self.targets * ceil(self.validation / self.dp) * self.dp / self.train
         return 1 + cost.batch_passes + ratio * (cost.validation_passes + cost.loss_passes / 3)
 
     @property
     def ideal(self) -> float:
         """The ratio of times that could be had: of the work, through a pipeline of the half-steps of its stream."""
-        cost = estimator_cost(self.estimator, self.base)
+        cost = self.cost
         if self.pp == 1 or cost.moves:
             return self.work
         bubble = self.accumulation + self.pp - 1

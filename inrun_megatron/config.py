@@ -241,9 +241,9 @@ class ShapleyConfig:
     ] = "first_order"
     """first_order: the step linearised before the batch. midpoint, simpson: integrated along the step, with
     a second pass over the batch on scored steps (and three validation passes for simpson)."""
-    base: Annotated[Literal["current", "drift"], tyro.conf.arg(name="shapley-base")] = "current"
+    base: Annotated[Literal["current", "drift"] | None, tyro.conf.arg(name="shapley-base")] = None
     """Where first_order takes the validation gradient: at the current weights, or where momentum and weight decay alone
-    would lead (the step's own starting point)."""
+    would lead (the step's own starting point). Default: drift; under a pipeline current, where drift costs a flush."""
     credit: Annotated[Literal["step", "trajectory"], tyro.conf.arg(name="shapley-credit")] = "step"
     """step: the value of the sample in its own step. trajectory: with its gradient's weight in the coming steps, through
     the optimizer's momentum."""

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .audit import AdditivityProbe
+from .defaults import default_base
 from .direction import Directions, stored_type
 from .engines import ZeroAdapter
 from .engines.inner import require_known
@@ -50,7 +51,7 @@ class InRunShapley:
         layout: process groups; default: Megatron's where initialised, else data parallel.
         estimator: ``first_order``, ``midpoint`` or ``simpson`` (estimators.py); the latter two need the step's
             microbatches beforehand: ``step(iteration, microbatches)``.
-        base: ``current`` or ``drift``, for ``first_order``.
+        base: ``current`` or ``drift``, for ``first_order``; default: ``drift``, under a pipeline ``current``.
         credit: ``step`` (the value of the step's own game) or ``trajectory`` (times the gradient's whole weight
             through the moments' decay over its weight in its own step).
         total_steps: last iteration of the run, where trajectory credit ends; None: no end.
@@ -78,7 +79,7 @@ class InRunShapley:
         *,
         layout: Layout | None = None,
         estimator: str = "first_order",
-        base: str = "current",
+        base: str | None = None,
         credit: str = "step",
         total_steps: int | None = None,
         optimizer: str = "auto",
@@ -101,9 +102,9 @@ class InRunShapley:
         require_refresh(refresh, estimator)
         self.engine = engine
         self.targets = tuple(targets)
-        self.estimator = Estimator.of(estimator, base)
         self.credit, self.total_steps = credit, total_steps
         self.layout = layout or Layout.current()
+        self.estimator = Estimator.of(estimator, base or default_base(self.layout.pp_size))
         proxy = optimizer == "sgd"
         self.interval = interval
         self.refresh = RefreshSchedule(refresh, interval)

@@ -173,6 +173,16 @@ def test_what_a_pipeline_cannot_do_is_refused(flags: str, message: str) -> None:
         check_pipeline(settled)
 
 
+def test_the_base_point_is_the_drift_where_that_costs_no_flush() -> None:
+    def settled(*flags: str) -> str | None:
+        return merge(config(*flags), 1)[0].shapley.base
+
+    stages = ("--pipeline-model-parallel-size", "2")
+    assert (settled(), settled(*stages)) == ("drift", "current")
+    assert settled(*stages, "--shapley-base", "drift") == "drift"
+    assert settled("--shapley-base", "current") == "current"
+
+
 def test_good_numbers_give_the_data_parallel_size() -> None:
     assert validate(config("--tensor-model-parallel-size", "2"), world_size=8) == 4
 

@@ -26,7 +26,7 @@ from benchmarks.fidelity import (
     removal,
 )
 from benchmarks.fidelity.model import Shape, SmallGPT
-from benchmarks.fidelity.statistics import auroc, mean, spearman
+from benchmarks.fidelity.statistics import auroc, mean, spearman, spearman_difference
 from benchmarks.fidelity.training import DEFAULT, Recipe, epochs, retrained, scored_run, target_losses
 
 TINY = Recipe(Shape(layers=1, hidden=16, heads=2, sequence=32), steps=6, batch=4, warmup=2)
@@ -51,6 +51,12 @@ def test_figures_of_known_cases() -> None:
     assert (figure.low, figure.high) == pytest.approx(
         (2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), rel=1e-4
     )
+    groups = np.stack([order.reshape(20, 2)] * 2, -1)
+    assert spearman(groups, groups**3).value == pytest.approx(1.0)
+    constant = spearman(order, np.ones(40))
+    assert (constant.value, constant.low, constant.high) == (0.0, 0.0, 0.0)
+    ahead = spearman_difference(order, -order, order)
+    assert ahead.value == ahead.low == pytest.approx(2.0)
     random = np.random.default_rng(0)
     figure = spearman(random.normal(size=60), random.normal(size=60))
     assert figure.low < 0 < figure.high
@@ -69,6 +75,14 @@ def test_the_plain_loop_trains_as_the_engine_does(text: tuple[torch.Tensor, torc
     # Every value is somebody's, and the last steps' sums leave the first ones out.
     assert run.by_sample(len(sequences)).sum() == pytest.approx(float(run.values.sum()))
     assert run.by_sample(len(sequences), first_step=6).sum() == pytest.approx(float(run.values[5].sum()))
+    # Normalised, every step weighs as much as its samples; rules are sums over the whole run or its last two thirds.
+    sums = run.by_rule(len(sequences))
+    assert set(sums) == {
+        f"{kind}, {when}" for kind in ("raw", "normalised") for when in ("whole run", "last two thirds")
+    }
+    scaled = run.values / run.values.abs().mean(1, keepdim=True)
+    assert sums["normalised, whole run"].sum() == pytest.approx(float(scaled.sum()))
+    assert sums["raw, last two thirds"].sum() == pytest.approx(float(run.values[2:].sum()))
     assert run.credited("trajectory")[0].sum() > run.credited("step")[0].sum() > 0
     assert torch.equal(run.credited("trajectory")[-1], run.credited("step")[-1])  # nothing comes after it
 
@@ -96,7 +110,10 @@ def test_passages_fill_a_sequence() -> None:
 
 
 MINIATURES = {
-    "loo": (removal, removal.Setting(TINY, points=2, rows=2, target_rows=2, seeds=1)),
+    "loo": (
+        removal,
+        removal.Setting(dataclasses.replace(TINY, steps=14), points=6, rows=2, target_rows=2, seeds=1),
+    ),
     "lds": (datamodel, datamodel.Setting(TINY, sources=1, rows=6, target_rows=2, halves=4)),
     "harm": (harm, harm.Setting(TINY, rows=24, bad=2, target_rows=1, seeds=1)),
     "curation": (curation, curation.Setting(TINY, rows=24, target_rows=1, judge_rows=2, seeds=2)),

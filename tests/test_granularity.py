@@ -146,7 +146,7 @@ def test_runs_that_differ_in_layout_and_granularity_agree(tmp_path: Path) -> Non
     staged = "--pipeline-model-parallel-size 2 --recompute-granularity full"
     sharded = "--tensor-model-parallel-size 2 --sequence-parallel"
     runs = {
-        "document": f"{staged} --shapley-granularity document",
+        "document": f"{staged} --shapley-base drift --shapley-granularity document",
         "token": f"{sharded} --shapley-granularity token",
         "sample": sharded,
         "plain": f"{staged} --no-shapley",

@@ -10,6 +10,7 @@ from functools import cached_property
 from math import ceil, prod
 
 from inrun_megatron.config import ModelConfig
+from inrun_megatron.defaults import default_base
 from inrun_megatron.errors import UserError
 from inrun_megatron.plan.costs import DIRECTION_BYTES, EstimatorCost, estimator_cost
 
@@ -77,7 +78,7 @@ class Job:
     target_micro_batch_size: int | None = None
     interval: int = 1
     estimator: str = "first_order"
-    base: str = "current"
+    base: str | None = None
     refresh: int = 1
     direction_dtype: str = "fp32"
     segments: float = 1.0
@@ -144,8 +145,12 @@ class Job:
         return DIRECTION_BYTES[self.direction_dtype]
 
     @property
+    def resolved_base(self) -> str:
+        return self.base or default_base(self.pipeline_parallel)
+
+    @property
     def cost(self) -> EstimatorCost:
-        return estimator_cost(self.estimator, self.base)
+        return estimator_cost(self.estimator, self.resolved_base)
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:

@@ -17,7 +17,8 @@ def record(job: Job, hardware: Hardware) -> dict[str, Any]:
     rows, size = predict.ledger(job)
     sent = predict.collectives(job)
     return {
-        "job": asdict(job) | {"data_parallel": job.data_parallel, "microbatches": job.microbatches},
+        "job": asdict(job)
+        | {"base": job.resolved_base, "data_parallel": job.data_parallel, "microbatches": job.microbatches},
         "hardware": asdict(hardware),
         "parameters_per_rank": count(job.parameters),
         "memory": asdict(memory) | {"held": memory.held, "peak": memory.peak},

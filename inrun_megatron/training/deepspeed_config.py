@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from inrun_megatron.config import Config
+from inrun_megatron.defaults import default_base
 from inrun_megatron.errors import UserError
 
 
@@ -78,7 +79,7 @@ class _Merge:
 def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], Batch]:
     """Settle flags and JSON.
 
-    Returns the configuration with nothing left to the JSON, the complete DeepSpeed configuration, and the batch.
+    Returns the configuration with nothing left to the JSON or the layout, the complete DeepSpeed configuration, and the batch.
     UserError: contradictions, a global batch that the ranks cannot share equally, sections this program owns.
     """
     path, training = config.parallel.deepspeed_config, config.training
@@ -109,6 +110,11 @@ def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], B
             training, global_batch_size=batch.size, clip_grad=float(clip), bf16=bf16, fp16=fp16, **scaling
         ),
         parallel=dataclasses.replace(config.parallel, zero_stage=stage),
+        # Settled here, so that a replay on another number of stages keeps the base point.
+        shapley=dataclasses.replace(
+            config.shapley,
+            base=config.shapley.base or default_base(config.parallel.pipeline_model_parallel_size),
+        ),
     )
     return settled, merge_.merged, batch
 

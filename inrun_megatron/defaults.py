@@ -1,0 +1,14 @@
+"""Defaults that flags, library and plan share, and that depend on the layout."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+
+def default_base(stages: int) -> Literal["current", "drift"]:
+    """Where first_order takes the validation gradient unless told, on a pipeline of `stages` stages (1: none).
+
+    The step's own starting point is the more faithful one (docs/evidence.md, experiment 1). Through a pipeline moved weights
+    cost a flush, which is more than the validation pass itself: there it is for the user to ask for.
+    """
+    return "drift" if stages == 1 else "current"
