@@ -71,6 +71,8 @@ class HostWaits(TorchDispatchMode):
         masks = name in ("index", "index_put", "index_put_") and any(
             isinstance(index, Tensor) and index.dtype == bool_ for index in args[1]
         )
+        # Writing one number where a mask says so is torch's masked_fill, which waits for nothing.
+        masks = masks and (name == "index" or args[2].numel() > 1)
         lengths = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
         if (name in _WAITS or masks or lengths) and not any(args[0] is own for own in self._ignored()):
             self.counts[name] += 1

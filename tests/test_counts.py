@@ -184,6 +184,7 @@ def _waiting(tensor: torch.Tensor) -> Counter[str]:
     with HostWaits() as waits:
         float(tensor.sum())
         tensor[tensor > 0]
+        tensor[tensor > 0] = 1.0  # no wait
         tensor.nonzero()
         bool(tensor.any())
     return waits.counts
@@ -192,3 +193,4 @@ def _waiting(tensor: torch.Tensor) -> Counter[str]:
 def test_control_waits_are_seen() -> None:
     found = _waiting(torch.randn(5))
     assert found["_local_scalar_dense"] == 2 and found["index"] == 1 and found["nonzero"] >= 1, found
+    assert not found["index_put_"] and not found["index_put"], found
