@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.overhead import measure
+from benchmarks.overhead import measure_together
 from benchmarks.pairs import Case, Outcome
 from benchmarks.runs import LLAMA
 from inrun_megatron.config import ModelConfig
@@ -28,10 +28,10 @@ from inrun_megatron.dots.cost import CPU
 from inrun_megatron.plan import predict
 from inrun_megatron.plan.job import Job
 
-BASE = Case("base", 256, 4, 256, 16, 2, 4, 2)
+BASE = Case("base", 128, 4, 128, 16, 2, 4, 2)
 AXES: dict[str, list[dict[str, int]]] = {
     "layers": [{"layers": n} for n in (2, 4, 8)],
-    "hidden": [{"hidden": n} for n in (128, 256, 512)],
+    "hidden": [{"hidden": n} for n in (64, 128, 256, 512)],
     "sequence": [{"seq_length": n} for n in (64, 128, 256, 512)],
     "targets": [{"targets": n} for n in (1, 2, 4, 8, 16)],
     "ranks": [{"dp": n} for n in (1, 2, 4)],
@@ -90,15 +90,16 @@ def predicted(case: Case, vocab: int, plain_cpu_s: float) -> float:
 
 def measure_axis(axis: str, *, pairs: int, vocab: int) -> list[Point]:
     """The points of one axis."""
-    points = []
-    for changes in AXES[axis]:
-        [(field, size)] = changes.items()
-        case = replace(BASE, name=f"{axis} {size}", **{field: size})  # type: ignore[arg-type]
-        found = measure(case, pairs=pairs, vocab=vocab, threads=1)
-        points.append(
-            Point(axis, size, found.cpu_ideal - 1, predicted(case, vocab, found.plain_cpu_s), found)
-        )
-    return points
+    sizes = [size for changes in AXES[axis] for size in changes.values()]
+    found = [
+        replace(BASE, name=f"{axis} {size}", **changes)  # type: ignore[arg-type]
+        for size, changes in zip(sizes, AXES[axis], strict=True)
+    ]
+    outcomes = measure_together(found, pairs=pairs, vocab=vocab)
+    return [
+        Point(axis, size, own.cpu_ideal - 1, predicted(case, vocab, own.plain_cpu_s), own)
+        for size, case, own in zip(sizes, found, outcomes, strict=True)
+    ]
 
 
 def plot(points: list[Point], path: Path) -> None:
@@ -152,7 +153,7 @@ def _table(points: list[Point], title: str) -> Table:
 def main(
     output: Annotated[Path | None, typer.Option(help="folder for growth.png")] = None,
     only: Annotated[str, typer.Option(help=f"one of {', '.join(AXES)}")] = "",
-    vocab: Annotated[int, typer.Option(help="vocabulary size")] = 1024,
+    vocab: Annotated[int, typer.Option(help="vocabulary size")] = 512,
     pairs: Annotated[int, typer.Option(help="pairs of steps counted per case")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:

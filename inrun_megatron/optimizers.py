@@ -32,7 +32,7 @@ from torch import Tensor
 STAND_IN = 0.1
 
 # Elementwise work goes block by block, so that a dozen passes over a CPU's shard stay in its cache.
-CPU_BLOCK = 1 << 16
+CPU_BLOCK = 1 << 18
 
 
 class Step(Protocol):

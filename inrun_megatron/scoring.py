@@ -74,11 +74,16 @@ class RowScorer:
         directions = self.directions.of(e.weight)
         if e.site.kind == "linear":
             assert a is not None
-            e.weight_grad = weight_gradient_and_dots(a, b, directions, dim, self.dots, self.segments)
+            grad = weight_gradient_and_dots(a, b, directions, dim, self.dots, self.segments)
+            if not e.site.replicated:
+                e.weight_grad = grad
         elif self.fused and b.dtype != torch.float64:
             self._score_fused(e, directions)
         elif e.site.kind == "bias":
-            self._add_vectors(e, b, directions)
+            rows = self._add_vectors(e, b, directions)
+            # Of one row it is left to be bitwise that without scoring.
+            if rows is not None and len(rows) > 1 and not e.site.replicated:
+                e.weight_grad = rows.sum(0).to(e.weight.dtype)
         elif e.site.kind == "embedding":
             assert a is not None
             if self.segments is None:
@@ -110,13 +115,14 @@ class RowScorer:
         shifts = self.directions.of(e.bias) if e.bias is not None and e.bias.requires_grad else None
         kernels.norm_dots(b, a, dim, directions, shifts, self.dots, bounds)
 
-    def _add_vectors(self, e: Emission, tokens: Tensor, directions: Sequence[Tensor]) -> None:
-        """Dots of a vector parameter whose gradient is the sum of ``tokens [s, b, h]``."""
-        if self.segments is None:
-            gradients = row_gradients(tokens, e.site.batch_dim, wide(directions[0].dtype))
-            vector_dots(gradients, directions, self.dots)
-        else:
+    def _add_vectors(self, e: Emission, tokens: Tensor, directions: Sequence[Tensor]) -> Tensor | None:
+        """Dots of a vector parameter whose gradient is the sum of ``tokens [s, b, h]``; returns the rows' ``[b, h]``."""
+        if self.segments is not None:
             self._add_tokens(e, token_vector_dots(tokens, directions))
+            return None
+        gradients = row_gradients(tokens, e.site.batch_dim, wide(directions[0].dtype))
+        vector_dots(gradients, directions, self.dots)
+        return gradients
 
     def _add_tokens(self, e: Emission, products: Tensor) -> None:
         """Dots of single tokens ``[s, b, K]``, added up by part."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
+from torch import bool as bool_
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,6 +38,44 @@ class HostReads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in READS and not any(args[0] is tensor for tensor in self._ignored()):
             self.counts[func.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+# What makes the host wait for a device below Python: a number, or a shape that depends on data.
+_WAITS = {
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+}
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts operations whose result the host must wait for, by name, wherever they are called from.
+
+    Args:
+        ignored: tensors whose reads do not count.
+    """
+
+    def __init__(self, ignored: Callable[[], Iterable[Tensor]] = tuple) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self._ignored = ignored
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        masks = name in ("index", "index_put", "index_put_") and any(
+            isinstance(index, Tensor) and index.dtype == bool_ for index in args[1]
+        )
+        # Writing one number where a mask says so is torch's masked_fill, which waits for nothing.
+        masks = masks and (name == "index" or args[2].numel() > 1)
+        lengths = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
+        if (name in _WAITS or masks or lengths) and not any(args[0] is own for own in self._ignored()):
+            self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
 

@@ -73,11 +73,13 @@ def test_time_inside_a_phase_counts_once() -> None:
 def test_growth_has_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of made-up times: the formula at the plain step's rate, beside the limit."""
 
-    def measured(case: Case, **options: object) -> object:
+    def measured(found: list[Case], **options: object) -> list[object]:
         seconds = [(1.0, 1.1)] * 3
-        return outcome(case, [Pairs(seconds, seconds)] * (case.tp * case.dp * case.pp), 1.0)
+        return [
+            outcome(case, [Pairs(seconds, seconds)] * (case.tp * case.dp * case.pp), 1.0) for case in found
+        ]
 
-    monkeypatch.setattr(growth, "measure", measured)
+    monkeypatch.setattr(growth, "measure_together", measured)
     points = [point for axis in growth.AXES for point in growth.measure_axis(axis, pairs=1, vocab=512)]
     growth.plot(points, tmp_path / "out" / "growth.png")
     assert (tmp_path / "out" / "growth.png").read_bytes()[:4] == b"\x89PNG"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.counting import Collectives, HostReads
+from tests.counting import Collectives, HostReads, HostWaits
 from tests.distributed import assert_cases, run_cases
 from tests.layouts import LayoutCase, _forward_backward, _share, build_engine
 
@@ -28,6 +28,10 @@ CASES = [
     Case(LayoutCase(2, 2, False, 2, 2, "llama", steps=2, layers=4), targets=1),
     Case(LayoutCase(2, 1, False, 3, 2, "llama", steps=2)),
 ]
+PIPELINES = [
+    Case(LayoutCase(2, 1, False, 1, 2, "gpt2", steps=2, pp=2)),
+    Case(LayoutCase(2, 1, False, 0, 2, "llama", "sgd", steps=2, pp=2)),
+]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Counted:
 
     prepare: Counter[str]  # collectives before the first training microbatch
     rest: Counter[str]  # and from there on
-    reads: Counter[str]
+    reads: Counter[str]  # by the host, as Python calls them
+    waits: Counter[str]  # operations that the host must wait for, from anywhere
     emissions: int  # of layers that are scored on this rank
 
 
@@ -63,12 +68,16 @@ def _count(rank: int, world: int, counted: Case) -> Counted:
         shapley = InRunShapley(engine, given, token_losses, layout=layout, consumers=[count])
     before, during = Collectives(), Collectives()
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    reads = HostReads(lambda: [s["step"] for s in inner.state.values() if "step" in s])
+
+    def counters() -> list[torch.Tensor]:  # of the optimizer's steps, on the CPU
+        return [s["step"] for s in inner.state.values() if "step" in s]
+
+    reads, waits = HostReads(counters), HostWaits(counters)
     for iteration, batch in enumerate(case.batches(), start=1):
-        before.counts.clear(), during.counts.clear(), reads.counts.clear()
+        before.counts.clear(), during.counts.clear(), reads.counts.clear(), waits.counts.clear()
         emissions = 0
         microbatches = batch[layout.dp_rank]
-        with reads:
+        with reads, waits:
             if shapley is None:
                 with during:
                     for microbatch in microbatches:
@@ -87,7 +96,43 @@ def _count(rank: int, world: int, counted: Case) -> Counted:
                         _forward_backward(engine, microbatch)
                 context.__exit__(None, None, None)
             assert step.result.scored
-    return Counted(before.by_type(), during.by_type(), reads.counts, emissions)
+    return Counted(before.by_type(), during.by_type(), reads.counts, waits.counts, emissions)
+
+
+def _count_pipeline(rank: int, world: int, counted: Case) -> Counted:
+    """The same through a pipeline: a step is one ``train_batch``."""
+    from inrun_megatron import Layout, PipelineShapley, ShapleyTarget
+    from inrun_megatron.engines.pipeline import train_batch
+
+    case = counted.layout
+    engine = build_engine(case)
+    layout = Layout.current()
+    shapley = None
+    if counted.scoring:
+        targets = [
+            ShapleyTarget(t.name, _share(t, layout, case.micro_batch, pipeline=True), t.num_tokens)
+            for t in case.targets()
+        ]
+        shapley = PipelineShapley(engine, targets, engine.module.loss_fn, layout=layout)
+    collectives = Collectives()
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+    def counters() -> list[torch.Tensor]:
+        return [s["step"] for s in inner.state.values() if "step" in s]
+
+    reads, waits = HostReads(counters), HostWaits(counters)
+    for iteration, batch in enumerate(case.batches(), start=1):
+        collectives.counts.clear(), reads.counts.clear(), waits.counts.clear()
+        with reads, waits, collectives:
+            if shapley is None:
+                float(train_batch(engine, [engine.module.loss_fn.split(m) for m in batch[0]]))
+                norm = engine.get_global_grad_norm()
+                float(norm) if isinstance(norm, torch.Tensor) else norm
+                continue
+            with shapley.step(iteration) as step:
+                step.train_batch(batch[0])
+        assert step.result.scored
+    return Counted(Counter(), collectives.by_type(), reads.counts, waits.counts, 0)
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +163,34 @@ def test_no_read_by_the_host_that_plain_training_does_not_have(
     for case, scored, plain in counted:
         print(f"{case}: scored {dict(scored.reads)}, plain {dict(plain.reads)}")
         assert sum(scored.reads.values()) <= sum(plain.reads.values()) + (case.layout.zero == 0), case
+        print(f"  waits: scored {dict(scored.waits)}, plain {dict(plain.waits)}")
+        assert sum(plain.waits.values()) > 0, "the control: plain training reads its norm"
+        assert not scored.waits - plain.waits, f"{case}: {scored.waits - plain.waits}"
+
+
+def test_no_read_by_the_host_through_a_pipeline() -> None:
+    """But the one copy with everything, on every stage; plain training reads the loss and the norm."""
+    both = [c for case in PIPELINES for c in (case, replace(case, scoring=False))]
+    results = assert_cases(run_cases(_count_pipeline, 2, both, timeout=300))
+    for case, stages, without in zip(PIPELINES, results[::2], results[1::2], strict=True):
+        for scored, plain in zip(stages, without, strict=True):
+            print(f"{case}: reads {dict(scored.reads)}, plain {dict(plain.reads)}")
+            print(f"  waits {dict(scored.waits)}, plain {dict(plain.waits)}")
+            assert not scored.waits - plain.waits, f"{case}: {scored.waits - plain.waits}"
+            assert sum(scored.reads.values()) <= sum(plain.reads.values()) + 1, case
+
+
+def _waiting(tensor: torch.Tensor) -> Counter[str]:
+    with HostWaits() as waits:
+        float(tensor.sum())
+        tensor[tensor > 0]
+        tensor[tensor > 0] = 1.0  # no wait
+        tensor.nonzero()
+        bool(tensor.any())
+    return waits.counts
+
+
+def test_control_waits_are_seen() -> None:
+    found = _waiting(torch.randn(5))
+    assert found["_local_scalar_dense"] == 2 and found["index"] == 1 and found["nonzero"] >= 1, found
+    assert not found["index_put_"] and not found["index_put"], found

@@ -62,6 +62,33 @@ def test_linear(rows: int, batch_dim: int, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("rows", [1, 10])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_many_directions_of_one_buffer_are_read_together(
+    rows: int, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they lie in a flat group; and one by one where they do not lie evenly."""
+    a, b, _ = _buffers(rows, 1, torch.float32)
+    buffer = torch.randn(6, OUT * IN + 10).to(stored)
+    together = [row[3 : 3 + OUT * IN].view(OUT, IN) for row in buffer]
+    calls = []
+    mv = torch.mv
+    monkeypatch.setattr(torch, "mv", lambda *arguments: calls.append(1) or mv(*arguments))
+    for directions, expected_calls in (
+        (together, rows),
+        (together[:3], 0),
+        ([*together[:4], together[5]], 0),
+        ([d.clone() for d in together], 0),
+    ):
+        calls.clear()
+        dots = torch.zeros(rows, len(directions), dtype=torch.float64)
+        found = blocks_and_dots(a, b, directions, 1, dots)
+        grad, expected = _reference(a, b, directions, 1)
+        assert (dots - expected).abs().max() < 3e-6 * expected.abs().max()
+        torch.testing.assert_close(found.double(), grad, rtol=1e-5, atol=1e-5)
+        assert len(calls) == expected_calls
+
+
 def test_one_row_is_bitwise_the_plain_product() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         a, b, directions = _buffers(1, 1, dtype)

@@ -107,7 +107,7 @@ def ledger(directory: Path, table: str) -> list[dict[str, Any]]:
 
 RESUMED = [
     ("--zero-stage 0 --no-shapley", 2),
-    ("--zero-stage 1 --bf16 --shapley-refresh 4", 2),
+    ("--zero-stage 1 --bf16 --shapley-refresh 4 --shapley-direction-dtype bf16", 2),
     ("--zero-stage 2 --tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity full", 1),
     ("--zero-stage 3 --shapley-estimator midpoint", 2),
     ("--pipeline-model-parallel-size 2 --zero-stage 1 --recompute-granularity full", 1),

@@ -25,10 +25,8 @@ CASES = [
     LayoutCase(2, 1, False, 3, 2, "gpt2", "adamw", refresh=2, lr_growth=1.5),
     LayoutCase(2, 1, False, 2, 1, "llama", "momentum", refresh=3, lr_growth=1.5),
     LayoutCase(2, 1, False, 1, 1, "gpt2", "adamw", refresh=3, base="drift"),
-    LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", refresh=2, proxy=True, lr_growth=1.5),
     LayoutCase(2, 1, False, 1, 3, "gpt2", "adamw", pp=2, refresh=3, lr_growth=1.5),
     LayoutCase(2, 1, False, 0, 2, "llama", "sgd", pp=2, refresh=2, lr_growth=1.5),
-    LayoutCase(2, 1, False, 1, 2, "llama", "adamw", pp=2, refresh=2, base="drift"),
 ]
 
 

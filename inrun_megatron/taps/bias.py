@@ -26,10 +26,10 @@ class BiasTap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (output_grad,) = grad_outputs
-        if ctx.call.emits:
-            ctx.call.emit(output_grad)
-        grad = output_grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[0] else None
-        return grad, None, None, None
+        grad = ctx.call.emit(output_grad).weight_grad if ctx.call.emits else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        return output_grad.flatten(0, -2).sum(0) if grad is None else grad, None, None, None
 
 
 def bias(call: Call, output: Tensor) -> Tensor:

@@ -60,6 +60,11 @@ class Site:
         return self.sharding is not Sharding.REPLICATED or self.tp_rank == 0
 
     @property
+    def replicated(self) -> bool:
+        """True where other ranks compute this gradient, too: all must add it up in the same order, or replicas drift."""
+        return self.sharding is Sharding.REPLICATED and self.tp_size > 1
+
+    @property
     def sequence_shard(self) -> tuple[int, int]:
         """(which, of how many) shard of the sequence the buffers hold; (0, 1): whole rows.
 
@@ -80,7 +85,8 @@ class Emission:
         activation: ``linear``: the input ``[s, b, in]``; ``norm``: the normalised input ``[s, b, h]``;
             ``embedding``: local row ids, int64 ``[b, s]``; ``bias``: None.
         bias: ``norm``: the shift, if there is one.
-        weight_grad: set by a consumer that computed the weight gradient on its way (``linear`` only); the tap computes it otherwise.
+        weight_grad: set by a consumer that computed the weight's or bias's gradient on its way (``linear`` and ``bias``);
+            the tap computes it otherwise.
     """
 
     site: Site
