@@ -7,6 +7,7 @@ linear layer, h hidden size. Megatron layers are sequence first ``[s, b, .]``, e
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -56,8 +57,13 @@ class Site:
 
     @property
     def counts_here(self) -> bool:
-        """False where another rank of the tensor-parallel group counts the same (replicated) gradient."""
-        return self.sharding is not Sharding.REPLICATED or self.tp_rank == 0
+        """False where another rank of the tensor-parallel group counts the same (replicated) gradient.
+
+        Which one the name decides, so that the ranks share the work instead of waiting for the first of them.
+        """
+        if self.sharding is not Sharding.REPLICATED:
+            return True
+        return self.tp_rank == zlib.crc32(self.name.encode()) % self.tp_size
 
     @property
     def replicated(self) -> bool:
