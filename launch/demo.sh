@@ -8,8 +8,7 @@ cd "$(dirname "$0")/.."
 DATA=data/demo
 if [ "${1:-}" = pipeline ]; then
   RUN=runs/demo-pipeline
-  # The base point of the other layout, so that the values are the same; a pipeline's own default saves a flush.
-  LAYOUT=(--pipeline-model-parallel-size 2 --micro-batch-size 4 --shapley-base drift)
+  LAYOUT=(--pipeline-model-parallel-size 2 --micro-batch-size 4)
 else
   RUN=runs/demo
   LAYOUT=(--tensor-model-parallel-size 2 --sequence-parallel --micro-batch-size 8)
@@ -30,7 +29,7 @@ deepspeed --num_accelerators 2 --master_port "$PORT" launch/pretrain.py \
   --data-path 1 "$DATA/code" 1 "$DATA/prose" 1 "$DATA/shuffled" --split 100,0,0 \
   --save "$RUN" --save-interval 150 \
   --shapley-target code="$DATA/target_code:4" --shapley-target prose="$DATA/target_prose:4" \
-  --shapley-audit-interval 50
+  --shapley-base current --shapley-audit-interval 50
 
 inrun summary "$RUN"
 inrun verify "$RUN"
