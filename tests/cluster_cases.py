@@ -23,8 +23,8 @@ RANKS = 4
 STEPS = 40
 HEARTBEAT = 15
 """Seconds; short for the tests, long enough for a loaded machine."""
-TIMEOUT = 300.0
-"""Seconds that any one run may take."""
+TIMEOUT = 900.0
+"""Seconds that any one run may take: half a minute on two idle cores."""
 FLAGS = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --global-batch-size 8 "
     f"--train-iters {STEPS} --lr 1e-2 --eval-interval 0 --log-interval 1 --split 100,0,0 --save-interval 8 "

@@ -79,7 +79,7 @@ def run_distributed(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
-    timeout: float = 120.0,
+    timeout: float = 600.0,
     env: Mapping[str, str] | None = None,
     initialise: bool = True,
 ) -> list[Any]:
@@ -97,7 +97,7 @@ def run_cases(
     world_size: int,
     cases: Sequence[Any],
     *,
-    timeout: float = 120.0,
+    timeout: float = 600.0,
     env: Mapping[str, str] | None = None,
 ) -> list[CaseResult]:
     """Run `fn(rank, world_size, case)` for every case on one group of processes; failures are collected.
@@ -151,7 +151,7 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 600.0) -> list[Any]:
         """`fn(rank, world_size, *args)` on every rank; results by rank. DistributedError when a rank fails."""
         deadline = time.monotonic() + timeout
         if not self._processes:

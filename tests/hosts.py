@@ -59,11 +59,14 @@ while :; do wait -n; sleep 0.2; done
 """
 
 
-def require() -> None:
-    """Install what hosts need; skip the test, saying why, where that cannot be."""
+def require(*libraries: str) -> None:
+    """Install what hosts need and packages of `libraries`; skip the test, saying why, where that cannot be."""
     if os.geteuid() != 0:
         pytest.skip("needs root: hosts are network and mount namespaces")
     missing = [package for command, package in PACKAGES.items() if shutil.which(command, path=_PATH) is None]
+    missing += [
+        name for name in libraries if subprocess.run(["dpkg", "-s", name], capture_output=True).returncode
+    ]
     if missing:
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         wait = ["-o", "DPkg::Lock::Timeout=300"]
@@ -162,9 +165,9 @@ IdentityFile {here}/id
 StrictHostKeyChecking no
 UserKnownHostsFile /dev/null
 LogLevel ERROR
-ConnectTimeout 10
-ServerAliveInterval 5
-ServerAliveCountMax 3
+ConnectTimeout 60
+ServerAliveInterval 10
+ServerAliveCountMax 6
 """
         (here / "sshd_config").write_text(server)
         (here / "ssh.conf").write_text(client)
@@ -186,7 +189,7 @@ ServerAliveCountMax 3
             )
         shell = self._shells[host]
         children = Path(f"/proc/{shell.pid}/task/{shell.pid}/children")
-        wait_for(lambda: "listening on 0" in log.read_text(), 60.0, f"sshd of node{host}: {log}")
+        wait_for(lambda: "listening on 0" in log.read_text(), 180.0, f"sshd of node{host}: {log}")
         self._pids[host] = int(children.read_text().split()[0])
 
     def power_off(self, host: int) -> None:
@@ -226,7 +229,7 @@ ServerAliveCountMax 3
         argv: Sequence[str],
         cwd: Path,
         env: Mapping[str, str] | None = None,
-        timeout: float = 60.0,
+        timeout: float = 180.0,
     ) -> str:
         """Run a command on the host; its stdout. AssertionError when it fails."""
         done = subprocess.run(
@@ -296,7 +299,7 @@ def wait_for_line(log: Path, pattern: str, process: subprocess.Popen[bytes] | No
 
 
 def _run(*argv: str) -> None:
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, f"{shlex.join(argv)}: {done.stderr}"
 
 

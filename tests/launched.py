@@ -18,9 +18,9 @@ from tests.test_pretrain import ROOT, free_port
 DEADLINE = 600.0
 """Seconds until a run that makes no progress fails its test."""
 
-ENDS_WITHIN = 30.0
-"""Seconds within which the loss of one rank ends the whole job of a machine (docs/ledger.md); most of it is the
-launcher's own patience."""
+ENDS_WITHIN = 150.0
+"""Seconds within which the loss of one rank ends the whole job of a machine: 30 (docs/ledger.md), and five times that on
+a machine that has other work. Most of it is the launcher's own patience."""
 
 
 class Launched:

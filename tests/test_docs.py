@@ -37,7 +37,7 @@ def _run(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
         cwd=tmp_path,
     )
 
@@ -66,3 +66,14 @@ def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs" / page).read_text()):
         if "://" not in target:
             assert (ROOT / "docs" / target).exists(), f"{page} links to {target}"
+
+
+def test_every_template_has_its_row_and_marked_lines() -> None:
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    templates = [
+        path
+        for path in (ROOT / "launch").rglob("*.*")
+        if path.is_file() and "EDIT" in path.read_text(errors="replace")
+    ]
+    named = re.findall(r"^\| `(launch/\S+)` \|", page, flags=re.M)
+    assert sorted(named) == sorted(str(path.relative_to(ROOT)) for path in templates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,6 +87,11 @@ def test_values_under_the_shipped_configuration(
     error = np.abs(values - plain).max() / np.abs(plain).max()
     print(f"{name}: largest difference from the flags alone at stage 0: {error:.1e} of the largest value")
     assert error < 1e-4
+
+
+def test_the_table_says_when_to_take_every_file() -> None:
+    table = (ROOT / "ds_configs" / "README.md").read_text()
+    assert sorted(re.findall(r"^\| `(\w+)\.json` \|.+\|.+\|$", table, flags=re.M)) == FILES
 
 
 def _build_cpu_adam() -> None:

@@ -87,7 +87,7 @@ KINDS: tuple[Callable[[Path, Launched, random.Random], None], ...] = (
 def kill_and_resume(data: Path, directory: Path, kills: int, seed: int) -> None:  # noqa: F811
     """One run killed `kills` times, one rank at a time, against the same run left alone."""
     generator = random.Random(seed)
-    steps = PER_KILL * kills + EVERY
+    steps = PER_KILL * kills + 2 * EVERY
     run, whole = directory / "run", directory / "whole"
     seconds = []
     for kill in range(kills):

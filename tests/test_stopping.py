@@ -33,7 +33,8 @@ with Watchdog(timeout=10.0, stall=4.0) as watchdog:
     dist.all_reduce(torch.ones(1))
 """
 FAILING = HANGING.replace("feed_the_cat()\n    dist", 'raise ValueError("no more paper")\n    dist')
-assert FAILING != HANGING
+FIRST_FAILING = FAILING.replace("get_rank() == 1", "get_rank() == 0")
+assert HANGING != FAILING != FIRST_FAILING
 
 
 def _signalled(rank: int, world: int) -> list[Any]:
@@ -69,8 +70,14 @@ def test_all_ranks_learn_of_a_signal_at_the_same_place() -> None:
             RANK_LOST,
         ),
         (FAILING, r"error: rank 1 \(\S+\) failed: ValueError: no more paper", 1),
+        pytest.param(
+            FIRST_FAILING,
+            r"error: rank 0 \(\S+\) failed: ValueError: no more paper",
+            1,
+            marks=pytest.mark.long,
+        ),
     ],
-    ids=["hangs", "fails"],
+    ids=["hangs", "fails", "rank 0 fails"],
 )
 def test_one_line_names_the_rank(tmp_path: Path, script: str, message: str, code: int) -> None:
     (tmp_path / "script.py").write_text(script)
@@ -80,7 +87,7 @@ def test_one_line_names_the_rank(tmp_path: Path, script: str, message: str, code
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and re.match(message, lines[0]), done.stderr[-3000:]

@@ -9,8 +9,9 @@ traceback that names none. So every rank writes a heartbeat into a store that ra
     every rank                 rank 0                     its connection closes / it stops answering      at once / heartbeat timeout
     rank 0                     all main threads           none has moved                                  collective timeout
 
-The first to notice writes the verdict into the store and prints it; the others leave without a word. Leaving is
-`os._exit`, because the main thread may wait in a collective for ever. Nothing committed can be lost by it: commits and
+The first to notice writes the verdict into the store and prints it; the others leave without a word, after all have read
+it: a launcher ends what is left at the first exit, and an end without a known reason would be reported once more. Leaving
+is `os._exit`, because the main thread may wait in a collective for ever. Nothing committed can be lost by it: commits and
 checkpoints are complete at any instant (docs/ledger.md).
 """
 
@@ -26,6 +27,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import Any, Self
 
 import torch.distributed as dist
@@ -37,6 +39,11 @@ from inrun_megatron.training.stacks import MainThread, odd_ones_out
 
 _VERDICT = "verdict"
 _SUSPICION = "suspicion"
+_READ = "read "
+_GONE = "gone"
+"""Never set: whoever looks for it learns whether the store is still served."""
+_TOGETHER = 0.2
+"""Seconds after the end of a rank before it is told: a launcher that ends all ranks ends this one within them."""
 _COMMUNICATION = ("gloo", "nccl", "connection closed by peer", "connection reset", "timed out", "broken pipe")
 """What errors of a collective say when its peer is gone."""
 
@@ -52,11 +59,15 @@ class Rank:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the job ends, and the rank that says so. An empty text: the rank that failed has said it itself."""
+    """Why the job ends, the rank that says so, and ranks that cannot read it any more.
+
+    An empty text: the rank that failed has said it itself.
+    """
 
     text: str
     code: int
     by: int
+    lost: list[int]
 
 
 class Watchdog:
@@ -124,12 +135,16 @@ class Watchdog:
         if error is not None and not agreed:
             self._report(error)
         # Before the barrier: whoever comes out of it first may end its process at once.
-        self._closing.set()
-        os.eventfd_write(self._wake, 1)
+        self._stop_watching()
         if agreed:
             dist.barrier()
         for thread in self._threads:
             thread.join(timeout=self._timeout)
+
+    def _stop_watching(self) -> None:
+        if not self._closing.is_set():
+            self._closing.set()
+            os.eventfd_write(self._wake, 1)
 
     def _report(self, error: BaseException) -> None:
         """This rank's main thread failed: end the others, or learn that the cause lies with another rank."""
@@ -142,10 +157,14 @@ class Watchdog:
         text = (
             "" if isinstance(error, UserError) else f"{self._name([self._rank])} failed: {_first_line(error)}"
         )
+        self._stop_watching()
         with contextlib.suppress(Exception):
-            if self._claim(Verdict(text, FAILED, self._rank)).by == self._rank and text:
+            verdict = self._claim(Verdict(text, FAILED, self._rank, []))
+            if verdict.by != self._rank:
+                self._leave(verdict)
+            if text:
                 print(f"error: {text}", file=sys.stderr, flush=True)
-            self._linger()
+            self._wait_for_readers(verdict)
 
     # --- heartbeats --------------------------------------------------------------------------------------------------
 
@@ -161,6 +180,8 @@ class Watchdog:
             try:
                 self._store.set(str(self._rank), self._beat(count))
                 if self._store.check([_VERDICT]):
+                    if self._closing.is_set():  # the main thread is about to leave with it
+                        return
                     self._leave(Verdict(**json.loads(self._store.get(_VERDICT))))
                 if self._rank == 0:
                     self._judge(range(1, self._world))
@@ -219,7 +240,8 @@ class Watchdog:
             if self._closing.is_set():
                 break
             if events:
-                ended = [siblings[descriptor] for descriptor, _ in events]
+                time.sleep(_TOGETHER)
+                ended = [siblings[descriptor] for descriptor, _ in poll.poll(0) if descriptor in siblings]
                 self._end(f"{self._name(ended)} died", ended)
             unanswered = 0 if self._answered or not self._armed else unanswered + 1
             self._answered = False
@@ -243,7 +265,7 @@ class Watchdog:
 
     def _end(self, text: str, lost: list[int]) -> None:
         """End the job; the first to say so in the store prints it. The store may not answer: rank 0 is lost then too."""
-        own, settled = Verdict(text, RANK_LOST, self._rank), queue.SimpleQueue[Verdict]()
+        own, settled = Verdict(text, RANK_LOST, self._rank, lost), queue.SimpleQueue[Verdict]()
 
         def claim() -> None:
             with contextlib.suppress(RuntimeError):
@@ -270,20 +292,34 @@ class Watchdog:
         if self._rank != min(left, default=self._rank):
             # A launcher ends what is left at the first exit: let the speaker be first.
             time.sleep(2 * self._interval)
-        self._leave(Verdict(text, RANK_LOST, min(left, default=self._rank)))
+        self._leave(Verdict(text, RANK_LOST, min(left, default=self._rank), lost))
 
     def _leave(self, verdict: Verdict) -> None:
         """The end of this process. The lock is never given back: both threads may notice the same."""
         self._leaving.acquire()
         if verdict.by == self._rank and verdict.text:
             _say(verdict.text)
-        self._linger()
+        if 0 not in verdict.lost:
+            self._wait_for_readers(verdict)
         os._exit(verdict.code)
 
-    def _linger(self) -> None:
-        """Rank 0 serves the store: let the others read the verdict before it goes."""
-        if self._rank == 0:
-            time.sleep(2 * self._interval)
+    def _wait_for_readers(self, verdict: Verdict) -> None:
+        """Rank 0 serves the store, so it leaves first, when all have read the verdict; nobody waits for ever."""
+
+        def others_read() -> None:
+            with contextlib.suppress(RuntimeError):  # rank 0, and with it the store, is gone
+                if self._rank == 0:
+                    readers = set(range(1, self._world)) - set(verdict.lost)
+                    self._store.wait([_READ + str(rank) for rank in readers], 2 * patience)
+                else:
+                    self._store.set(_READ + str(self._rank), "")
+                    while not self._store.check([_GONE]):
+                        time.sleep(0.05)
+
+        patience = timedelta(seconds=6 * self._interval)
+        thread = threading.Thread(target=others_read, name="readers", daemon=True)
+        thread.start()  # a call on the store may block when the network is cut
+        thread.join(patience.total_seconds())
 
 
 def _first_line(error: BaseException) -> str:
