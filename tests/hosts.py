@@ -14,6 +14,7 @@ Traffic stays inside the hosts' own bridge. Everything ends with the context, or
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -31,6 +32,7 @@ PACKAGES = {"sshd": "openssh-server", "pdsh": "pdsh", "sbatch": "slurm-wlm", "ip
 NETWORK = "10.77.0"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PREFIX = "irhost"
+_NUMBERS = itertools.count()
 
 # Process 1 of a host. $1: its name, $2: the scratch directory, from $3 on: directories of /tmp that all hosts see.
 # /tmp is a host's own: Open MPI keeps its files in /tmp/ompi.PID there and gives up (a daemon that "failed to report back",
@@ -110,7 +112,7 @@ class Hosts:
             Path(os.environ.get("TORCH_EXTENSIONS_DIR", "/")),
         ]
         self._shared = [str(path) for path in (directory, *shared, *used) if path.is_relative_to("/tmp")]
-        self._name = f"{_PREFIX}-{os.getpid()}-"
+        self._name = f"{_PREFIX}-{os.getpid()}-{next(_NUMBERS)}-"
         self._shells: dict[int, subprocess.Popen[bytes]] = {}
         self._pids: dict[int, int] = {}
 
