@@ -26,6 +26,7 @@ from inrun_megatron.ledger import (
 )
 from inrun_megatron.ledger import files as ledger_files
 from inrun_megatron.ledger import run as ledger_run
+from inrun_megatron.ledger.schema import SCHEMA_VERSION
 from tests.synthetic_ledger import TARGETS, description, step_record
 from tests.test_ledger_write import sorted_values
 
@@ -218,7 +219,7 @@ def test_schema_guards_and_damaged_records(tmp_path: Path) -> None:
     run = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(run | {"schema_version": 99}))
     for opening in (Ledger, open_ledger, lambda path: LedgerWriter(path, 0)):
-        with pytest.raises(UserError, match="follows ledger schema 99, this package reads schema 2"):
+        with pytest.raises(UserError, match=f"follows ledger schema 99, this package reads schema {SCHEMA_VERSION}"):
             opening(tmp_path)
 
 
