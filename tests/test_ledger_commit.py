@@ -219,7 +219,9 @@ def test_schema_guards_and_damaged_records(tmp_path: Path) -> None:
     run = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(run | {"schema_version": 99}))
     for opening in (Ledger, open_ledger, lambda path: LedgerWriter(path, 0)):
-        with pytest.raises(UserError, match=f"follows ledger schema 99, this package reads schema {SCHEMA_VERSION}"):
+        with pytest.raises(
+            UserError, match=f"follows ledger schema 99, this package reads schema {SCHEMA_VERSION}"
+        ):
             opening(tmp_path)
 
 
