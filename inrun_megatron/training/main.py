@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.training.exit_codes import FAILED
+
+REPORT_SECONDS = 60.0
+"""How long a rank that found bad input leaves its machine's first rank to say so; that one's exit ends the wait."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,6 +37,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         settled = prepare(parse(argv), world_size)
     except UserError as error:
+        if not reports:
+            # A launcher ends every rank at the first exit: the one that reports must have done so by then.
+            time.sleep(REPORT_SECONDS)
         return _fail(error, reports)
     try:
         code = run(settled)
