@@ -45,6 +45,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in long]
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every run of a test sees the same numbers, alone or in the suite."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def cluster_reference(tmp_path_factory: pytest.TempPathFactory) -> object:
     """The run that every launcher must repeat (tests/cluster_cases.py)."""

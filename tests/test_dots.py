@@ -69,7 +69,7 @@ def test_many_directions_of_one_buffer_are_read_together(
 ) -> None:
     """As they lie in a flat group; and one by one where they do not lie evenly."""
     a, b, _ = _buffers(rows, 1, torch.float32)
-    buffer = torch.randn(6, OUT * IN + 10).to(stored)
+    buffer = torch.randn(6, OUT * IN + 10, generator=torch.Generator().manual_seed(0)).to(stored)
     together = [row[3 : 3 + OUT * IN].view(OUT, IN) for row in buffer]
     calls = []
     mv = torch.mv
@@ -84,7 +84,9 @@ def test_many_directions_of_one_buffer_are_read_together(
         dots = torch.zeros(rows, len(directions), dtype=torch.float64)
         found = blocks_and_dots(a, b, directions, 1, dots)
         grad, expected = _reference(a, b, directions, 1)
-        assert (dots - expected).abs().max() < 3e-6 * expected.abs().max()
+        # fp32's rounding is relative to the terms of a dot, not to their sum, which may nearly cancel.
+        terms = _reference(a.abs(), b.abs(), [d.abs() for d in directions], 1)[1].max()
+        assert (dots - expected).abs().max() < 1e-6 * terms
         torch.testing.assert_close(found.double(), grad, rtol=1e-5, atol=1e-5)
         assert len(calls) == expected_calls
 
