@@ -37,6 +37,19 @@ FIRST_FAILING = FAILING.replace("get_rank() == 1", "get_rank() == 0")
 assert HANGING != FAILING != FIRST_FAILING
 
 
+SIGNALLED_AFTER_AN_ERROR = """
+import os, signal, torch
+from inrun_megatron.training.signals import StopSignals
+
+try:
+    with StopSignals(torch.device("cpu")):
+        raise RuntimeError("Connection closed by peer")
+except RuntimeError as error:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(error)
+"""
+
+
 def _signalled(rank: int, world: int) -> list[Any]:
     import torch
     import torch.distributed as dist
@@ -54,6 +67,14 @@ def _signalled(rank: int, world: int) -> list[Any]:
             answers.append(str(signals.agreed()))
     assert signal.getsignal(signal.SIGTERM) is before
     return answers
+
+
+def test_a_rank_that_failed_lives_to_say_why() -> None:
+    """A launcher that has seen another rank die sends SIGTERM while this one's collective fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED_AFTER_AN_ERROR], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "Connection closed by peer\n"), done.stderr
 
 
 def test_all_ranks_learn_of_a_signal_at_the_same_place() -> None:

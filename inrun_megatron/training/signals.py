@@ -29,6 +29,8 @@ class StopRequest:
 class StopSignals:
     """While open (a context manager), the signals only leave a note; `agreed` shares it.
 
+    After an error they still do: the process is about to end by itself, with its reason.
+
     The handlers are Python's, so they run in the main thread, which must be the one that opens this. A signal that
     arrives before has its usual effect: there is nothing to save yet.
 
@@ -45,7 +47,11 @@ class StopSignals:
             self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error the notes go on: a lost peer fails this rank's collective and makes the launcher send SIGTERM at
+        # the same moment, and this rank must live to say whom it lost (training/watchdog.py).
+        if kind is not None:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
