@@ -54,6 +54,8 @@ def test_vocabulary_embedding_is_what_the_tap_replaces() -> None:
                 "get_param_id",
                 "sub_group_to_group_id",
                 "_partition_all_parameters",
+                "_set_fp32_optimizer_param_groups",
+                "_clear_fp32_optimizer_param_groups",
             ),
         ),
         (
@@ -79,7 +81,17 @@ def test_vocabulary_embedding_is_what_the_tap_replaces() -> None:
                 "torch_autocast_enabled",
                 "global_steps",
                 "skipped_steps",
+                "global_samples",
+                "save_zero_checkpoint",
+                "_get_ckpt_name",
+                "_get_zero_ckpt_name",
             ),
+        ),
+        ("deepspeed.runtime.pipe.module", "PipelineModule", ("forward_funcs", "ckpt_layer_path")),
+        (
+            "deepspeed.runtime.fp16.loss_scaler",
+            "DynamicLossScaler",
+            ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"),
         ),
     ],
 )
@@ -89,7 +101,26 @@ def test_deepspeed_names(module: str, owner: str, names: tuple[str, ...]) -> Non
     loaded = importlib.import_module(module)
     source = _source(getattr(loaded, owner))
     for name in names:
-        assert name in source, f"{owner} has no {name} any more: engines/zero.py reads it"
+        assert name in source, f"{owner} has no {name} any more: engines/zero*.py read it"
+
+
+def test_checkpoints_hold_what_a_resume_in_another_layout_reads() -> None:
+    """Whole files of every kind are read in tests/test_reshape.py, all but those of the fp16 optimizers at stage 0."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    inner = "self.optimizer.state_dict()"
+    for kind in (DeepSpeedZeroOptimizer, BF16_Optimizer):
+        source = _source(kind.state_dict)
+        assert f"[BASE_OPTIMIZER_STATE] = {inner}" in source and "SINGLE_PARTITION_OF_FP32_GROUPS" in source
+    source = _source(DeepSpeedZeroOptimizer_Stage3._rigid_state_dict)
+    assert f"[OPTIMIZER_STATE_DICT] = {inner}" in source and "FP32_FLAT_GROUPS" in source
+    for kind, name in ((FP16_Optimizer, "fp32_groups_flat"), (FP16_UnfusedOptimizer, "fp32_groups")):
+        source = _source(kind.state_dict)
+        assert f"[OPTIMIZER_STATE_DICT] = {inner}" in source and f"['{name}'] = self.{name}" in source
 
 
 def test_fp32_clipping_at_stage_0_is_what_the_adapter_replaces() -> None:

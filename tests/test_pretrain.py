@@ -78,6 +78,8 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
         return [text for i, pair in enumerate(zip(one, other)) for text in differences(*pair, f"{path}/{i}")]
     if isinstance(one, torch.Tensor):
         return [] if torch.equal(one, other) else [path]
+    if type(one).__name__.endswith("LossScaler"):
+        return differences(vars(one), vars(other), path)
     plain = isinstance(one, (bool, int, float, str, type(None)))
     return [f"{path}: {one} {other}"] if plain and one != other else []
 
@@ -178,34 +180,6 @@ def test_scoring_leaves_no_trace_in_the_checkpoint(
     assert {row["base"] for row in steps} == {base} and all(row["credit_factor"] >= 1 for row in steps)
 
 
-def test_a_resume_on_another_number_of_replicas_goes_on_with_the_same_samples(
-    two_ranks: Workers, data: Path, tmp_path: Path
-) -> None:
-    """Two data-parallel ranks, then one: the ledger has the same rows, the values to rounding."""
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    flags = ["--zero-stage", "0", "--attention-dropout", "0", "--hidden-dropout", "0", "--save-interval", "2"]
-    argv = arguments(data, *flags, *TARGETS)
-    two_ranks.run(_run, [*argv, "--save", str(whole)])
-    shutil.copytree(whole, resumed)
-    shutil.rmtree(resumed / "checkpoints" / "iter_0000004")
-    (resumed / "checkpoints" / "latest").write_text("iter_0000002")
-    with Workers(1) as one_rank:
-        one_rank.run(_run, [*argv, "--save", str(resumed), "--load", str(resumed)])
-    pair = [
-        sorted(
-            ledger(run, "values"),
-            key=lambda row: [str(row[key]) for key in ("step", "dataset", "sample", "target")],
-        )
-        for run in (whole, resumed)
-    ]
-    assert len(pair[0]) == len(pair[1]) == 4 * 8 * 2
-    scale = max(abs(row["value"]) for row in pair[0])
-    for before, after in zip(*pair, strict=True):
-        assert {**before, "value": 0} == {**after, "value": 0}
-        assert abs(before["value"] - after["value"]) < 1e-5 * scale
-    assert any(row["value"] != other["value"] for row, other in zip(*pair, strict=True) if row["step"] > 2)
-
-
 def test_a_run_can_be_repeated_from_its_yaml(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
     argv = arguments(data, "--no-shapley", "--zero-stage", "1", "--save", str(tmp_path / "one"))
     two_ranks.run(_run, argv)
@@ -235,9 +209,6 @@ def test_bad_checkpoints_and_ledgers_are_refused_by_all_ranks(
     )
     two_ranks.run(_run, argv)
     assert "holds the ledger of run" in refused(two_ranks, argv)
-    assert "zero stage 1, this run has 2" in refused(
-        two_ranks, [*argv, "--load", run, "--zero-stage", "2", "--save", str(tmp_path / "x")]
-    )
     assert "holds no checkpoint" in refused(two_ranks, [*argv, "--load", str(tmp_path / "none")])
     (tmp_path / "run" / "checkpoints" / "iter_0000001" / "run_state.json").write_text("{")
     assert "no complete checkpoint" in refused(two_ranks, [*argv, "--load", run])

@@ -100,3 +100,26 @@ def _moment(state: dict[str, Any], name: str, weights: Tensor) -> Tensor:
         return torch.zeros_like(weights)
     moment: Tensor = state[name].reshape(-1)
     return moment if moment.dtype == torch.float64 else moment.float()
+
+
+def set_steps(
+    optimizer: torch.optim.Optimizer,
+    groups: list[dict[str, Any]],
+    states: dict[int, dict[str, Any]],
+    steps: dict[int, int],
+) -> None:
+    """Write the steps done (by parameter group) where this optimizer counts them: into parts of a state_dict.
+
+    groups: its `param_groups`; states: its `state`, tensors by number.
+    """
+    kind = type(optimizer).__name__
+    for number, group in enumerate(groups):
+        if number not in steps:
+            continue
+        if kind == "FusedAdam":
+            group["step"] = steps[number]
+            continue
+        counted: Any = steps[number] if kind == "DeepSpeedCPUAdam" else torch.tensor(float(steps[number]))
+        for parameter in group["params"]:
+            if states.get(parameter):
+                states[parameter] = {"step": counted, **states[parameter]}

@@ -14,17 +14,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .shards import FlatGroup, Piece, Residence
-from .zero import ZeroAdapter
+from .zero_groups import OptimizerState
 
-Place = Callable[[int, Piece, Tensor], None]
+Place = Callable[[int, Piece, Tensor], object]
 """``(group, piece, out)``: write the piece's new weights ``[numel]`` into ``out``, in the model's precision."""
 
 
 class Lookahead:
     """The weights of a DeepSpeed engine's module, as something that can be moved for the time of a forward pass."""
 
-    def __init__(self, adapter: ZeroAdapter) -> None:
-        self._adapter = adapter
+    def __init__(self, state: OptimizerState) -> None:
+        self._state = state
 
     @contextmanager
     def moving(self) -> Iterator[Callable[[Place], None]]:
@@ -32,7 +32,7 @@ class Lookahead:
 
         ``place`` always sees the masters and weights from before the first move.
         """
-        groups = self._adapter.groups
+        groups = self._state.groups
         saved = [[piece.clone() for piece in self._local(group)] for group in groups]
 
         def back() -> None:
@@ -56,6 +56,14 @@ class Lookahead:
                 back()
                 self._gather()
 
+    def settle(self) -> None:
+        """Set the weights to the optimizer's masters, rounded to the model's precision; for good."""
+        with torch.no_grad():
+            for index, group in enumerate(self._state.groups):
+                for piece in group.pieces:
+                    self._write(index, group, piece, lambda _, of, out: out.copy_(of.tensor.view(-1)))
+            self._gather()
+
     def _local(self, group: FlatGroup) -> list[Tensor]:
         """This rank's part of the weights that the layers use, as flat views."""
         if group.residence is Residence.PARTITIONED:
@@ -78,13 +86,13 @@ class Lookahead:
             part.copy_(whole[start - piece.start : start - piece.start + part.numel()])
 
     def _gather(self) -> None:
-        layout = self._adapter.layout
-        for group in self._adapter.groups:
+        layout = self._state.layout
+        for group in self._state.groups:
             if group.residence is Residence.FLAT and layout.dp_size > 1:
                 assert group.flat is not None
                 own = group.flat[group.start : group.stop].clone()
                 dist.all_gather_into_tensor(group.flat, own, group=layout.dp_group)
-        self._adapter.release_gathered_weights()
+        self._state.release_gathered_weights()
 
 
 def _starts(group: FlatGroup) -> list[int]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from megatron.core.tensor_parallel.layers import (
@@ -50,6 +51,25 @@ def _stream(seed: int, name: str) -> Iterator[None]:
         torch.set_rng_state(state)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How tensor parallelism cuts a parameter: `stride` blocks along `dim`, each split over the ranks."""
+
+    dim: int
+    stride: int
+
+
+VOCABULARY = ("word_embeddings.weight", "output_layer.weight")
+"""Ends of the names of parameters with a row per word, padding rows among them."""
+
+
+def cut_of(parameter: torch.Tensor) -> Cut | None:
+    """How a parameter is cut; None when every tensor-parallel rank holds all of it."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    return Cut(parameter.partition_dim, parameter.partition_stride)  # type: ignore[attr-defined]
+
+
 def _mark(parameter: torch.nn.Parameter, dim: int, stride: int) -> None:
     """What `set_tensor_model_parallel_attributes` sets; DeepSpeed's gradient norm reads the first one."""
     parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
@@ -61,6 +81,12 @@ def shard(master: torch.Tensor, dim: int, stride: int, rank: int, world: int) ->
     """This rank's part of a master weight: `stride` blocks along `dim`, each split over `world` ranks."""
     pieces = torch.chunk(master, stride, dim=dim)
     return torch.cat([torch.chunk(piece, world, dim=dim)[rank] for piece in pieces], dim=dim)
+
+
+def joined(shards: list[torch.Tensor], cut: Cut) -> torch.Tensor:
+    """The master weight that `shard` made these of, by rank."""
+    pieces = [torch.chunk(own, cut.stride, dim=cut.dim) for own in shards]
+    return torch.cat([piece[block] for block in range(cut.stride) for piece in pieces], dim=cut.dim)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ RUN/checkpoints/latest                      tag of the newest complete checkpoin
 RUN/checkpoints/iter_0000100/               DeepSpeed's files
 RUN/checkpoints/iter_0000100/run_state.json iteration, samples, layout: read before anything is loaded
 RUN/checkpoints/iter_0000100/rng_00000.pt   RNG streams of each rank
+RUN/checkpoints/iter_0000100/shards_*.json  what lies where in DeepSpeed's files: for a resume in another layout
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ import torch
 import torch.distributed as dist
 
 from inrun_megatron.config import Config
+from inrun_megatron.engines import zero_files
+from inrun_megatron.engines.lookahead import Lookahead
+from inrun_megatron.engines.reshape import Saved, describe, restore
+from inrun_megatron.engines.zero_groups import OptimizerState
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import refused, write_atomically
 from inrun_megatron.models import cpu
-from inrun_megatron.training.distributed import rank0_then_all
-from inrun_megatron.training.engine import Trainer
+from inrun_megatron.models.pipeline import GPTPipeline
+from inrun_megatron.parallel import Layout
+from inrun_megatron.training.distributed import all_ranks, rank0_then_all
+from inrun_megatron.training.engine import Trainer, seed_streams
 
 DIRECTORY = "checkpoints"
 
@@ -36,19 +43,23 @@ class Progress:
     ledger_step: int = 0
 
 
-def _layout(config: Config) -> dict[str, int]:
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from; `same_layout`: DeepSpeed can load it as it is."""
+
+    path: Path
+    same_layout: bool
+
+
+def _layout(config: Config) -> dict[str, int | str]:
+    training = config.training
     return {
         "world_size": dist.get_world_size(),
         "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
         "zero_stage": int(config.parallel.zero_stage or 0),
+        "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32",
     }
-
-
-def _whole_on_every_replica(config: Config) -> bool:
-    """Does each data-parallel rank hold all of the optimizer's state? Then another number of them can load it."""
-    training = config.training
-    return int(config.parallel.zero_stage or 0) == 0 and not (training.bf16 or training.fp16)
 
 
 def tag_of(iteration: int) -> str:
@@ -65,18 +76,16 @@ def find(directory: str) -> Path | None:
     return None
 
 
-def to_resume(config: Config) -> Path | None:
+def to_resume(config: Config) -> Resume | None:
     """The checkpoint that `--load` means; None to start from the beginning. Collective over the world.
 
-    UserError: no checkpoint (unless --load is the run's own --save directory), an incomplete one, or one that was
-    written by a different number of ranks, tensor-parallel size or ZeRO stage. Where each data-parallel rank holds all of the
-    optimizer's state their number may differ.
+    UserError: no checkpoint (unless --load is the run's own --save directory), or an incomplete one.
     """
     load = config.checkpoint.load
     if load is None:
         return None
 
-    def check() -> Path | None:
+    def check() -> Resume | None:
         path = find(load)
         if path is None:
             if (
@@ -91,20 +100,7 @@ def to_resume(config: Config) -> Path | None:
             raise UserError(
                 f"{path} is no complete checkpoint of this program: run_state.json: {error}"
             ) from None
-        differing = [
-            (name, state["layout"][name], now)
-            for name, now in _layout(config).items()
-            if state["layout"][name] != now
-        ]
-        if [name for name, *_ in differing] == ["world_size"] and _whole_on_every_replica(config):
-            return path
-        for name, then, now in differing:
-            raise UserError(
-                f"{path} was written with {name.replace('_', ' ')} {then}, this run has {now}: "
-                "resume with the same layout (only fp32 with --zero-stage 0 resumes on another number of data-parallel "
-                "ranks: DeepSpeed cannot cut ZeRO's partitions anew)"
-            )
-        return path
+        return Resume(path, state["layout"] == _layout(config))
 
     return rank0_then_all(check)
 
@@ -129,6 +125,9 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         torch.save(_plain_rng_state(), path / f"rng_{dist.get_rank():05d}.pt")
+        note = describe(OptimizerState(trainer.engine, Layout.from_megatron()), *_names(trainer), path.name)
+        if note is not None:
+            (path / f"shards_{dist.get_rank():05d}.json").write_text(note, encoding="utf-8")
         if dist.get_rank() == 0:
             state = {**asdict(progress), "layout": _layout(config)}
             (path / "run_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -150,21 +149,63 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
     return path
 
 
-def load(trainer: Trainer, path: Path) -> Progress:
-    """Put a checkpoint back into the engine, the schedule and the RNG streams. Collective over the world."""
+def _names(trainer: Trainer) -> tuple[dict[int, str], dict[int, str]]:
+    """id(parameter) -> its name in GPTModel, and in this rank's module."""
+    model = trainer.model
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    if not isinstance(model, GPTPipeline):
+        return own, own
+    return {key: model.gpt_name(name) for key, name in own.items()}, own
+
+
+def load(config: Config, trainer: Trainer, resume: Resume) -> Progress:
+    """Put a checkpoint back into the engine, the schedule and the RNG streams. Collective over the world.
+
+    From another layout the RNG streams are new ones, seeded with the run's seed and the iteration: dropout draws differ.
+    UserError on all ranks where the checkpoint is damaged or of another model.
+    """
+    if resume.same_layout:
+        return _load(trainer, resume.path)
+    return _load_reshaped(config, trainer, resume.path)
+
+
+def _load(trainer: Trainer, path: Path) -> Progress:
     with torch.no_grad():  # a pipeline broadcasts tied weights in place
         loaded, client_state = trainer.engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise UserError(f"DeepSpeed found no checkpoint in {path}")
-    progress = Progress(**client_state["progress"])
-    # The schedule's own settings come from the flags; its position from the checkpoint.
-    trainer.schedule.num_steps = client_state["schedule"]["num_steps"]
-    trainer.schedule.step(0)
-    streams = path / f"rng_{dist.get_rank():05d}.pt"
-    if not streams.exists():  # a rank that the run did not have: it keeps the streams it was seeded with
-        return progress
-    state = torch.load(streams, weights_only=True)
+    progress = _follow(trainer, client_state)
+    state = torch.load(path / f"rng_{dist.get_rank():05d}.pt", weights_only=True)
     name, key, *rest = state["numpy"]
     state["numpy"] = (name, key.numpy().astype(np.uint32), *rest)
     cpu.set_rng_state(state)
     return progress
+
+
+def _load_reshaped(config: Config, trainer: Trainer, path: Path) -> Progress:
+    layout = Layout.from_megatron()
+    state = OptimizerState(trainer.engine, layout)
+    names, _ = _names(trainer)
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, set(names.values()))
+
+    def read() -> dict[str, Any]:
+        saved = Saved(path)
+        saved.check_names(set().union(*everywhere))
+        restore(state, names, saved)
+        return zero_files.counters(saved.model_file)
+
+    # Gathering the weights afterwards is a collective: nobody may have failed before it.
+    saved = all_ranks(read)
+    Lookahead(state).settle()
+    zero_files.restore_counters(trainer.engine, saved)
+    progress = _follow(trainer, saved)
+    seed_streams(config.training.seed + progress.iteration)
+    return progress
+
+
+def _follow(trainer: Trainer, client_state: dict[str, Any]) -> Progress:
+    """Bring the schedule to the checkpoint's position; its own settings come from the flags."""
+    trainer.schedule.num_steps = client_state["schedule"]["num_steps"]
+    trainer.schedule.step(0)
+    return Progress(**client_state["progress"])

@@ -57,12 +57,7 @@ def build_trainer(config: Config, deepspeed_config: dict[str, Any], batch: Batch
     """Collective over all ranks. Process groups must be initialised (training/distributed.py)."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     cpu.install()
-    cpu.seed_everything(
-        config.training.seed,
-        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-    )
+    seed_streams(config.training.seed)
     # Monitors are ours (training/monitor.py): the engine would write a second set of figures.
     engine_config = {key: value for key, value in deepspeed_config.items() if key not in MONITOR_SECTIONS}
     pipeline = config.parallel.pipeline_model_parallel_size > 1
@@ -85,6 +80,16 @@ def build_trainer(config: Config, deepspeed_config: dict[str, Any], batch: Batch
     # Built after the engine, which may replace the optimizer's parameter groups.
     schedule = build_schedule(optimizer, config.training, batch.size)
     return Trainer(engine=engine, optimizer=optimizer, schedule=schedule, device=torch.device(engine.device))
+
+
+def seed_streams(seed: int) -> None:
+    """Seed every RNG stream of this rank."""
+    cpu.seed_everything(
+        seed,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+    )
 
 
 def _build_model(config: Config, deepspeed_config: dict[str, Any], vocab_size: int) -> GPT:

@@ -1,0 +1,235 @@
+"""Resuming in another parallel layout: tensor, pipeline and data parallel sizes, ZeRO stage and precision."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from inrun_megatron.models.initialise import Cut, joined, shard
+from tests import test_pretrain
+from tests.distributed import Workers
+from tests.test_pretrain import TARGETS, _run, arguments, checkpoint_differences, ledger, refused
+
+data = test_pretrain.data  # a fixture
+
+LLAMA = (
+    "--untie-embeddings-and-output-weights --normalization RMSNorm --swiglu --disable-bias-linear "
+    "--position-embedding-type rope --group-query-attention --num-query-groups 2"
+)
+TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
+# Every step of a circle is a resume in another layout; its end is its beginning.
+CIRCLES = {
+    "gpt2, fp32": (
+        "",
+        [
+            f"{TP} 2 --sequence-parallel --zero-stage 2",
+            f"{PP} 2 --zero-stage 1",
+            "--zero-stage 3",
+            f"{TP} 2 {PP} 2 --zero-stage 0",
+            "--zero-stage 0",
+            f"{PP} 4 --zero-stage 1",
+            "--zero-stage 2",
+        ],
+    ),
+    "llama, bf16": (
+        LLAMA,
+        [
+            "--zero-stage 1 --bf16",
+            f"{TP} 2 --zero-stage 3 --bf16",
+            f"{PP} 2 --zero-stage 1 --bf16",
+            f"{TP} 2 {PP} 2 --zero-stage 0",
+            f"{TP} 2 --sequence-parallel --zero-stage 2 --bf16",
+            "--zero-stage 3",
+        ],
+    ),
+    "gpt2, fp16": (
+        "",
+        ["--zero-stage 1 --fp16", "--zero-stage 3 --fp16", f"{PP} 2 --zero-stage 1 --fp16"],
+    ),
+    "gated with biases, sgd": (
+        f"{LLAMA.replace(' --disable-bias-linear', '')} --optimizer sgd --sgd-momentum 0.9",
+        [f"{TP} 2 --zero-stage 1", "--zero-stage 3", f"{TP} 2 {PP} 2 --zero-stage 1"],
+    ),
+}
+FIXED = ("--num-layers", "4", "--attention-dropout", "0", "--hidden-dropout", "0")
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Workers]:
+    with Workers(2) as workers:
+        yield workers
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[Workers]:
+    with Workers(4) as workers:
+        yield workers
+
+
+def _pass_on(rank: int, world: int, argv: list[str]) -> None:
+    """Load a checkpoint and save it again, with nothing between."""
+    from inrun_megatron.training import checkpoint, datasets, distributed
+    from inrun_megatron.training.arguments import parse
+    from inrun_megatron.training.engine import build_trainer
+    from inrun_megatron.training.run import prepare
+
+    settled = prepare(parse(argv), world)
+    config = settled.config
+    distributed.initialise(config.parallel)
+    vocabulary = datasets.vocabulary(config)
+    resume = checkpoint.to_resume(config)
+    assert resume is not None
+    trainer = build_trainer(config, settled.deepspeed, settled.batch, vocabulary.vocab_size)
+    checkpoint.save(config, trainer, checkpoint.load(config, trainer, resume))
+
+
+def _in_fp16(rank: int, world: int, function: Callable[[int, int, list[str]], None], argv: list[str]) -> None:
+    """DeepSpeed's engine runs fp16 on a CPU, but its accelerator says that it does not."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    answer = accelerator.is_fp16_supported
+    accelerator.is_fp16_supported = lambda: True
+    try:
+        function(rank, world, argv)
+    finally:
+        accelerator.is_fp16_supported = answer
+
+
+@pytest.mark.parametrize("name", CIRCLES)
+def test_a_checkpoint_goes_through_every_layout_unchanged(
+    four_ranks: Workers, data: Path, tmp_path: Path, name: str
+) -> None:
+    """Weights, masters, moments, step counts, schedule, loss scale and counters, bit for bit."""
+    model, layouts = CIRCLES[name]
+    flags = [*FIXED, *model.split(), "--no-shapley", "--train-iters", "2"]
+    first = tmp_path / "0"
+
+    def run(function: Callable[[int, int, list[str]], None], argv: list[str]) -> None:
+        if "fp16" in name:
+            four_ranks.run(_in_fp16, function, argv)
+        else:
+            four_ranks.run(function, argv)
+
+    run(_run, arguments(data, *flags, *layouts[0].split(), "--save", str(first)))
+    before = first
+    for number, layout in enumerate([*layouts[1:], layouts[0]], start=1):
+        after = tmp_path / str(number)
+        argv = arguments(data, *flags, *layout.split(), "--load", str(before), "--save", str(after))
+        run(_pass_on, argv)
+        before = after
+    last = "checkpoints/iter_0000002"
+    found = checkpoint_differences(first / last, before / last)
+    # Random generators start anew in another layout.
+    assert [text for text in found if not text.startswith("rng_")] == []
+    assert any(text.startswith("rng_") for text in found)
+
+
+ELSEWHERE = {
+    "dp 2, zero 2 -> tp 2, zero 3": ("--zero-stage 2", f"{TP} 2 --sequence-parallel --zero-stage 3"),
+    "tp 2, zero 0 -> pp 2, zero 1": (
+        f"{TP} 2 --zero-stage 0 --shapley-base current",
+        f"{PP} 2 --zero-stage 1",
+    ),
+    "tp 2 -> dp 2, gated with biases": (
+        f"{TP} 2 --zero-stage 1 {LLAMA.replace('--disable-bias-linear', '')}",
+        f"--zero-stage 1 {LLAMA.replace('--disable-bias-linear', '')}",
+    ),
+}
+
+
+def _sorted_values(run: Path) -> list[dict[str, object]]:
+    key = ("step", "dataset", "sample", "target")
+    return sorted(ledger(run, "values"), key=lambda row: [str(row[name]) for name in key])
+
+
+def _agree(whole: Path, resumed: Path) -> None:
+    pair = [_sorted_values(run) for run in (whole, resumed)]
+    assert len(pair[0]) == len(pair[1]) == 4 * 8 * 2
+    scale = max(abs(row["value"]) for row in pair[0])  # type: ignore[arg-type]
+    for before, after in zip(*pair, strict=True):
+        assert {**before, "value": 0} == {**after, "value": 0}
+        assert abs(before["value"] - after["value"]) < 1e-5 * scale  # type: ignore[operator]
+    assert any(
+        row["value"] != other["value"]
+        for row, other in zip(*pair, strict=True)
+        if row["step"] > 2  # type: ignore[operator]
+    ), "the resumed steps were not run again"
+
+
+def _interrupted(data: Path, workers: Workers, flags: str, directory: Path) -> tuple[Path, Path]:
+    """A run of four steps, and a copy of it that has lost what followed its checkpoint of step 2."""
+    whole, resumed = directory / "whole", directory / "resumed"
+    argv = arguments(data, *FIXED, *flags.split(), *TARGETS, "--save-interval", "2", "--lr-warmup-iters", "0")
+    workers.run(_run, [*argv, "--save", str(whole)])
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "iter_0000004")
+    (resumed / "checkpoints" / "latest").write_text("iter_0000002")
+    return whole, resumed
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_resume_in_another_layout_scores_the_same_samples(
+    two_ranks: Workers, data: Path, tmp_path: Path, name: str
+) -> None:
+    """The ledger has the same rows, the values to rounding."""
+    before, after = ELSEWHERE[name]
+    whole, resumed = _interrupted(data, two_ranks, before, tmp_path)
+    argv = arguments(data, *FIXED, *after.split(), *TARGETS, "--lr-warmup-iters", "0")
+    two_ranks.run(_run, [*argv, "--save", str(resumed), "--load", str(resumed)])
+    _agree(whole, resumed)
+
+
+def test_a_resume_on_another_number_of_ranks(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
+    """Two ranks, then one, then (from its checkpoint) two again; what cannot be resumed is refused."""
+    whole, resumed = _interrupted(data, two_ranks, "--zero-stage 1", tmp_path)
+    argv = arguments(data, *FIXED, *TARGETS, "--zero-stage", "1", "--lr-warmup-iters", "0")
+    argv += ["--save", str(resumed), "--load", str(resumed)]
+    with Workers(1) as one_rank:
+        one_rank.run(_run, argv)
+    _agree(whole, resumed)
+
+    again = [*argv, "--save", str(tmp_path / "again"), "--no-shapley"]
+    two_ranks.run(_pass_on, again)
+    assert "word_embeddings.weight of shape" in refused(two_ranks, [*again, "--hidden-size", "64"])
+    for layers, words in (
+        ("6", "this run has a parameter decoder.layers.4"),
+        ("2", "the checkpoint has a parameter decoder.layers.2"),
+    ):
+        assert words in refused(two_ranks, [*again, "--num-layers", layers])
+    checkpoint = resumed / "checkpoints" / (resumed / "checkpoints" / "latest").read_text()
+    (checkpoint / "shards_00000.json").unlink()
+    assert "has no shards_*.json" in refused(two_ranks, again)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_shards_join_to_what_they_were_cut_from(dim: int, stride: int) -> None:
+    whole = torch.randn(8, 8)
+    for world in (1, 2, 4):
+        shards = [shard(whole, dim, stride, rank, world) for rank in range(world)]
+        assert torch.equal(joined(shards, Cut(dim, stride)), whole)
+    assert not torch.equal(joined(shards[::-1], Cut(dim, stride)), whole)
+
+
+def test_the_note_says_what_lies_in_a_file(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
+    """Every element of every parameter is in exactly one stretch."""
+    flags = [*FIXED, "--no-shapley", "--train-iters", "2", "--zero-stage", "2", "--save", str(tmp_path)]
+    two_ranks.run(_run, arguments(data, *flags))
+    notes = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("checkpoints/*/shards_*.json"))]
+    assert len(notes) == 2
+    found: dict[str, list[tuple[int, int]]] = {}
+    for note in notes:
+        for piece in note["pieces"]:
+            for name, start, _, numel in piece["stretches"]:
+                found.setdefault(name, []).append((start, start + numel))
+    for name, about in notes[0]["parameters"].items():
+        ends = sorted(found[name])
+        assert ends[0][0] == 0 and ends[-1][1] == torch.Size(about["shape"]).numel()
+        assert all(left[1] == right[0] for left, right in itertools.pairwise(ends))
