@@ -8,7 +8,7 @@ set -eu
 cd "$(dirname "$0")/.."
 
 TORCHRUN=.venv/bin/torchrun                # EDIT: of the environment that has this package
-NODES=2                                    # EDIT: hosts; all must be there, because the layout is fixed
+NODES=2                                    # EDIT: hosts; MIN:MAX to go on with fewer when some are lost
 RANKS=8                                    # EDIT: ranks per host
 RENDEZVOUS=node1:29400                     # EDIT: one of the hosts, and a free port
 JOB=pretrain                               # EDIT: a name that no other run uses at the same time

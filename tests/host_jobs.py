@@ -122,8 +122,11 @@ def _mpirun(job: Job, flags: list[str]) -> list[subprocess.Popen[bytes]]:
     return [job.on(1, "bash", str(_template(job, "mpi.sh", values)), *flags)]
 
 
-def _torchrun(job: Job, flags: list[str], restarts: int = 0) -> list[subprocess.Popen[bytes]]:
+def _torchrun(
+    job: Job, flags: list[str], restarts: int = 0, nodes: str = "2"
+) -> list[subprocess.Popen[bytes]]:
     values = {
+        "NODES=": f"NODES={nodes}",
         "TORCHRUN=": f"TORCHRUN={Path(hosts_module.sys.executable).parent / 'torchrun'}",
         "RANKS=": f"RANKS={SLOTS}",
         "RESTARTS=": f"RESTARTS={restarts}",
@@ -138,6 +141,10 @@ def _torchrun_elastic(job: Job, flags: list[str]) -> list[subprocess.Popen[bytes
     return _torchrun(job, flags, restarts=2)
 
 
+def _torchrun_shrinking(job: Job, flags: list[str]) -> list[subprocess.Popen[bytes]]:
+    return _torchrun(job, flags, restarts=2, nodes="1:2")
+
+
 LAUNCHERS = {
     "pdsh": _pdsh,
     "openmpi": _openmpi,
@@ -145,6 +152,7 @@ LAUNCHERS = {
     "mpirun": _mpirun,
     "torchrun": _torchrun,
     "torchrun-elastic": _torchrun_elastic,
+    "torchrun-shrinking": _torchrun_shrinking,
 }
 
 

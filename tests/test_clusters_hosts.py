@@ -13,7 +13,7 @@ import pytest
 
 from inrun_megatron.training.exit_codes import RANK_LOST, STOPPED
 from tests import hosts as hosts_module
-from tests.cluster_cases import SCRIPT, Reference, committed_step, errors
+from tests.cluster_cases import SCRIPT, TIMEOUT, Reference, committed_step, errors
 from tests.host_jobs import AT_ONCE, SOON, Job
 from tests.hosts import Hosts
 
@@ -90,6 +90,20 @@ def test_torchrun_starts_all_ranks_again_after_one_was_killed(job: Job) -> None:
         -5000:
     ]
     assert "resumed from" in job.text()
+
+
+@pytest.mark.long
+def test_torchrun_goes_on_with_the_hosts_that_are_left(job: Job) -> None:
+    """Half of the replicas is lost with its host: the others resume, in a smaller layout, with the same samples."""
+    job.start("torchrun-shrinking")
+    job.wait_for_step(10)
+    try:
+        job.hosts.power_off(2)
+        assert job.launchers[0].wait(TIMEOUT) == 0, job.text()[-5000:]
+    finally:
+        job.hosts.power_on(2)
+    assert "written in another layout after step" in job.text(), job.text()[-5000:]
+    job.reference.agrees_on_samples(job.run, bitwise_until=8)
 
 
 @pytest.mark.long
