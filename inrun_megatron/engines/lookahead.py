@@ -30,23 +30,29 @@ class Lookahead:
     def moving(self) -> Iterator[Callable[[Place], None]]:
         """Yields ``move(place)``, to be called any number of times; afterwards the weights are what they were, bit for bit.
 
-        ``place`` always sees the masters and weights from before the first move.
+        ``place`` always sees the masters from before the first move. The weights come back from the masters, whose
+        rounding they are; only where the layers' weights are the optimizer's own a copy of them is kept meanwhile.
         """
-        groups = self._state.groups
-        saved = [[piece.clone() for piece in self._local(group)] for group in groups]
+        if self._state.is_bare:
+            kept = [piece.tensor.detach().clone() for _, piece in self._state.pieces()]
 
-        def back() -> None:
-            # At stage 0 in fp32 the layers' weights are the optimizer's own: each move starts from the true ones.
-            for group, originals in zip(groups, saved, strict=True):
-                for piece, original in zip(self._local(group), originals, strict=True):
-                    piece.copy_(original)
+            def back() -> None:
+                for (_, piece), original in zip(self._state.pieces(), kept, strict=True):
+                    piece.tensor.data.copy_(original)
+        else:
+
+            def back() -> None:
+                pass
+
+        moved = False
 
         def move(place: Place) -> None:
+            nonlocal moved
             with torch.no_grad():
-                back()
-                for index, group in enumerate(groups):
-                    for piece in group.pieces:
-                        self._write(index, group, piece, place)
+                if moved:
+                    back()
+                moved = True
+                self._write_all(place)
                 self._gather()
 
         try:
@@ -54,15 +60,19 @@ class Lookahead:
         finally:
             with torch.no_grad():
                 back()
-                self._gather()
+            if not self._state.is_bare:
+                self.settle()
 
     def settle(self) -> None:
-        """Set the weights to the optimizer's masters, rounded to the model's precision; for good."""
+        """Set the weights to the optimizer's masters, rounded to the model's precision."""
         with torch.no_grad():
-            for index, group in enumerate(self._state.groups):
-                for piece in group.pieces:
-                    self._write(index, group, piece, lambda _, of, out: out.copy_(of.tensor.view(-1)))
+            self._write_all(lambda _, piece, out: out.copy_(piece.tensor.view(-1)))
             self._gather()
+
+    def _write_all(self, place: Place) -> None:
+        for index, group in enumerate(self._state.groups):
+            for piece in group.pieces:
+                self._write(index, group, piece, place)
 
     def _local(self, group: FlatGroup) -> list[Tensor]:
         """This rank's part of the weights that the layers use, as flat views."""
