@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -183,3 +185,6 @@ def test_the_cost_of_blocks_grows_with_segments_and_that_of_projection_with_toke
         assert cost.seconds("projection", many, rates) == cost.seconds("projection", few, rates)
         assert cost.seconds("projection", longer, rates) > cost.seconds("projection", few, rates)
         assert cost.seconds("fused", few, rates) < cost.seconds("blocks", few, rates)
+    # Read together, four directions move less than three that are read one by one.
+    three, four = (cost.seconds("blocks", replace(few, targets=k), cost.CPU) for k in (3, 4))
+    assert three * 3 / 4 < four < three

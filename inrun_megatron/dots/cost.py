@@ -30,11 +30,14 @@ class Rates:
         operations: of a matrix product of directions' precision (fp32).
         moved: bytes read or written; of a weight's size, so from a cache where that is large enough.
         call: seconds that one operation costs at least.
+        together_from: from so many directions on one matrix-vector product reads the gradient once instead of once per
+            direction; None: a dot each, always.
     """
 
     operations: float
     moved: float
     call: float
+    together_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Shape:
         return self.features_in * self.features_out
 
 
-# One core of an AMD EPYC, fitted to `python -m benchmarks.dots`.
-CPU = Rates(operations=8e10, moved=4.5e10, call=2.5e-6)
+# One core of an AMD EPYC, fitted to `python -m benchmarks.dots`. With fewer than 4 directions a dot each is as fast; one
+# product is 1.3 to 2 times faster at 4 and 16.
+CPU = Rates(operations=8e10, moved=4.5e10, call=2.5e-6, together_from=4)
 # NVIDIA H200, from its data sheet (fp32 67 TFLOPS, memory 4.8 TB/s) at 70%; not measured.
 CUDA = Rates(operations=4.7e13, moved=3.4e12, call=1e-5)
 
@@ -62,8 +66,9 @@ def seconds(form: Form, shape: Shape, rates: Rates) -> float:
     """What a form costs beside the plain weight gradient."""
     weights, targets = shape.weights, shape.targets
     if form == "blocks":
-        # The product adds to an accumulator in memory (read and written), each direction's dot reads it once more.
-        passes = 2 + 2 * targets
+        # The product adds to an accumulator in memory (read and written); then the dots read it and the directions.
+        together = rates.together_from is not None and targets >= rates.together_from
+        passes = 2 + targets + (1 if together else targets)
         return shape.segments * (4 * passes * weights / rates.moved + (1 + targets) * rates.call)
     if form == "fused":
         return rates.call + 4 * shape.segments * targets * weights / rates.moved

@@ -32,10 +32,6 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # rounding error grows with the square root of the rows before it.
 ROWS_PER_ACCUMULATOR = 8
 
-# From so many directions on, one matrix-vector product reads the gradient once instead of once per direction; with fewer
-# a dot each is as fast (measured on one core: 1.3 to 2 times faster at 4 and 16 directions).
-MATRIX_FROM = 4
-
 Rows = Tensor | list[Tensor]
 """K directions of a weight, flat: a matrix [K, out * in], or one tensor each."""
 
@@ -145,7 +141,8 @@ def _flat(directions: Sequence[Tensor]) -> Rows:
     """The directions to compute with; on a CPU many of them as a view where they lie evenly in one buffer."""
     flat = [direction.reshape(-1) for direction in directions]
     first = flat[0]
-    if len(flat) >= MATRIX_FROM and not first.is_cuda:
+    together_from = (cost.CUDA if first.is_cuda else cost.CPU).together_from
+    if together_from is not None and len(flat) >= together_from:
         step = flat[1].storage_offset() - first.storage_offset()
         places = [(d.untyped_storage().data_ptr(), d.storage_offset()) for d in flat]
         storage, start = places[0]
