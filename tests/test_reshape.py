@@ -191,10 +191,14 @@ def test_a_resume_on_another_number_of_ranks(two_ranks: Workers, data: Path, tmp
     whole, resumed = _interrupted(data, two_ranks, "--zero-stage 1", tmp_path)
     argv = arguments(data, *FIXED, *TARGETS, "--zero-stage", "1", "--lr-warmup-iters", "0")
     argv += ["--save", str(resumed), "--load", str(resumed)]
+    shutil.copytree(whole / "checkpoints" / "iter_0000004", resumed / "checkpoints" / "iter_0000004")
     with Workers(1) as one_rank:
         one_rank.run(_run, argv)
     _agree(whole, resumed)
 
+    # What a longer run of two ranks had left at step 4 is gone with its notes.
+    left = sorted(path.name for path in (resumed / "checkpoints" / "iter_0000004").glob("shards_*.json"))
+    assert left == ["shards_00000.json"]
     again = [*argv, "--save", str(tmp_path / "again"), "--no-shapley"]
     two_ranks.run(_pass_on, again)
     assert "word_embeddings.weight of shape" in refused(two_ranks, [*again, "--hidden-size", "64"])

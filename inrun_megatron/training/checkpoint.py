@@ -9,7 +9,9 @@ RUN/checkpoints/iter_0000100/shards_*.json  what lies where in DeepSpeed's files
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,9 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
     root = Path(config.checkpoint.save) / DIRECTORY
     path = root / tag_of(progress.iteration)
     try:
+        if dist.get_rank() == 0:
+            _clear(root, path, _layout(config))
+        dist.barrier()
         path.mkdir(parents=True, exist_ok=True)
         torch.save(_plain_rng_state(), path / f"rng_{dist.get_rank():05d}.pt")
         note = describe(OptimizerState(trainer.engine, Layout.from_megatron()), *_names(trainer), path.name)
@@ -147,6 +152,18 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
     if dist.get_rank() == 0:
         write_atomically(root / "latest", path.name.encode())
     return path
+
+
+def _clear(root: Path, path: Path, layout: dict[str, int | str]) -> None:
+    """Remove what a run in another layout left where this checkpoint goes: its shards and notes would mix with ours."""
+    with contextlib.suppress(OSError, ValueError, KeyError):  # none, or one that a crash cut off
+        if json.loads((path / "run_state.json").read_text(encoding="utf-8"))["layout"] == layout:
+            return
+    latest = root / "latest"
+    if latest.is_file() and latest.read_text(encoding="utf-8").strip() == path.name:
+        latest.unlink()
+    if path.exists():
+        shutil.rmtree(path)
 
 
 def _names(trainer: Trainer) -> tuple[dict[int, str], dict[int, str]]:
