@@ -16,7 +16,7 @@ ifeq ($(STACK),cpu)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: help setup demo demo-pipeline test test-long check bench-smoke clean
+.PHONY: help setup demo demo-pipeline test test-slow test-long check bench-smoke clean
 help:           ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -41,6 +41,10 @@ demo-pipeline: $(READY) ## the demo on two pipeline stages
 test: $(READY)  ## the default tests
 	$(BIN)/python launch/build_ops.py
 	$(BIN)/python -m pytest -q
+
+test-slow: $(READY) ## faults, miniatures and further layouts: what CI runs beside the default tests
+	$(BIN)/python launch/build_ops.py
+	$(BIN)/python -m pytest -q -m slow
 
 test-long: $(READY) ## the full products of layouts as well
 	$(BIN)/python launch/build_ops.py

@@ -1,6 +1,7 @@
 """Settings of the whole test suite.
 
-`python -m pytest tests` runs the default selection; `--long` adds the tests marked `long`.
+`python -m pytest tests` runs the default selection. Tests marked `slow` run in CI, too (`-m slow`), and where their file is
+named; `--long` adds them and the tests marked `long`.
 """
 
 from __future__ import annotations
@@ -26,23 +27,28 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--long", action="store_true", help="also run the tests marked long (full products of layouts)"
+        "--long",
+        action="store_true",
+        help="also run the tests marked slow and long (faults, miniatures, full products of layouts)",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "slow: half a minute and more; runs in CI, when its file is named, with --long or -m slow"
+    )
     config.addinivalue_line("markers", "long: takes minutes; runs with --long or -m long")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the long tests out unless they are asked for by --long, -m or their node id."""
-    named = any("::" in argument for argument in config.args)
-    if config.getoption("--long") or config.getoption("-m") or named:
+    """Leave out slow tests unless their file is named, long ones unless they are; or asked for by --long or -m."""
+    if config.getoption("--long") or config.getoption("-m") or any("::" in name for name in config.args):
         return
-    long = [item for item in items if item.get_closest_marker("long")]
-    if long:
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in long]
+    left_out = {"long"} if any(name.endswith(".py") for name in config.args) else {"long", "slow"}
+    without = [item for item in items if left_out & {marker.name for marker in item.iter_markers()}]
+    if without:
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if item not in without]
 
 
 @pytest.fixture(autouse=True)

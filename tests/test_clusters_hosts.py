@@ -50,6 +50,7 @@ def test_mpirun_stops_on_a_signal_and_goes_on(job: Job) -> None:
     job.finishes()
 
 
+@pytest.mark.slow
 def test_a_cut_link_ends_the_job_on_both_sides(job: Job) -> None:
     job.start("no_ssh")
     try:

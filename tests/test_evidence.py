@@ -131,6 +131,7 @@ def _texts() -> dict[str, list[dict[str, str]]]:
     return {name: [{"text": words[i:] + words[:i], "module": name}] for i, name in enumerate(names)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MINIATURES)
 def test_every_item_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module, setting = MINIATURES[name]

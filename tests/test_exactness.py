@@ -131,7 +131,9 @@ def _side_figures(case: LayoutCase, ranks: list[Ran], oracle: OracleRun) -> list
     return failures
 
 
-@pytest.mark.parametrize("cases", [PAIRWISE, BESIDES], ids=["pairwise", "besides"])
+@pytest.mark.parametrize(
+    "cases", [PAIRWISE, pytest.param(BESIDES, marks=pytest.mark.slow)], ids=["pairwise", "besides"]
+)
 def test_values_equal_the_oracle(cases: list[LayoutCase]) -> None:
     _check(cases)
 

@@ -129,6 +129,7 @@ def second_is_refused(data: Path, run: Path, steps: int, directory: Path) -> Non
         assert len(second.errors) == 1 and "is being written by another run" in second.errors[0]
 
 
+@pytest.mark.slow
 def test_killed_ranks_and_a_second_run(data: Path, tmp_path: Path) -> None:  # noqa: F811
     kill_and_resume(data, tmp_path, kills=3, seed=1)
 

@@ -48,7 +48,7 @@ def reports(setting: Setting, seed: int, permutations: int) -> list[FidelityRepo
     return found
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_first_order_follows_monte_carlo(seed: int) -> None:
     for report in reports(Setting("gpt2", 3e-4), seed, permutations=200):
         # The truth is known well enough to be judged by: its standard error is small beside its spread.

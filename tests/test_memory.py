@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from tests.distributed import assert_cases, run_cases
@@ -67,6 +68,7 @@ def _case(world: int, zero: int) -> LayoutCase:
     return LayoutCase(world, 1, False, zero, 1, "llama", "adamw", micro_batch=2, steps=2)
 
 
+@pytest.mark.slow
 def test_weights_and_directions_shrink_with_data_parallel_size() -> None:
     measured: dict[tuple[int, int], Bytes] = {}
     for world in (1, 2, 4):

@@ -133,6 +133,7 @@ def test_values_equal_the_oracle_and_the_run_without_stages() -> None:
     _check(COVERING, against_one_stage=True)
 
 
+@pytest.mark.slow
 def test_values_equal_the_oracle_besides() -> None:
     _check(BESIDES, against_one_stage=False)
 

@@ -102,6 +102,7 @@ def _in_fp16(rank: int, world: int, function: Callable[[int, int, list[str]], No
         accelerator.is_fp16_supported = answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CIRCLES)
 def test_a_checkpoint_goes_through_every_layout_unchanged(
     four_ranks: Workers, data: Path, tmp_path: Path, name: str
