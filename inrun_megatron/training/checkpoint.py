@@ -210,7 +210,9 @@ def _load_reshaped(config: Config, trainer: Trainer, path: Path) -> Progress:
         saved = Saved(path)
         saved.check_names(set().union(*everywhere))
         restore(state, names, saved)
-        return zero_files.counters(saved.model_file)
+        counted = zero_files.counters(saved.model_file)
+        zero_files.opened.cache_clear()  # the mapped files may be deleted while this run lives
+        return counted
 
     # Gathering the weights afterwards is a collective: nobody may have failed before it.
     saved = all_ranks(read)
