@@ -22,6 +22,7 @@ LLAMA = (
     "--untie-embeddings-and-output-weights --normalization RMSNorm --swiglu --disable-bias-linear "
     "--position-embedding-type rope --group-query-attention --num-query-groups 2"
 )
+GATED = LLAMA.replace("--disable-bias-linear ", "")
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
 # Every step of a circle is a resume in another layout; its end is its beginning.
 CIRCLES = {
@@ -53,7 +54,7 @@ CIRCLES = {
         ["--zero-stage 1 --fp16", "--zero-stage 3 --fp16", f"{PP} 2 --zero-stage 1 --fp16"],
     ),
     "gated with biases, sgd": (
-        f"{LLAMA.replace(' --disable-bias-linear', '')} --optimizer sgd --sgd-momentum 0.9",
+        f"{GATED} --optimizer sgd --sgd-momentum 0.9",
         [f"{TP} 2 --zero-stage 1", "--zero-stage 3", f"{TP} 2 {PP} 2 --zero-stage 1"],
     ),
 }
@@ -139,8 +140,8 @@ ELSEWHERE = {
         f"{PP} 2 --zero-stage 1",
     ),
     "tp 2 -> dp 2, gated with biases": (
-        f"{TP} 2 --zero-stage 1 {LLAMA.replace('--disable-bias-linear', '')}",
-        f"--zero-stage 1 {LLAMA.replace('--disable-bias-linear', '')}",
+        f"{TP} 2 --zero-stage 1 {GATED}",
+        f"--zero-stage 1 {GATED}",
     ),
 }
 

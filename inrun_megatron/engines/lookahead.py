@@ -33,18 +33,13 @@ class Lookahead:
         ``place`` always sees the masters from before the first move. The weights come back from the masters, whose
         rounding they are; only where the layers' weights are the optimizer's own a copy of them is kept meanwhile.
         """
-        if self._state.is_bare:
-            kept = [piece.tensor.detach().clone() for _, piece in self._state.pieces()]
-
-            def back() -> None:
-                for (_, piece), original in zip(self._state.pieces(), kept, strict=True):
-                    piece.tensor.data.copy_(original)
-        else:
-
-            def back() -> None:
-                pass
-
+        own = [piece.tensor.data for _, piece in self._state.pieces()] if self._state.is_bare else []
+        kept = [weights.clone() for weights in own]
         moved = False
+
+        def back() -> None:
+            for weights, original in zip(own, kept, strict=True):
+                weights.copy_(original)
 
         def move(place: Place) -> None:
             nonlocal moved
