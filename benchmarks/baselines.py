@@ -211,8 +211,10 @@ def _scored(scene: Scene, scorer: Callable[[Any, Tensor], Any]) -> Callable[[], 
             parameter.grad = None
         with taps.during(Pass(consumers=(DirectionFiller(directions, 0),), detached=True)):
             scene.loss(scene.validation).backward()
-        with taps.during(Pass(consumers=(scorer(directions, dots),))):
+        consumer = scorer(directions, dots)
+        with taps.during(Pass(consumers=(consumer,))):
             scene.loss(scene.train).backward()
+        consumer.settle()
         return dots[:, 0].clone()
 
     return run

@@ -266,13 +266,14 @@ class Directions:
         shard, numel = self._local(group), vector.numel()
         flat = vector.detach().reshape(-1).to(device=shard.device, dtype=self._dtype)
         total = torch.zeros(self.targets, dtype=torch.float64, device=shard.device)
-        size = CPU_BLOCK if shard.device.type == "cpu" else numel
+        size = min(CPU_BLOCK, numel) if shard.device.type == "cpu" else numel
+        products = torch.empty(self.targets, size, dtype=self._dtype, device=shard.device)
         for begin, end in self.counted(group, start, numel):
             for lo in range(begin, end, size):
                 hi = min(lo + size, end)
+                part, own = shard[:, start + lo : start + hi], products[:, : hi - lo]
                 # Summed in fp64: terms cancel to a thousandth of their absolute sum and less.
-                part = shard[:, start + lo : start + hi].to(self._dtype)
-                total += (part * flat[lo:hi]).sum(1, dtype=torch.float64)
+                total += torch.mul(part, flat[lo:hi], out=own).sum(1, dtype=torch.float64)
         return total
 
 

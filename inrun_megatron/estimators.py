@@ -84,26 +84,37 @@ class Estimator:
         return next((node for node in self.nodes if not node.share), None)
 
 
-def blocks(step: Step, device: torch.device) -> Iterator[tuple[Step, slice]]:
-    """The step in parts, small enough on a CPU for a dozen elementwise passes to stay in its cache."""
+def blocks(step: Step, device: torch.device) -> Iterator[tuple[Step, slice, Tensor]]:
+    """The step in parts, small enough on a CPU for a dozen elementwise passes to stay in its cache.
+
+    Yields each part's step, where it is, and a vector of its length to compute in (the same memory every time).
+    """
     n = step.weights.numel()
     size = CPU_BLOCK if device.type == "cpu" else n
+    wide = torch.promote_types(step.weights.dtype, torch.float32)
+    work = torch.empty(min(size, n), dtype=wide, device=step.weights.device)
     for start in range(0, n, size):
         part = slice(start, min(start + size, n))
-        yield step.block(part), part
+        yield step.block(part), part, work[: part.stop - start]
 
 
 def place(step: Step, share: float, path: Tensor | None, out: Tensor) -> None:
     """``out [n] = Phi(0) + share (Phi(path) - Phi(0))``, in out's precision; ``path = c G``, None only at share 0."""
-    for here, part in blocks(step, step.weights.device):
-        moved = here.weights.clone()
-        for term in here.drift():
-            if term is not None:
-                moved.sub_(term[0].to(moved.dtype), alpha=term[1])
+    moved: Tensor | None = None
+    weights = step.weights
+    for here, part, work in blocks(step, weights.device):
+        own = out[part]
+        # Where layers use the optimizer's own weights, slope() still reads what they were.
+        if own.dtype == work.dtype and own.device == work.device and out.data_ptr() != weights.data_ptr():
+            moved = own
+        elif moved is None or len(moved) != len(work):
+            moved = torch.empty_like(work)
+        here.idle(moved, work)
         if path is not None and share:
             along = path[part].to(device=moved.device, dtype=moved.dtype)
             moved.sub_(along * here.slope(along), alpha=share)
-        out[part].copy_(moved)
+        if moved is not own:
+            own.copy_(moved)
 
 
 def condition(
@@ -125,17 +136,18 @@ def condition(
     Returns:
         ``<grad L_k, w - Phi(0)>`` over the counted stretches, momentum and decay part, ``[K]`` fp64 each.
     """
-    device = gradients[0].device
+    device, home = gradients[0].device, step.weights.device
     terms = torch.zeros(2, len(gradients), dtype=torch.float64, device=device)
-    for here, part in blocks(step, device):
+    each_clip = list(clips.to(home)) if isinstance(clips, Tensor) else clips
+    for here, part, work in blocks(step, device):
         start, stop = part.start, part.stop
         parts = [gradient[part] for gradient in gradients]
         # The optimizer's shard may lie on the CPU (offload) while directions lie where the layers are.
-        near = [gradient.to(here.weights.device) for gradient in parts]
+        near = [gradient.to(home) for gradient in parts]
         stretches = [
             (max(lo, start) - start, min(hi, stop) - start) for lo, hi in counted if lo < stop and hi > start
         ]
-        for which, moved in enumerate(here.drift()):
+        for which, moved in enumerate(here.drift(work) if stretches else ()):
             if moved is None:
                 continue
             vector, factor = moved
@@ -143,8 +155,7 @@ def condition(
                 for lo, hi in stretches:
                     dot = torch.dot(gradient[lo:hi], vector[lo:hi].to(gradient.dtype)) * factor
                     terms[which, k] += dot
-        here_clips = clips.to(near[0].device) if isinstance(clips, Tensor) else clips
-        _multiply(here, near, here_clips, None if path is None else path[part])
+        _multiply(here, near, each_clip, None if path is None else path[part], work)
         for gradient, own in zip(parts, near, strict=True):
             if own.device != gradient.device:
                 gradient.copy_(own)
@@ -152,11 +163,15 @@ def condition(
 
 
 def _multiply(
-    step: Step, gradients: Sequence[Tensor], clips: Sequence[float] | Tensor, path: Tensor | None
+    step: Step,
+    gradients: Sequence[Tensor],
+    clips: Sequence[float | Tensor],
+    path: Tensor | None,
+    work: Tensor,
 ) -> None:
     if path is None:
         for gradient, clip in zip(gradients, clips, strict=True):
-            step.precondition(gradient, clip)
+            step.precondition(gradient, clip, work)
         return
     along = path.to(device=gradients[0].device, dtype=gradients[0].dtype)
     for gradient, clip in zip(gradients, clips, strict=True):

@@ -20,6 +20,7 @@ the stand-in h_k bounds the quotient as it bounds the first-order Jacobian.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -31,12 +32,13 @@ from torch import Tensor
 # to Monte Carlo Shapley values (docs/algorithm.md): more of it damps what v knows, none of it explodes.
 STAND_IN = 0.1
 
-# Elementwise work goes block by block, so that a dozen passes over a CPU's shard stay in its cache.
+# Elementwise work goes block by block, so that a dozen passes over a CPU's shard stay in its cache. Blocks write into
+# one vector that is there already: new ones of this size would be fetched from the system, page by page, each time.
 CPU_BLOCK = 1 << 18
 
 
 class Step(Protocol):
-    """The coming step of one optimizer tensor; all vectors are flat ``[n]``."""
+    """The coming step of one optimizer tensor; all vectors are flat ``[n]``, ``work`` is one to compute in."""
 
     @property
     def weights(self) -> Tensor:
@@ -52,16 +54,25 @@ class Step(Protocol):
         """The step of a part of the tensor."""
         ...
 
-    def precondition(self, gradient: Tensor, clip: float | Tensor) -> None:
-        """Multiply grad L_k by J in place; ``clip`` (a number, or a scalar on
-        the device, which is not waited for) is what the optimizer would multiply such a gradient by."""
+    def precondition(self, gradient: Tensor, clip: float | Tensor, work: Tensor) -> None:
+        """Multiply grad L_k by J in place; ``clip`` (a number, or a scalar on the device, which is not waited for) is
+        what the optimizer would multiply such a gradient by. ``work`` is overwritten."""
         ...
 
-    def drift(self) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
-        """``w - Phi(0)`` as (momentum part, decay part), each a vector and a factor."""
+    def drift(self, work: Tensor) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
+        """``w - Phi(0)`` as (momentum part, decay part), each a vector (``work``, perhaps) and a factor."""
         ...
 
-    def slope(self, gradient: Tensor, target: Tensor | None = None, clip: float = 1.0) -> Tensor | float:
+    def idle(self, out: Tensor, work: Tensor) -> None:
+        """Write ``Phi(0)``, where the step leads without a gradient, into ``out`` (not the weights themselves).
+
+        ``work`` is overwritten.
+        """
+        ...
+
+    def slope(
+        self, gradient: Tensor, target: Tensor | None = None, clip: float | Tensor = 1.0
+    ) -> Tensor | float:
         """``(Phi(0) - Phi(g)) / g``, the Jacobian's mean over the path from 0 to ``g``.
 
         With ``target`` (grad L_k, and its clip coefficient) the stand-in h_k joins both ends' second moments.
@@ -110,10 +121,16 @@ class SGDStep:
         gain = 1.0 if self.momentum_buffer is None else 1.0 - self.dampening
         return self.lr * (1.0 + self.momentum * gain if self.nesterov else gain)
 
-    def precondition(self, gradient: Tensor, clip: float | Tensor) -> None:
+    def precondition(self, gradient: Tensor, clip: float | Tensor, work: Tensor) -> None:
         gradient.mul_(self.jacobian())
 
-    def drift(self) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
+    def idle(self, out: Tensor, work: Tensor) -> None:
+        out.copy_(self.weights)
+        for term in self.drift(work):
+            if term is not None:
+                out.sub_(term[0], alpha=term[1])
+
+    def drift(self, work: Tensor) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
         momentum = decay = None
         if self.momentum and self.momentum_buffer is not None:
             look = self.momentum * self.momentum if self.nesterov else self.momentum
@@ -122,7 +139,7 @@ class SGDStep:
             decay = (self.weights, self.weight_decay * self.jacobian())
         return momentum, decay
 
-    def slope(self, gradient: Tensor, target: Tensor | None = None, clip: float = 1.0) -> float:
+    def slope(self, gradient: Tensor, target: Tensor | None = None, clip: float | Tensor = 1.0) -> float:
         return self.jacobian()
 
     def reach(self) -> Callable[[int], float]:
@@ -174,8 +191,12 @@ class AdamStep:
             return 1.0, 1.0
         return 1.0 - self.beta1**self.t, 1.0 - self.beta2**self.t
 
+    @property
+    def _couples(self) -> bool:
+        return not self.decoupled and self.weight_decay != 0.0
+
     def _coupled(self) -> Tensor | None:
-        return None if self.decoupled or not self.weight_decay else self.weights * self.weight_decay
+        return self.weights * self.weight_decay if self._couples else None
 
     def _second_moment(self, gradient: Tensor | None, clip: float | Tensor = 1.0) -> Tensor:
         """v0 ``[n]``: the bias-corrected second moment, with the stand-in for what it has not seen (None: without)."""
@@ -188,32 +209,59 @@ class AdamStep:
         coupled = self._coupled()
         return v0 if coupled is None else v0.addcmul_(coupled, coupled, value=fresh)
 
-    def precondition(self, gradient: Tensor, clip: float | Tensor) -> None:
+    def _root(self, work: Tensor, gradient: Tensor | None = None, clip: float | Tensor = 1.0) -> float:
+        """Write ``sqrt(v0)`` into ``work``, but for a factor, which is returned."""
+        seen = self.beta2 / self._corrections()[1]
+        if self._couples or not seen:
+            work.copy_(self._second_moment(gradient, clip).sqrt_())
+            return 1.0
+        # v0 = seen (v + (s h)^2): the factor is left to a number, which saves a pass.
+        if gradient is None:
+            torch.sqrt(self.exp_avg_sq, out=work)
+        else:
+            share = clip if self.t == 1 else clip * STAND_IN
+            torch.mul(gradient, share * math.sqrt((1.0 - self.beta2) / self.beta2), out=work)
+            torch.addcmul(self.exp_avg_sq, work, work, out=work).sqrt_()
+        return math.sqrt(seen)
+
+    def precondition(self, gradient: Tensor, clip: float | Tensor, work: Tensor) -> None:
         bc1, bc2 = self._corrections()
-        root = self._second_moment(gradient, clip).sqrt_()
+        factor = self._root(work, gradient, clip)
         gain = self.gain
         coupled = self._coupled()
         if coupled is None:
-            gradient.mul_(gain).div_(root.add_(self.eps))
+            gradient.mul_(gain / factor).div_(work.add_(self.eps / factor))
             return
-        den = root + self.eps
+        root, den = work, work + self.eps
         m0 = (self.exp_avg * self.beta1 + coupled * (1.0 - self.beta1)) / bc1
         # Where v0 is 0, so is u: its elements take no decay.
         ratio = torch.where(root > 0, coupled / root, torch.zeros_like(root))
         bend = self.lr * m0 * ratio * ((1.0 - self.beta2) / bc2) / den.square()
         gradient.mul_(gain / den - bend)
 
-    def drift(self) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
+    def drift(self, work: Tensor) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
         bc1, _ = self._corrections()
-        den = self._second_moment(None).sqrt_().add_(self.eps)
+        factor = self._root(work)
+        work.add_(self.eps / factor)
         decay: tuple[Tensor, float] | None = None
         if self.weight_decay and self.decoupled:
             decay = (self.weights, self.lr * self.weight_decay)
         elif self.weight_decay:
-            decay = (self.weights / den, self.lr * self.weight_decay * (1.0 - self.beta1) / bc1)
-        return (torch.div(self.exp_avg, den, out=den), self.lr * self.beta1 / bc1), decay
+            decay = (self.weights / work, self.lr * self.weight_decay * (1.0 - self.beta1) / bc1 / factor)
+        return (torch.div(self.exp_avg, work, out=work), self.lr * self.beta1 / bc1 / factor), decay
 
-    def slope(self, gradient: Tensor, target: Tensor | None = None, clip: float = 1.0) -> Tensor:
+    def idle(self, out: Tensor, work: Tensor) -> None:
+        bc1, _ = self._corrections()
+        factor = self._root(work)
+        work.add_(self.eps / factor)
+        # Decoupled decay pulls at the weights, coupled decay through the moment.
+        pull = self.lr * self.weight_decay
+        torch.mul(self.weights, 1.0 - pull if self.decoupled else 1.0, out=out)
+        if pull and not self.decoupled:
+            out.addcdiv_(self.weights, work, value=-pull * (1.0 - self.beta1) / bc1 / factor)
+        out.addcdiv_(self.exp_avg, work, value=-self.lr * self.beta1 / bc1 / factor)
+
+    def slope(self, gradient: Tensor, target: Tensor | None = None, clip: float | Tensor = 1.0) -> Tensor:
         bc1, bc2 = self._corrections()
         still = self._second_moment(target, clip)
         coupled = self._coupled()
@@ -256,13 +304,16 @@ class ProxyStep:
     def block(self, part: slice) -> ProxyStep:
         return ProxyStep(self.lr, self.weights[part])
 
-    def precondition(self, gradient: Tensor, clip: float | Tensor) -> None:
+    def precondition(self, gradient: Tensor, clip: float | Tensor, work: Tensor) -> None:
         gradient.mul_(self.lr)
 
-    def drift(self) -> tuple[None, None]:
+    def drift(self, work: Tensor) -> tuple[None, None]:
         return None, None
 
-    def slope(self, gradient: Tensor, target: Tensor | None = None, clip: float = 1.0) -> float:
+    def idle(self, out: Tensor, work: Tensor) -> None:
+        out.copy_(self.weights)
+
+    def slope(self, gradient: Tensor, target: Tensor | None = None, clip: float | Tensor = 1.0) -> float:
         return self.lr
 
     def reach(self) -> Callable[[int], float]:

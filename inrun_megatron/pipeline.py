@@ -34,7 +34,7 @@ from .engines.pipeline import PipelineAdapter
 from .errors import UserError
 from .passes import Microbatch
 from .pipeline_passes import PipelinePasses, StageLoss
-from .scoring import DirectionFiller, RowScorer
+from .scoring import DirectionFiller
 from .shapley import InRunShapley, ScoredStep, ShapleyTarget
 from .taps import Pass
 
@@ -169,13 +169,8 @@ class ScoringStream:
         for index, microbatch in enumerate(microbatches):
             consumers = owner.consumers
             if step.result.scored:
-                rows = step._rows.add(
-                    microbatch["dataset"],
-                    microbatch["sample"],
-                    microbatch["loss_mask"],
-                    microbatch.get("segments"),
-                )
-                consumers = (RowScorer(owner.directions, rows.dots, rows.segments), *consumers)
+                names = ("dataset", "sample", "loss_mask", "segments")
+                consumers = (step.scorer(*(microbatch.get(name) for name in names)), *consumers)
             self._passes.append(Pass(consumers=consumers, microbatch=index))
         self._tied: list[tuple[list[Tensor], Tensor, dist.Work]] = []
         self._reduced = False

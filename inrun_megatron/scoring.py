@@ -52,9 +52,13 @@ class DirectionFiller:
             raise AssertionError(f"no direction for sites of kind {e.site.kind}")
 
 
+# Layers whose rows' gradients of vector parameters are kept until their dots are taken together.
+VECTORS_TOGETHER = 64
+
+
 class RowScorer:
     """Adds each layer's partial dots of one microbatch's rows to ``dots [b, K]`` (fp64); of their parts
-    ``[n, K]`` with segments."""
+    ``[n, K]`` with segments. They are complete after ``settle()``."""
 
     def __init__(self, directions: Directions, dots: Tensor, segments: Segments | None = None) -> None:
         self.directions = directions
@@ -62,6 +66,7 @@ class RowScorer:
         self.segments = segments
         # Vectors and embeddings in one Triton pass; on CPUs, and in fp64, by torch's operations.
         self.fused = dots.is_cuda and HAS_TRITON
+        self._vectors: list[tuple[Tensor, Sequence[Tensor]]] = []
 
     def __call__(self, e: Emission) -> None:
         # Under ZeRO-3 reading a direction is a collective, and every rank of the data-parallel group (same
@@ -115,13 +120,24 @@ class RowScorer:
         shifts = self.directions.of(e.bias) if e.bias is not None and e.bias.requires_grad else None
         kernels.norm_dots(b, a, dim, directions, shifts, self.dots, bounds)
 
+    def settle(self) -> None:
+        """Add the dots of the vector parameters seen since: one product for many layers, whose own would be all calls."""
+        if not self._vectors:
+            return
+        gradients = torch.cat([rows for rows, _ in self._vectors], dim=1)
+        of_layers = zip(*(directions for _, directions in self._vectors), strict=True)
+        vector_dots(gradients, [torch.cat(target) for target in of_layers], self.dots)
+        self._vectors.clear()
+
     def _add_vectors(self, e: Emission, tokens: Tensor, directions: Sequence[Tensor]) -> Tensor | None:
         """Dots of a vector parameter whose gradient is the sum of ``tokens [s, b, h]``; returns the rows' ``[b, h]``."""
         if self.segments is not None:
             self._add_tokens(e, token_vector_dots(tokens, directions))
             return None
         gradients = row_gradients(tokens, e.site.batch_dim, wide(directions[0].dtype))
-        vector_dots(gradients, directions, self.dots)
+        self._vectors.append((gradients, directions))
+        if len(self._vectors) == VECTORS_TOGETHER:
+            self.settle()
         return gradients
 
     def _add_tokens(self, e: Emission, products: Tensor) -> None:

@@ -179,6 +179,7 @@ class ScoredStep:
         self.consumed_samples: int | None = None
         self._started = time.perf_counter()
         self._rows = StepRows(len(owner.targets), owner.device)
+        self._scorers: list[RowScorer] = []
         self._target_losses: Tensor | None = None  # [K], on the device until the step is settled
         self._terms: tuple[Tensor, Tensor] | None = None
         self._loss_scale = 1.0
@@ -233,11 +234,16 @@ class ScoredStep:
         owner = self.owner
         consumers: tuple[Consumer, ...] = owner.consumers
         if self.result.scored:
-            rows = self._rows.add(dataset, sample, tokens, segments)
-            consumers = (RowScorer(owner.directions, rows.dots, rows.segments), *consumers)
+            consumers = (self.scorer(dataset, sample, tokens, segments), *consumers)
         run = Pass(consumers=consumers, microbatch=len(self._rows) - 1) if consumers else None
         with owner.taps.during(run):
             yield
+
+    def scorer(self, dataset: Any, sample: Any, tokens: Any, segments: Any = None) -> RowScorer:
+        """What takes the dots of a further microbatch (arguments as of ``samples``)."""
+        rows = self._rows.add(dataset, sample, tokens, segments)
+        self._scorers.append(RowScorer(self.owner.directions, rows.dots, rows.segments))
+        return self._scorers[-1]
 
     def settle(self) -> None:
         """Steps 4 to 6, after ``engine.step()``."""
@@ -276,6 +282,8 @@ class ScoredStep:
                 f"step {self.iteration} saw {len(self._rows)} microbatches, but the engine accumulates {expected}; "
                 f"put all microbatches of one optimizer step inside one `with shapley.step(...)`"
             )
+        for scorer in self._scorers:
+            scorer.settle()
         scores = self._rows.dots()
         terms = self._terms or (torch.zeros_like(scores[0]), torch.zeros_like(scores[0]))
         if layout.mp_size > 1:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from inrun_megatron.engines.inner import coming_step, require_known
 from inrun_megatron.errors import UserError
-from inrun_megatron.estimators import condition
+from inrun_megatron.estimators import condition, place
 from inrun_megatron.optimizers import CPU_BLOCK, STAND_IN, AdamStep, SGDStep
 
 N = 40
@@ -49,13 +50,33 @@ def _moved(
 def test_drift_is_the_step_without_a_gradient(name: str, steps: int) -> None:
     optimizer, weight = _trained(OPTIMIZERS[name], steps)
     coming = coming_step(optimizer, optimizer.param_groups[0], weight)
-    parts = [part[0] * part[1] for part in coming.drift() if part is not None]
+    parts = [part[0] * part[1] for part in coming.drift(torch.empty_like(coming.weights)) if part is not None]
     found = sum(parts, torch.zeros(N, dtype=torch.float64))
     expected = _moved(optimizer, weight, torch.zeros(N, dtype=torch.float64))
     if name == "adam" and steps == 0:
         # Without any moment Adam's coupled decay makes a whole step of its own sign; v is not known to the drift.
         expected = found
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    there = torch.empty(N, dtype=torch.float64)
+    place(coming, 0.0, None, there)
+    torch.testing.assert_close(there, coming.weights - expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_second_moment_without_memory_is_the_limit_of_a_short_one() -> None:
+    step = AdamStep(
+        lr=0.01, beta1=0.8, beta2=0.0, eps=1e-8, weight_decay=0.1, decoupled=True, bias_correction=True, t=3,
+        weights=torch.randn(N, dtype=torch.float64),
+        exp_avg=torch.randn(N, dtype=torch.float64),
+        exp_avg_sq=torch.rand(N, dtype=torch.float64),
+    )  # fmt: skip
+    gradient, found = torch.randn(N, dtype=torch.float64), []
+    for beta2 in (0.0, 1e-30):
+        direction, start = gradient.clone(), torch.empty_like(gradient)
+        near = replace(step, beta2=beta2)
+        condition(near, [direction], [0.5], [(0, N)])
+        place(near, 0.0, None, start)
+        found.append(torch.stack((direction, start)))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -232,6 +232,7 @@ def _score_a_model(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
             scorer.fused = fused
             with taps.during(Pass(consumers=(scorer,))):
                 model(ids).square().sum().backward()
+            scorer.settle()
             both.append(dots.cpu())
         found.append((both[0], both[1]))
     return found

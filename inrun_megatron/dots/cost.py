@@ -17,6 +17,7 @@ The rule knows shapes and the kind of device only, so that all ranks and all run
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 Form = Literal["blocks", "projection", "fused"]
@@ -77,6 +78,7 @@ def seconds(form: Form, shape: Shape, rates: Rates) -> float:
     return targets * (operations + 4 * 3 * shape.tokens * narrow / rates.moved + 3 * rates.call)
 
 
+@lru_cache
 def cheapest(shape: Shape, rates: Rates, *forms: Form) -> Form:
     """The cheapest of the forms; of equals the first."""
     return min(forms, key=lambda form: seconds(form, shape, rates))

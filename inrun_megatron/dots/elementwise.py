@@ -22,6 +22,8 @@ from .precision import wide, widened
 
 def row_gradients(tokens: Tensor, batch_dim: int, dtype: torch.dtype) -> Tensor:
     """Sum over every dimension but the rows and the features: ``[b, h]``."""
+    if tokens.dim() == 3:
+        return tokens.sum(1 - batch_dim, dtype=dtype)
     rows = tokens.movedim(batch_dim, 0)
     return rows.to(dtype).flatten(1, -2).sum(1) if rows.dim() > 2 else rows.to(dtype)
 

@@ -113,9 +113,9 @@ def blocks_and_dots(
     """``weight_gradient_and_dots`` from the segments' blocks of the weight gradient."""
     rows = _flat(directions)
     if len(dots) == 1:
-        grad = weight_gradient(activation, output_grad)
-        dots[0] += _products(grad.reshape(-1).to(rows[0].dtype), rows)
-        return grad
+        only = weight_gradient(activation, output_grad)
+        dots[0] += torch.stack(_products(only.reshape(-1).to(rows[0].dtype), rows))
+        return only
     dtype = activation.dtype
     low = dtype in LOW_PRECISION
     if low and not activation.is_cuda:
@@ -124,16 +124,20 @@ def blocks_and_dots(
     b = [block.t() for block in _blocks(output_grad, batch_dim, segments)]
     if low and activation.is_cuda:
         return _separate_blocks(a, b, rows, dots).to(dtype)
-    grad = _running_dots(a[:ROWS_PER_ACCUMULATOR], b[:ROWS_PER_ACCUMULATOR], rows, dots)
-    for start in range(ROWS_PER_ACCUMULATOR, len(a), ROWS_PER_ACCUMULATOR):
-        stop = start + ROWS_PER_ACCUMULATOR
-        grad.add_(_running_dots(a[start:stop], b[start:stop], rows, dots[start:stop]))
+    grad: Tensor | None = None
+    for start in range(0, len(a), ROWS_PER_ACCUMULATOR):
+        part = slice(start, start + ROWS_PER_ACCUMULATOR)
+        summed = _running_dots(a[part], b[part], rows, dots[part])
+        grad = summed if grad is None else grad.add_(summed)
+    assert grad is not None
     return grad.to(dtype)
 
 
-def _blocks(buffer: Tensor, batch_dim: int, segments: Segments | None) -> list[Tensor]:
+def _blocks(buffer: Tensor, batch_dim: int, segments: Segments | None) -> Sequence[Tensor]:
     """The rows of a buffer as matrices ``[tokens, features]``, or their parts."""
-    rows = [buffer.select(batch_dim, i).flatten(0, -2) for i in range(buffer.shape[batch_dim])]
+    rows = buffer.unbind(batch_dim)
+    if buffer.dim() != 3:
+        rows = tuple(row.flatten(0, -2) for row in rows)
     return rows if segments is None else [rows[i][begin:end] for i, begin, end in segments.bounds]
 
 
@@ -151,11 +155,11 @@ def _flat(directions: Sequence[Tensor]) -> Rows:
     return [widened(direction) for direction in flat]
 
 
-def _products(vector: Tensor, rows: Rows) -> Tensor:
-    """``<D_k, vector>`` for all k, ``[K]``."""
+def _products(vector: Tensor, rows: Rows) -> list[Tensor]:
+    """``<D_k, vector>`` for all k, as K scalars."""
     if isinstance(rows, Tensor):
-        return torch.mv(rows, vector)
-    return torch.stack([torch.dot(vector, row) for row in rows])
+        return list(torch.mv(rows, vector).unbind())
+    return [torch.dot(vector, row) for row in rows]
 
 
 def _running_dots(a: Sequence[Tensor], b: Sequence[Tensor], rows: Rows, dots: Tensor) -> Tensor:
@@ -165,24 +169,27 @@ def _running_dots(a: Sequence[Tensor], b: Sequence[Tensor], rows: Rows, dots: Te
     training without scoring.
     """
     grad = torch.mm(b[0], a[0])
-    before: Tensor | float = 0.0
-    for i in range(len(a)):
-        if i > 0:
-            grad.addmm_(b[i], a[i])
-        now = _products(grad.view(-1), rows).to(dots.dtype)
-        dots[i] += now - before
-        before = now
+    flat = grad.view(-1)
+    running = _products(flat, rows)
+    for a_i, b_i in zip(a[1:], b[1:], strict=True):
+        grad.addmm_(b_i, a_i)
+        running += _products(flat, rows)
+    sums = torch.stack(running).view(len(a), -1).to(dots.dtype)
+    dots += sums
+    dots[1:] -= sums[:-1]
     return grad
 
 
 def _separate_blocks(a: Sequence[Tensor], b: Sequence[Tensor], rows: Rows, dots: Tensor) -> Tensor:
     """The same from buffers of lower precision: every row's product in fp32, then summed in fp32."""
     grad: Tensor | None = None
-    for i, (a_i, b_i) in enumerate(zip(a, b, strict=True)):
+    products: list[Tensor] = []
+    for a_i, b_i in zip(a, b, strict=True):
         block = _product_fp32(b_i, a_i)
-        dots[i] += _products(block.view(-1), rows)
+        products += _products(block.view(-1), rows)
         grad = block if grad is None else grad.add_(block)
     assert grad is not None
+    dots += torch.stack(products).view(dots.shape)
     return grad
 
 
