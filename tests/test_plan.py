@@ -209,7 +209,7 @@ def _measure(rank: int, world: int, case: Case) -> Measured:
         validation = _saved(lambda: shapley.passes.run([task], training=False))
         training = _saved(lambda: token_losses(engine, batches[0][0]))
     batch, lookahead = shapley.preparation._batch, shapley.preparation._lookahead
-    saved = [piece for group in shapley.adapter.groups for piece in lookahead._local(group)]
+    saved = lookahead._weights_to_keep()
     return Measured(
         parameters=sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
         directions=shapley.directions.nbytes,

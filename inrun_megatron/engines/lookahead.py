@@ -30,21 +30,22 @@ class Lookahead:
     def moving(self) -> Iterator[Callable[[Place], None]]:
         """Yields ``move(place)``, to be called any number of times; afterwards the weights are what they were, bit for bit.
 
-        ``place`` always sees the masters from before the first move. The weights come back from the masters, whose
-        rounding they are; only where the layers' weights are the optimizer's own a copy of them is kept meanwhile.
+        ``place`` always sees the masters from before the first move. A copy of the layers' weights is kept where the way
+        back would be a collective (stages 1 and 2) or the weights are the optimizer's own; elsewhere they come back from
+        the masters, whose rounding they are.
         """
-        own = [piece.tensor.data for _, piece in self._state.pieces()] if self._state.is_bare else []
-        kept = [weights.clone() for weights in own]
+        moved_from = self._weights_to_keep()
+        kept = [weights.clone() for weights in moved_from]
         moved = False
 
         def back() -> None:
-            for weights, original in zip(own, kept, strict=True):
+            for weights, original in zip(moved_from, kept, strict=True):
                 weights.copy_(original)
 
         def move(place: Place) -> None:
             nonlocal moved
             with torch.no_grad():
-                if moved:
+                if moved and self._state.is_bare:
                     back()
                 moved = True
                 self._write_all(place)
@@ -55,8 +56,18 @@ class Lookahead:
         finally:
             with torch.no_grad():
                 back()
-            if not self._state.is_bare:
+            if not kept:
                 self.settle()
+
+    def _weights_to_keep(self) -> list[Tensor]:
+        if self._state.is_bare:
+            return [piece.tensor.data for _, piece in self._state.pieces()]
+        flat = [group.flat for group in self._state.groups if self._gathers(group)]
+        assert not flat or len(flat) == len(self._state.groups), "groups of one engine share a stage"
+        return [weights for weights in flat if weights is not None]
+
+    def _gathers(self, group: FlatGroup) -> bool:
+        return group.residence is Residence.FLAT and self._state.layout.dp_size > 1
 
     def settle(self) -> None:
         """Set the weights to the optimizer's masters, rounded to the model's precision."""
@@ -91,12 +102,11 @@ class Lookahead:
             part.copy_(whole[start - piece.start : start - piece.start + part.numel()])
 
     def _gather(self) -> None:
-        layout = self._state.layout
         for group in self._state.groups:
-            if group.residence is Residence.FLAT and layout.dp_size > 1:
+            if self._gathers(group):
                 assert group.flat is not None
                 own = group.flat[group.start : group.stop].clone()
-                dist.all_gather_into_tensor(group.flat, own, group=layout.dp_group)
+                dist.all_gather_into_tensor(group.flat, own, group=self._state.layout.dp_group)
         self._state.release_gathered_weights()
 
 

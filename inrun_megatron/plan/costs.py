@@ -27,8 +27,8 @@ class EstimatorCost:
 
     validation_passes: forwards and backwards of every target's sequences, one per node. loss_passes: forwards of them
     alone, where no node gives the loss at the base point. batch_passes: forwards and backwards of the batch, whose
-    gradient then takes a buffer. moves: the weights are moved to each node and back: a copy of this rank's part of them,
-    and one all-gather per move.
+    gradient then takes a buffer. moves: the weights are moved to each node and back: one all-gather per node, and where
+    the way back would take another one, a copy of the weights.
     """
 
     validation_passes: int
@@ -38,8 +38,8 @@ class EstimatorCost:
 
     @property
     def gathers(self) -> int:
-        """Moves of the weights: to each node, and back."""
-        return self.validation_passes + 1 if self.moves else 0
+        """Moves of the weights, one to each node."""
+        return self.validation_passes if self.moves else 0
 
 
 ESTIMATORS = {

@@ -30,8 +30,9 @@ READ, DOTS, AUDITS = "read directions", "dots", "audits"
 class Memory:
     """Bytes per rank that scoring adds, on the fullest rank. directions, batch_gradient: held through the run. sums: by
     which the fp32 sums are larger than directions in bf16, from the first validation backward until they are rounded.
-    rounding: the sums, while directions in bf16 are made of them. saved_weights: while weights are moved. layer: the largest of what one layer takes for a moment. conditioning: for a
-    moment per optimizer tensor. activations: of validation microbatches that are larger than training ones."""
+    rounding: the sums, while directions in bf16 are made of them. saved_weights: while weights are moved. layer: the
+    largest of what one layer takes for a moment. conditioning: for a moment per optimizer tensor. activations: of
+    validation microbatches that are larger than training ones."""
 
     directions: int
     batch_gradient: int
@@ -142,15 +143,17 @@ def memory(job: Job) -> Memory:
         layer += k * SUM_BYTES * largest
     # At stages 1 and 2 each rank rounds its own shard; the whole sums are given up before directions take their room.
     sharded = job.zero_stage in (1, 2) and job.data_parallel > 1
+    # Elsewhere moved weights come back from the optimizer's masters, without a collective.
+    kept = sharded or (job.zero_stage == 0 and job.parameter_bytes == SUM_BYTES)
     extra = max(0, job.validation_rows - job.micro_batch_size)
     return Memory(
         directions=k * job.direction_bytes * held,
         batch_gradient=SUM_BYTES * held if job.cost.batch_passes else 0,
         sums=k * (SUM_BYTES - job.direction_bytes) * held,
         rounding=k * SUM_BYTES * held if narrow and not sharded else 0,
-        saved_weights=job.parameter_bytes * shard(job) if job.cost.moves else 0,
+        saved_weights=job.parameter_bytes * count(job.parameters) if job.cost.moves and kept else 0,
         layer=layer,
-        conditioning=3 * SUM_BYTES * shard(job),
+        conditioning=SUM_BYTES * shard(job),
         activations=extra * activation_bytes(job),
     )
 
