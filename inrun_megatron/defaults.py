@@ -12,3 +12,7 @@ def default_base(stages: int) -> Literal["current", "drift"]:
     cost a flush, which is more than the validation pass itself: there it is for the user to ask for.
     """
     return "drift" if stages == 1 else "current"
+
+
+CUDA_BLOCK = 1 << 26
+"""Elements that elementwise work on a GPU takes at a time: its one vector to compute in is 256 MiB in fp32 at most."""

@@ -24,9 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from .dots.linear import HAS_TRITON
 from .engines.shards import FlatGroup, Residence, Span, merged
 from .errors import UserError
-from .optimizers import CPU_BLOCK
+from .optimizers import block_size
 from .parallel import Layout
 from .taps import Sharding
 
@@ -266,7 +267,14 @@ class Directions:
         shard, numel = self._local(group), vector.numel()
         flat = vector.detach().reshape(-1).to(device=shard.device, dtype=self._dtype)
         total = torch.zeros(self.targets, dtype=torch.float64, device=shard.device)
-        size = min(CPU_BLOCK, numel) if shard.device.type == "cpu" else numel
+        if shard.is_cuda and HAS_TRITON and self._dtype == torch.float32:
+            from . import triton_adam  # where there is no GPU, Triton need not be installed
+
+            for lo, hi in self.counted(group, start, numel):
+                rows = list(shard[:, start + lo : start + hi])
+                total += triton_adam.inner_products(rows, flat[lo:hi])
+            return total
+        size = block_size(numel, shard.device)
         products = torch.empty(self.targets, size, dtype=self._dtype, device=shard.device)
         for begin, end in self.counted(group, start, numel):
             for lo in range(begin, end, size):

@@ -20,12 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from .dots.linear import HAS_TRITON
 from .errors import UserError
-from .optimizers import CPU_BLOCK, Step
+from .optimizers import AdamStep, Step, block_size
 
 ESTIMATORS = ("first_order", "midpoint", "simpson")
 BASES = ("current", "drift")
@@ -84,25 +86,41 @@ class Estimator:
         return next((node for node in self.nodes if not node.share), None)
 
 
-def blocks(step: Step, device: torch.device) -> Iterator[tuple[Step, slice, Tensor]]:
+def blocks(step: Step) -> Iterator[tuple[Step, slice, Tensor]]:
     """The step in parts, small enough on a CPU for a dozen elementwise passes to stay in its cache.
 
     Yields each part's step, where it is, and a vector of its length to compute in (the same memory every time).
     """
-    n = step.weights.numel()
-    size = CPU_BLOCK if device.type == "cpu" else n
-    wide = torch.promote_types(step.weights.dtype, torch.float32)
-    work = torch.empty(min(size, n), dtype=wide, device=step.weights.device)
+    n, device = step.weights.numel(), step.weights.device
+    size = block_size(n, device)
+    work = torch.empty(size, dtype=torch.promote_types(step.weights.dtype, torch.float32), device=device)
     for start in range(0, n, size):
         part = slice(start, min(start + size, n))
         yield step.block(part), part, work[: part.stop - start]
+
+
+def _fused(step: Step, vector: Tensor) -> TypeGuard[AdamStep]:
+    """Whether the kernels of triton_adam.py serve this step and the vector that it writes."""
+    return (
+        HAS_TRITON
+        and isinstance(step, AdamStep)
+        and not step.couples
+        and step.weights.dtype == torch.float32
+        and step.weights.is_cuda
+        and vector.is_cuda
+    )
 
 
 def place(step: Step, share: float, path: Tensor | None, out: Tensor) -> None:
     """``out [n] = Phi(0) + share (Phi(path) - Phi(0))``, in out's precision; ``path = c G``, None only at share 0."""
     moved: Tensor | None = None
     weights = step.weights
-    for here, part, work in blocks(step, weights.device):
+    if path is None and _fused(step, out):
+        from . import triton_adam
+
+        triton_adam.idle(step, out)
+        return
+    for here, part, work in blocks(step):
         own = out[part]
         # Where layers use the optimizer's own weights, slope() still reads what they were.
         if own.dtype == work.dtype and own.device == work.device and out.data_ptr() != weights.data_ptr():
@@ -137,9 +155,14 @@ def condition(
         ``<grad L_k, w - Phi(0)>`` over the counted stretches, momentum and decay part, ``[K]`` fp64 each.
     """
     device, home = gradients[0].device, step.weights.device
+    if path is None and isinstance(clips, Tensor) and _fused(step, gradients[0]):
+        from . import triton_adam
+
+        momentum, decay = triton_adam.condition(step, gradients, clips, counted)
+        return momentum, decay
     terms = torch.zeros(2, len(gradients), dtype=torch.float64, device=device)
     each_clip = list(clips.to(home)) if isinstance(clips, Tensor) else clips
-    for here, part, work in blocks(step, device):
+    for here, part, work in blocks(step):
         start, stop = part.start, part.stop
         parts = [gradient[part] for gradient in gradients]
         # The optimizer's shard may lie on the CPU (offload) while directions lie where the layers are.

@@ -28,6 +28,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .defaults import CUDA_BLOCK
+
 # How much of the validation gradient stands in for a second moment that has seen nothing yet; chosen by fidelity
 # to Monte Carlo Shapley values (docs/algorithm.md): more of it damps what v knows, none of it explodes.
 STAND_IN = 0.1
@@ -35,6 +37,11 @@ STAND_IN = 0.1
 # Elementwise work goes block by block, so that a dozen passes over a CPU's shard stay in its cache. Blocks write into
 # one vector that is there already: new ones of this size would be fetched from the system, page by page, each time.
 CPU_BLOCK = 1 << 18
+
+
+def block_size(numel: int, device: torch.device) -> int:
+    """Elements of a block of a vector of ``numel``."""
+    return max(1, min(numel, CPU_BLOCK if device.type == "cpu" else CUDA_BLOCK))
 
 
 class Step(Protocol):
@@ -176,7 +183,17 @@ class AdamStep:
     @property
     def gain(self) -> float:
         """lr (1 - b1) / (1 - b1^t): coupled decay's part of J has the same factor."""
-        return self.lr * (1.0 - self.beta1) / self._corrections()[0]
+        return self.lr * (1.0 - self.beta1) / self.corrections()[0]
+
+    @property
+    def couples(self) -> bool:
+        """Does decay go through the gradient?"""
+        return not self.decoupled and self.weight_decay != 0.0
+
+    @property
+    def stand_in(self) -> float:
+        """h_k over the clipped grad L_k."""
+        return 1.0 if self.t == 1 else STAND_IN
 
     def block(self, part: slice) -> AdamStep:
         return replace(
@@ -186,46 +203,43 @@ class AdamStep:
             exp_avg_sq=self.exp_avg_sq[part],
         )
 
-    def _corrections(self) -> tuple[float, float]:
+    def corrections(self) -> tuple[float, float]:
+        """bc1 and bc2."""
         if not self.bias_correction:
             return 1.0, 1.0
         return 1.0 - self.beta1**self.t, 1.0 - self.beta2**self.t
 
-    @property
-    def _couples(self) -> bool:
-        return not self.decoupled and self.weight_decay != 0.0
-
     def _coupled(self) -> Tensor | None:
-        return self.weights * self.weight_decay if self._couples else None
+        return self.weights * self.weight_decay if self.couples else None
 
     def _second_moment(self, gradient: Tensor | None, clip: float | Tensor = 1.0) -> Tensor:
         """v0 ``[n]``: the bias-corrected second moment, with the stand-in for what it has not seen (None: without)."""
-        _, bc2 = self._corrections()
+        _, bc2 = self.corrections()
         v0 = self.exp_avg_sq * (self.beta2 / bc2)
         fresh = (1.0 - self.beta2) / bc2
         if gradient is not None:
-            share = clip if self.t == 1 else clip * STAND_IN
+            share = clip * self.stand_in
             v0.addcmul_(gradient, gradient * (fresh * share * share))
         coupled = self._coupled()
         return v0 if coupled is None else v0.addcmul_(coupled, coupled, value=fresh)
 
     def _root(self, work: Tensor, gradient: Tensor | None = None, clip: float | Tensor = 1.0) -> float:
         """Write ``sqrt(v0)`` into ``work``, but for a factor, which is returned."""
-        seen = self.beta2 / self._corrections()[1]
-        if self._couples or not seen:
+        seen = self.beta2 / self.corrections()[1]
+        if self.couples or not seen:
             work.copy_(self._second_moment(gradient, clip).sqrt_())
             return 1.0
         # v0 = seen (v + (s h)^2): the factor is left to a number, which saves a pass.
         if gradient is None:
             torch.sqrt(self.exp_avg_sq, out=work)
         else:
-            share = clip if self.t == 1 else clip * STAND_IN
-            torch.mul(gradient, share * math.sqrt((1.0 - self.beta2) / self.beta2), out=work)
+            share = clip * (self.stand_in * math.sqrt((1.0 - self.beta2) / self.beta2))
+            torch.mul(gradient, share, out=work)
             torch.addcmul(self.exp_avg_sq, work, work, out=work).sqrt_()
         return math.sqrt(seen)
 
     def precondition(self, gradient: Tensor, clip: float | Tensor, work: Tensor) -> None:
-        bc1, bc2 = self._corrections()
+        bc1, bc2 = self.corrections()
         factor = self._root(work, gradient, clip)
         gain = self.gain
         coupled = self._coupled()
@@ -240,7 +254,7 @@ class AdamStep:
         gradient.mul_(gain / den - bend)
 
     def drift(self, work: Tensor) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
-        bc1, _ = self._corrections()
+        bc1, _ = self.corrections()
         factor = self._root(work)
         work.add_(self.eps / factor)
         decay: tuple[Tensor, float] | None = None
@@ -251,7 +265,7 @@ class AdamStep:
         return (torch.div(self.exp_avg, work, out=work), self.lr * self.beta1 / bc1 / factor), decay
 
     def idle(self, out: Tensor, work: Tensor) -> None:
-        bc1, _ = self._corrections()
+        bc1, _ = self.corrections()
         factor = self._root(work)
         work.add_(self.eps / factor)
         # Decoupled decay pulls at the weights, coupled decay through the moment.
@@ -262,7 +276,7 @@ class AdamStep:
         out.addcdiv_(self.exp_avg, work, value=-self.lr * self.beta1 / bc1 / factor)
 
     def slope(self, gradient: Tensor, target: Tensor | None = None, clip: float | Tensor = 1.0) -> Tensor:
-        bc1, bc2 = self._corrections()
+        bc1, bc2 = self.corrections()
         still = self._second_moment(target, clip)
         coupled = self._coupled()
         # u^2 -> (u + g)^2: the second moment grows by (1 - b2) / bc2 * g * bend.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from inrun_megatron.defaults import CUDA_BLOCK
 from inrun_megatron.plan.costs import (
     ATTENTION_BACKWARD,
     BACKWARD,
@@ -153,7 +154,7 @@ def memory(job: Job) -> Memory:
         rounding=k * SUM_BYTES * held if narrow and not sharded else 0,
         saved_weights=job.parameter_bytes * count(job.parameters) if job.cost.moves and kept else 0,
         layer=layer,
-        conditioning=SUM_BYTES * shard(job),
+        conditioning=SUM_BYTES * min(shard(job), CUDA_BLOCK),
         activations=extra * activation_bytes(job),
     )
 
