@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from benchmarks import growth, overhead
+from benchmarks import gpu, growth, overhead
 from benchmarks.pairs import Case, Pairs, outcome
 from benchmarks.profile import Phases
 
@@ -50,13 +52,21 @@ def test_the_smoke_subset_runs_and_prints_its_ratios() -> None:
     assert found.cpu_ratio > 0 and found.pairs == 1 and found.name == "base"
 
 
-def test_an_unknown_case_is_refused() -> None:
-    import typer
-
+@pytest.mark.parametrize("benchmark", [overhead, gpu])
+def test_an_unknown_case_is_refused(benchmark: ModuleType) -> None:
     app = typer.Typer()
-    app.command()(overhead.main)
+    app.command()(benchmark.main)
     answer = CliRunner().invoke(app, ["--smoke", "--only", "nothing"])
     assert answer.exit_code == 2 and "no case's name contains 'nothing'" in answer.output
+
+
+def test_the_cases_of_a_gpu_run_in_one_process(capsys: pytest.CaptureFixture[str]) -> None:
+    """In miniature, on whatever device there is."""
+    assert len(gpu.cases(smoke=False)) == 18
+    gpu.main(pairs=1, only="microbatch 4", smoke=True, as_json=True)
+    [found] = json.loads(capsys.readouterr().out)["cases"]
+    assert found["error"] is None and found["ratio"] > 0 and found["ideal"] == 1.125
+    assert found["limit_mib"] == pytest.approx(2 * found["parameters"] / 2**20)
 
 
 def test_time_inside_a_phase_counts_once() -> None:

@@ -1,0 +1,209 @@
+"""What scoring costs on one GPU: time over a plain step, and memory, against their limits.
+
+    python -m benchmarks.gpu                            # 18 cases: GPT-2 124M, 350M, a 1B Llama shape
+    python -m benchmarks.gpu --only "llama 1b" --json   # some of them
+    python -m benchmarks.gpu --smoke                    # tiny shapes, on any device
+
+bf16, ZeRO-2 on one rank, AdamW, directions in bf16, sequence 1024 and 4096, microbatches of 1, 4 and 8; 16 training and 2
+validation sequences a step, so that the limit is 1.125. Time is wall time between synchronisations, alternately with a plain
+engine's. Memory is what torch had allocated at most in a step, without what the other engine holds; its limit is 2 bytes
+per parameter and target. A case that does not fit says so, and the others go on.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.pairs import Case, Pairs, alternate, outcome
+from benchmarks.runs import (
+    build_engine,
+    on_ranks,
+    plain_step,
+    random_microbatches,
+    scored_step,
+    scoring_of,
+    synchronise,
+)
+
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2 124m": {"hidden": 768, "layers": 12},
+    "gpt2 350m": {"hidden": 1024, "layers": 24},
+    "llama 1b": {"hidden": 2048, "layers": 16, "shape": "llama"},
+}
+VOCABULARY = 50304
+DIRECTION_BYTES = 2
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Found:
+    """One case. Seconds per step (medians); MiB: at the peak of a plain step, what scoring adds to it, and its limit.
+
+    error: why there are no figures.
+    """
+
+    name: str
+    error: str | None = None
+    plain_s: float = 0.0
+    scored_s: float = 0.0
+    ratio: float = 0.0
+    ratio_low: float = 0.0
+    ratio_high: float = 0.0
+    ideal: float = 0.0
+    parameters: int = 0
+    plain_mib: float = 0.0
+    added_mib: float = 0.0
+    limit_mib: float = 0.0
+
+
+def cases(*, smoke: bool) -> list[Case]:
+    """The shapes at every sequence length and microbatch size."""
+    models = {"tiny": {"hidden": 64, "layers": 2}} if smoke else MODELS
+    lengths, sizes = ((32,), (1, 4)) if smoke else ((1024, 4096), (1, 4, 8))
+    return [
+        Case(
+            f"{name}, sequence {length}, microbatch {size}",
+            seq_length=length,
+            train=16,
+            validation=2,
+            micro_batch=size,
+            zero_stage=2,
+            precision="bf16",
+            direction_dtype="bf16",
+            **sizes_of,
+        )
+        for name, sizes_of in models.items()
+        for length in lengths
+        for size in sizes
+    ]
+
+
+def measure(found: list[Case], pairs: int, vocab: int) -> list[Found]:
+    """Every case on this rank; a function for `on_ranks`."""
+    answers = []
+    for case in found:
+        try:
+            answers.append(_measure(case, pairs, vocab))
+        except torch.cuda.OutOfMemoryError as error:
+            answers.append(Found(case.name, error=f"does not fit: {str(error).splitlines()[0]}"))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return answers
+
+
+def _allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def _peak(step: Any, iteration: int, batch: Any) -> int:
+    """Most bytes allocated in one step."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    step(iteration, batch)
+    synchronise()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def _measure(case: Case, pairs: int, vocab: int) -> Found:
+    empty = _allocated()
+    engine = build_engine(case, vocab)
+    plain = plain_step(engine, case)
+    device = engine.device
+
+    def batch(iteration: int) -> Any:
+        return random_microbatches(case, vocab, case.train, iteration, device=device)
+
+    plain(1, batch(1))  # the optimizer's state exists from here on
+    plain_peak = _peak(plain, 2, batch(2)) - empty
+    other = _allocated() - empty
+    scored_engine = build_engine(case, vocab)
+    shapley = scoring_of(scored_engine, case, vocab)
+    scored = scored_step(shapley, case)
+    try:
+        scored(1, batch(1))
+        scored_peak = _peak(scored, 2, batch(2)) - empty - other
+        timed: Pairs = alternate(plain, scored, batch=batch, pairs=pairs, synchronise=synchronise)
+    finally:
+        shapley.close()
+    line = outcome(case, [timed], 0.0)
+    parameters = sum(p.numel() for p in engine.module.parameters())
+    return Found(
+        case.name,
+        None,
+        line.plain_s,
+        line.scored_s,
+        line.ratio,
+        line.ratio_low,
+        line.ratio_high,
+        line.ideal,
+        parameters,
+        plain_peak / MIB,
+        (scored_peak - plain_peak) / MIB,
+        DIRECTION_BYTES * case.targets * parameters / MIB,
+    )
+
+
+def _table(answers: list[Found], device: str) -> Table:
+    table = Table(title=f"Scored over plain training steps in bf16 on {device}")
+    columns = (
+        "case",
+        "plain ms",
+        "scored ms",
+        "ratio (quartiles)",
+        "ideal",
+        "above",
+        "peak MiB",
+        "added",
+        "limit",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for one in answers:
+        if one.error is not None:
+            table.add_row(one.name, one.error)
+            continue
+        table.add_row(
+            one.name,
+            f"{1e3 * one.plain_s:.1f}",
+            f"{1e3 * one.scored_s:.1f}",
+            f"{one.ratio:.3f} ({one.ratio_low:.3f}-{one.ratio_high:.3f})",
+            f"{one.ideal:.4f}",
+            f"{100 * (one.ratio / one.ideal - 1):+.1f}%",
+            f"{one.plain_mib:.0f}",
+            f"{one.added_mib:.0f}",
+            f"{one.limit_mib:.0f}",
+        )
+    return table
+
+
+def main(
+    pairs: Annotated[int, typer.Option(help="pairs of steps counted per case")] = 5,
+    only: Annotated[str, typer.Option(help="run the cases whose name contains this")] = "",
+    smoke: Annotated[bool, typer.Option("--smoke", help="two cases of a tiny model, on any device")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Time and memory of scoring on one GPU. Example: python -m benchmarks.gpu --only "gpt2 124m" """
+    if not smoke and not torch.cuda.is_available():
+        raise typer.BadParameter("there is no GPU here; --smoke runs anywhere", param_hint="--smoke")
+    found = [case for case in cases(smoke=smoke) if only in case.name]
+    if not found:
+        raise typer.BadParameter(f"no case's name contains {only!r}", param_hint="--only")
+    [answers] = on_ranks(1, 1, 1, 1, measure, found, pairs, 128 if smoke else VOCABULARY)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (memory is not measured)"
+    if as_json:
+        print(json.dumps({"device": device, "cases": [asdict(answer) for answer in answers]}))
+        return
+    Console(width=max(150, Console().width)).print(_table(answers, device))
+
+
+if __name__ == "__main__":
+    typer.run(main)
