@@ -125,7 +125,7 @@ def profile(case: Case, pairs: int, vocab: int) -> Profile:
     """Both kinds of steps on this rank, the scored ones with timers; a function for `on_ranks`."""
     from inrun_megatron.dots.linear import weight_gradient
     from inrun_megatron.parallel import Layout
-    from inrun_megatron.shapley import ScoredStep
+    from inrun_megatron.scored_step import ScoredStep
 
     plain, scored = build_engine(case, vocab), build_engine(case, vocab)
     shapley = scoring_of(scored, case, vocab)

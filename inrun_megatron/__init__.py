@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .errors import UserError
     from .parallel import Layout
     from .pipeline import PipelineShapley
-    from .shapley import InRunShapley, ShapleyTarget, StepResult
+    from .result import ShapleyTarget, StepResult
+    from .shapley import InRunShapley
     from .taps import Consumer, Emission, Pass, Site, attach_taps
 
 _HOMES = {
@@ -22,9 +23,9 @@ _HOMES = {
     "Layout": ".parallel",
     "Pass": ".taps",
     "PipelineShapley": ".pipeline",
-    "ShapleyTarget": ".shapley",
+    "ShapleyTarget": ".result",
     "Site": ".taps",
-    "StepResult": ".shapley",
+    "StepResult": ".result",
     "UserError": ".errors",
     "attach_taps": ".taps",
 }

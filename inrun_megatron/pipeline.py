@@ -34,8 +34,10 @@ from .engines.pipeline import PipelineAdapter
 from .errors import UserError
 from .passes import Microbatch
 from .pipeline_passes import PipelinePasses, StageLoss
+from .result import ShapleyTarget
+from .scored_step import ScoredStep
 from .scoring import DirectionFiller
-from .shapley import InRunShapley, ScoredStep, ShapleyTarget
+from .shapley import InRunShapley
 from .taps import Pass
 
 

@@ -30,7 +30,7 @@ from .passes import Microbatch, Passes, Task, TrainingLoss
 from .scoring import DirectionFiller
 
 if TYPE_CHECKING:
-    from .shapley import ShapleyTarget
+    from .result import ShapleyTarget
 
 Move = Callable[[Node], None]
 

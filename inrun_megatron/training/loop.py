@@ -34,7 +34,7 @@ from inrun_megatron.training.progress import ProgressBar, StepFigures
 from inrun_megatron.training.signals import StopRequest, StopSignals
 
 if TYPE_CHECKING:
-    from inrun_megatron.shapley import ScoredStep
+    from inrun_megatron.scored_step import ScoredStep
     from inrun_megatron.training.scoring import Scoring
 
 

@@ -19,7 +19,9 @@ from inrun_megatron.models import token_losses
 from inrun_megatron.models.pipeline import GPTPipeline
 from inrun_megatron.parallel import Layout
 from inrun_megatron.pipeline import PipelineShapley
-from inrun_megatron.shapley import InRunShapley, ScoredStep, ShapleyTarget, StepResult
+from inrun_megatron.result import ShapleyTarget, StepResult
+from inrun_megatron.scored_step import ScoredStep
+from inrun_megatron.shapley import InRunShapley
 from inrun_megatron.taps import Coverage, attach_taps
 from inrun_megatron.training.arguments import to_mapping
 from inrun_megatron.training.batches import Microbatch, to_device

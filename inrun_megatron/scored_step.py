@@ -1,0 +1,234 @@
+"""One optimizer step with values. It reads as the algorithm in docs/algorithm.md.
+
+1. direction     validation forward and backward of every target, parameters detached      (preparation.py)
+2. reduce        over data- and tensor-parallel ranks; times the optimizer's Jacobian on its shards
+3. score         the training microbatches run as usual, the taps add up per-row partial dots
+4. sum           one all-reduce of [samples, targets] over the ranks of a replica of the model
+5. settle        times the clip coefficient c_t; rows are dropped if the step was skipped
+6. audit         <d, G_t> from the optimizer's own gradient; momentum and decay terms
+
+With ``refresh=N`` steps 1 and 2 happen in every N-th scored step only (refresh.py).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import UserError
+from .estimators import credit_factor
+from .host import to_host
+from .ledger.schema import CURRENT, DRIFT, StepRecord
+from .passes import Microbatch
+from .result import StepResult
+from .rows import StepRows
+from .scoring import RowScorer
+from .taps import Consumer, Pass
+
+if TYPE_CHECKING:
+    from .shapley import InRunShapley
+
+
+class ScoredStep:
+    """One optimizer step; made by ``InRunShapley.step``.
+
+    Attributes:
+        result: what the step came to; complete after the ``with`` block.
+        train_loss, consumed_samples: set by the loop if the ledger should know them.
+    """
+
+    def __init__(self, owner: InRunShapley, iteration: int) -> None:
+        self.owner = owner
+        self.iteration = iteration
+        self.result = StepResult()
+        self.train_loss: float | None = None
+        self.consumed_samples: int | None = None
+        self._started = time.perf_counter()
+        self._rows = StepRows(len(owner.targets), owner.device)
+        self._scorers: list[RowScorer] = []
+        self._target_losses: Tensor | None = None  # [K], on the device until the step is settled
+        self._terms: tuple[Tensor, Tensor] | None = None
+        self._loss_scale = 1.0
+        self._factor = 1.0  # of values from an older direction
+        # Read before engine.step(), which may move the schedule on.
+        self._lr = float(owner.adapter.inner.param_groups[0]["lr"])
+
+    def prepare(self, microbatches: Sequence[Microbatch] | None = None) -> None:
+        """Steps 1 and 2."""
+        started = time.perf_counter()
+        self._begin()
+        if not self.fresh:
+            self.result.seconds_scoring += time.perf_counter() - started
+            return
+        prepared = self.owner.preparation.run(self.owner.passes, microbatches)
+        self._target_losses, self._terms = prepared.target_losses, prepared.terms
+        self.result.seconds_scoring += time.perf_counter() - started
+
+    def _begin(self) -> None:
+        """What must be read before the step; the additivity probe watches it."""
+        owner, result = self.owner, self.result
+        result.status = "scored"
+        start = owner.estimator.start
+        result.base = CURRENT if start is None or start.share is None else DRIFT
+        remaining = None if owner.total_steps is None else max(1, owner.total_steps - self.iteration + 1)
+        result.credit_factor = credit_factor(owner.preparation.coming_step().reach(), remaining)
+        self._loss_scale = owner.adapter.loss_scale()
+        gains = owner.preparation.gains()
+        if owner.refresh.due(self.iteration):
+            owner.refresh.taken(self.iteration, gains)
+            result.direction_age = 0
+        else:
+            self._factor = owner.refresh.factor(gains)
+            result.direction_age = owner.refresh.age(self.iteration)
+        owner._probe.arm()
+
+    @property
+    def fresh(self) -> bool:
+        """Does this step take its own directions?"""
+        return self.result.direction_age == 0
+
+    @contextmanager
+    def samples(self, dataset: Any, sample: Any, tokens: Any, segments: Any = None) -> Iterator[None]:
+        """Forward and backward of one microbatch happen inside.
+
+        Args:
+            dataset, sample: identity of each row, ``[b]``.
+            tokens: loss mask ``[b, s]``, or, of whole rows, their loss tokens ``[b]``.
+            segments: ``[b, s]`` integers that change where a row is cut into parts with values of their own
+                (documents, tokens); every layer must keep rows and positions. Default: whole rows.
+        """
+        owner = self.owner
+        consumers: tuple[Consumer, ...] = owner.consumers
+        if self.result.scored:
+            consumers = (self.scorer(dataset, sample, tokens, segments), *consumers)
+        run = Pass(consumers=consumers, microbatch=len(self._rows) - 1) if consumers else None
+        with owner.taps.during(run):
+            yield
+
+    def scorer(self, dataset: Any, sample: Any, tokens: Any, segments: Any = None) -> RowScorer:
+        """What takes the dots of a further microbatch (arguments as of ``samples``)."""
+        rows = self._rows.add(dataset, sample, tokens, segments)
+        self._scorers.append(RowScorer(self.owner.directions, rows.dots, rows.segments))
+        return self._scorers[-1]
+
+    def settle(self) -> None:
+        """Steps 4 to 6, after ``engine.step()``."""
+        owner, result = self.owner, self.result
+        started = time.perf_counter()
+        if result.scored and not owner.adapter.step_applied():
+            result.status = "skipped: overflow"
+            owner.refresh.expire()
+        nothing = torch.empty(0, dtype=torch.float64, device=owner.device)
+        norm = owner.adapter.gradient_norm()
+        clip = owner.adapter.clip_coefficients(torch.zeros((), device=owner.device) if norm is None else norm)
+        losses = nothing if self._target_losses is None else self._target_losses
+        scores, figures = nothing, nothing
+        if result.scored:
+            scores, figures = self._sum_scores(clip)
+        else:
+            owner._probe.disarm()
+        # Nothing was read from the device until here, and everything is read at once.
+        read = to_host(nothing if norm is None else norm, clip, losses, scores, figures)
+        result.gradient_norm = None if norm is None else float(read[0])
+        result.clip_coefficient = float(read[1])
+        result.target_losses = None if self._target_losses is None else read[2].tolist()
+        if result.scored:
+            self._settle_scores(torch.from_numpy(read[3]), read[4].tolist())
+            if not result.scored:  # what spoiled this step's values may be in its directions
+                owner.refresh.expire()
+        result.seconds_scoring += time.perf_counter() - started
+        self._append()
+
+    def _sum_scores(self, clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Values of all parts ``[parts, K]``; and over all ranks ``[4, K]``: sums, ``<d, c_t G_t>``, the drift terms."""
+        owner, layout = self.owner, self.owner.layout
+        expected = owner.adapter.gradient_accumulation_steps
+        if len(self._rows) != expected:
+            raise UserError(
+                f"step {self.iteration} saw {len(self._rows)} microbatches, but the engine accumulates {expected}; "
+                f"put all microbatches of one optimizer step inside one `with shapley.step(...)`"
+            )
+        for scorer in self._scorers:
+            scorer.settle()
+        scores = self._rows.dots()
+        terms = self._terms or (torch.zeros_like(scores[0]), torch.zeros_like(scores[0]))
+        if layout.mp_size > 1:
+            dist.all_reduce(scores, group=layout.mp_group)
+        # DeepSpeed averages gradients over data-parallel ranks: g_i carries the 1/DP.
+        scores *= clip * self._factor / (layout.dp_size * self._loss_scale)
+        # Additivity and the drift terms need sums over all ranks; one small all-reduce for both.
+        figures = torch.stack(
+            [
+                scores.sum(0) if layout.writes_ledger else torch.zeros_like(scores[0]),
+                owner._probe.collect() * self._factor,
+                *terms,
+            ]
+        )
+        dist.all_reduce(figures)
+        return scores, figures
+
+    def _settle_scores(self, scores: Tensor, figures: list[list[float]]) -> None:
+        """What ``_sum_scores`` made, on the host."""
+        result, clip = self.result, self.result.clip_coefficient
+        sums, optimizer_side, momentum, decay = figures
+        if not all(math.isfinite(x) for x in sums):
+            result.status = "skipped: values are not finite"  # a NaN loss in fp32 or bf16
+            return
+        assert result.credit_factor is not None and clip is not None
+        factor = result.credit_factor if self.owner.credit == "trajectory" else 1.0
+        result.parts, result.places = scores * factor, self._rows.places()
+        result.values = self._rows.of_samples(result.parts)
+        result.step_sums, result.sums = sums, [x * factor for x in sums]
+        result.additivity_lhs = [x / clip for x in sums]
+        result.additivity_rhs = [x / clip for x in optimizer_side]
+        if self.fresh:
+            result.momentum_terms, result.decay_terms = momentum, decay
+
+    def _append(self) -> None:
+        owner, result = self.owner, self.result
+        if owner.ledger is None or result.status == "off":
+            return
+        rows = 0
+        if result.scored:
+            assert result.values is not None and result.parts is not None and result.places is not None
+            dataset, sample, tokens = (column.numpy() for column in self._rows.joined())
+            owner.ledger.append(
+                self.iteration,
+                dataset,
+                sample,
+                tokens,
+                result.parts.numpy(),
+                segment=result.places[1].numpy(),
+            )
+            rows = len(result.values) * owner.layout.dp_size
+        if owner.ledger.writer == 0:
+            owner.ledger.append_step(
+                StepRecord(
+                    step=self.iteration,
+                    status=result.status,
+                    consumed_samples=self.consumed_samples,
+                    samples=rows,
+                    lr=self._lr,
+                    train_loss=self.train_loss,
+                    grad_norm=result.gradient_norm,
+                    clip_coefficient=result.clip_coefficient,
+                    credit_factor=result.credit_factor,
+                    base=result.base,
+                    direction_age=result.direction_age,
+                    target_loss=result.target_losses,
+                    sum_values=result.sums,
+                    momentum_term=result.momentum_terms,
+                    decay_term=result.decay_terms,
+                    additivity_lhs=result.additivity_lhs,
+                    additivity_rhs=result.additivity_rhs,
+                    seconds_total=time.perf_counter() - self._started,
+                    seconds_scoring=result.seconds_scoring,
+                )
+            )
