@@ -26,7 +26,7 @@ from tests.layouts import LayoutCase, build_engine
 
 MICRO_BATCH, SEQUENCES, TARGETS = 2, 5, 2
 # Modules that issue scoring's own collectives; the model's are in the taps.
-COLLECTIVE_MODULES = ("direction", "shapley", "passes", "engines.lookahead")
+COLLECTIVE_MODULES = ("direction", "scored_step", "passes", "engines.lookahead")
 
 
 @dataclass(frozen=True)
