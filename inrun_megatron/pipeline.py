@@ -171,8 +171,8 @@ class ScoringStream:
         for index, microbatch in enumerate(microbatches):
             consumers = owner.consumers
             if step.result.scored:
-                names = ("dataset", "sample", "loss_mask", "segments")
-                consumers = (step.scorer(*(microbatch.get(name) for name in names)), *consumers)
+                identity = (microbatch["dataset"], microbatch["sample"], microbatch["loss_mask"])
+                consumers = (step.scorer(*identity, microbatch.get("segments")), *consumers)
             self._passes.append(Pass(consumers=consumers, microbatch=index))
         self._tied: list[tuple[list[Tensor], Tensor, dist.Work]] = []
         self._reduced = False
