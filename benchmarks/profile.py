@@ -94,7 +94,7 @@ def _instrument(phases: Phases, shapley: Any, case: Case) -> None:
     phases.around(directions, "norms" if case.pp == 1 else "squares", "norms")
     phases.around(preparation, "_multiply", "condition")
     phases.around(directions, "publish", "publish")
-    phases.around(directions, "_wait", "wait for directions")
+    phases.around(directions._flat, "wait", "wait for directions")
     phases.around(shapley._probe, "_before_step", "audit")
     shapley._probe._hook.remove()
     shapley._probe._hook = shapley.adapter.inner.register_step_pre_hook(shapley._probe._before_step)
@@ -219,6 +219,7 @@ def main(
     pp: Annotated[int, typer.Option(help="pipeline stages")] = 1,
     zero_stage: Annotated[int | None, typer.Option(help="DeepSpeed ZeRO stage; default 2, PP 1")] = None,
     vocab: Annotated[int, typer.Option(help="vocabulary size")] = 4096,
+    threads: Annotated[int, typer.Option(help="CPU threads of a single rank")] = 1,
     pairs: Annotated[int, typer.Option(help="pairs of steps counted")] = 7,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
@@ -237,7 +238,7 @@ def main(
         dp=dp,
         pp=pp,
     )
-    record = lines(case, on_ranks(tp, dp, pp, 1, profile, case, pairs, vocab)[0])
+    record = lines(case, on_ranks(tp, dp, pp, threads, profile, case, pairs, vocab)[0])
     if as_json:
         print(json.dumps(record))
         return

@@ -11,7 +11,8 @@ the traffic of one optimizer step. Gradients are added up in fp32. What layers r
     fp32    the same memory: K x 4 bytes per parameter of the rank, divided by the data-parallel size under ZeRO-3
     bf16    rounded once, when it is sent: K x 2 bytes; the fp32 sums live from ``zero()`` to ``publish()``
 
-The all-gather runs on while training's first forward does; the first backward that reads a direction waits for it.
+Sums are on their way while the last validation backward still runs (reductions.py); the all-gather runs on while
+training's first forward does, and the first backward that reads a direction waits for it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from torch.nn import Parameter
 from .dots.linear import HAS_TRITON
 from .engines.shards import FlatGroup, Residence, Span, merged
 from .errors import UserError
+from .gathers import FlatGathers, LayerGathers
 from .optimizers import block_size
 from .parallel import Layout
+from .reductions import Reductions
+from .stretches import Cut
 from .taps import Sharding
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -76,12 +80,22 @@ class Directions:
         self._stored: list[Tensor] = []
         if self._narrow == dtype:
             self._sums = self._stored = self._allocate(dtype)
-        self._gathering: dict[int, list[tuple[dist.Work, Tensor]]] = {}  # by group, with what is sent
         self._places: dict[int, _Place] = {}
         for index, group in enumerate(groups):
             for span in group.spans:
                 shape = _full_shape(span.parameter)
                 self._places[id(span.parameter)] = _Place(index, span.start, span.numel, shape)
+        cuts = {
+            index: Cut(group, layout)
+            for index, group in enumerate(groups)
+            if group.residence is not Residence.PARTITIONED and layout.dp_size > 1
+        }
+        self._reductions = Reductions(groups, cuts, layout, targets)
+        flat = {index: cut for index, cut in cuts.items() if groups[index].residence is Residence.FLAT}
+        self._flat = FlatGathers(groups, flat, layout)
+        self._layers = LayerGathers(
+            layout.dp_group, layout.dp_size, lambda key: self._own(self._places[key]).reshape(-1)
+        )
         # What this rank counts in sums over all parameters: replicated parameters on tensor rank 0 only.
         self._counted = [merged(self._spans_that_count(g)) for g in groups]
         self._sequence = [merged(self._spans_of(g, Sharding.SEQUENCE)) for g in groups]
@@ -128,7 +142,9 @@ class Directions:
 
     def zero(self) -> None:
         """Begin anew: what layers read until now is gone."""
-        self._wait(*self._gathering)
+        self._flat.wait()
+        self.rewind()
+        self._reductions.begin()
         if self._narrow != self._dtype:
             self._stored.clear()  # before the sums take their room
             self._sums = self._allocate(self._dtype)
@@ -136,20 +152,25 @@ class Directions:
         for buffer in self._sums:
             buffer.zero_()
 
-    def accumulate(self, target: int, parameter: Parameter, add_to: Callable[[Tensor], None]) -> None:
-        """Let ``add_to(out)`` add a gradient to the parameter's direction; ``out`` has its (local) shape."""
+    def accumulate(
+        self, target: int, parameter: Parameter, add_to: Callable[[Tensor], None], *, last: bool = False
+    ) -> None:
+        """Let ``add_to(out)`` add a gradient to the parameter's direction; ``out`` has its (local) shape.
+
+        ``last``: in the last backward that adds to the target, whose sums are sent as they are complete.
+        """
         place = self._places[id(parameter)]
         buffer = self._sums[place.group]
         own = buffer[target, place.start : place.start + place.numel]
         if self.groups[place.group].residence is not Residence.PARTITIONED:
             add_to(own.view(place.shape))
+            if last:
+                self._reductions.added(target, parameter, self._sums)
             return
         # ZeRO-3: the whole gradient of this layer for a moment, then this rank's part of the sum over ranks.
         whole = torch.zeros(place.numel * self.layout.dp_size, dtype=buffer.dtype, device=buffer.device)
         add_to(whole[: place.shape.numel()].view(place.shape))
-        part = torch.empty_like(own)
-        dist.reduce_scatter_tensor(part, whole, group=self.layout.dp_group)
-        own.add_(part)
+        self._reductions.add_layer(whole, own)
 
     def sums(self, parameter: Parameter) -> list[Tensor]:
         """Views of what has been added up for a parameter, in its shape; not under ZeRO-3."""
@@ -161,16 +182,7 @@ class Directions:
 
     def reduce(self) -> None:
         """Sum over ranks; afterwards this rank's shard holds ``grad L_k`` (times the loss scale)."""
-        for group, buffer in zip(self.groups, self._sums, strict=True):
-            if self.layout.dp_size == 1 or group.residence is Residence.PARTITIONED:
-                continue
-            if group.residence is Residence.REPLICATED:
-                dist.all_reduce(buffer, group=self.layout.dp_group)
-                continue
-            for row in buffer:
-                part = torch.empty_like(row[group.start : group.stop])
-                dist.reduce_scatter_tensor(part, row, group=self.layout.dp_group)
-                row[group.start : group.stop].copy_(part)
+        self._reductions.finish(self._sums)
         if self.layout.tp_size > 1 and any(self._sequence):
             pieces = [
                 shard[:, lo:hi]
@@ -184,7 +196,7 @@ class Directions:
 
     def shards(self) -> list[Tensor]:
         """This rank's local part of every group, ``[K, n]`` views: of the sums, after ``publish`` of what layers read."""
-        self._wait(*self._gathering)
+        self._flat.wait()
         return [self._local(index) for index in range(len(self.groups))]
 
     def _local(self, index: int) -> Tensor:
@@ -194,29 +206,17 @@ class Directions:
     def publish(self) -> None:
         """Bring the scaled shards to where the layers read them; at stages 1 and 2 by all-gathers that run on."""
         narrow = self._narrow != self._dtype
-        for index, group in enumerate(self.groups):
-            if group.residence is not Residence.FLAT:
-                if narrow:
-                    self._stored.append(self._sums[index].to(self._narrow))
-                    self._sums[index] = self._sums[index].new_empty(0)
-                continue
-            parts = self._local(index).to(self._narrow, copy=True)
+        for index in range(len(self.groups)):
+            if narrow and index not in self._flat.order:
+                self._sums[index] = self._sums[index].to(self._narrow)
+        for index in self._flat.order:
+            shards = self._local(index).to(self._narrow, copy=True)
             if narrow:
-                self._sums[index] = self._sums[index].new_empty(0)
-                self._stored.append(self._empty(group, self._narrow))
-            works = []
-            for row, part in zip(self._stored[index], parts, strict=True):
-                work = dist.all_gather_into_tensor(row, part, group=self.layout.dp_group, async_op=True)
-                works.append((work, part))
-            self._gathering[index] = works
+                self._sums[index] = torch.empty(0)  # before directions take its room
+                self._sums[index] = self._empty(self.groups[index], self._narrow)
+            self._flat.start(index, shards, self._sums[index])
         if narrow:
-            self._sums = []
-
-    def _wait(self, *groups: int) -> None:
-        """Until the all-gathers of these groups are done (on a GPU: this stream's further work waits, not the host)."""
-        for index in groups:
-            for work, _ in self._gathering.pop(index, ()):
-                work.wait()
+            self._stored, self._sums = self._sums, []
 
     # -- reading -------------------------------------------------------------------------------------
 
@@ -226,15 +226,20 @@ class Directions:
         Views into the storage, but for ZeRO-3.
         """
         place = self._places[id(parameter)]
-        self._wait(place.group)
-        buffer = self._stored[place.group][:, place.start : place.start + place.numel]
+        self._flat.wait(id(parameter))
         if self.groups[place.group].residence is not Residence.PARTITIONED:
-            return [row.view(place.shape) for row in buffer]
-        size = self.layout.dp_size * buffer.numel()
-        gathered = torch.empty(size, dtype=buffer.dtype, device=buffer.device)
-        dist.all_gather_into_tensor(gathered, buffer.reshape(-1), group=self.layout.dp_group)
+            return [row.view(place.shape) for row in self._own(place)]
+        gathered = self._layers.read(id(parameter))
         parts = gathered.view(self.layout.dp_size, self.targets, place.numel)
         return [parts[:, k].reshape(-1)[: place.shape.numel()].view(place.shape) for k in range(self.targets)]
+
+    def rewind(self) -> None:
+        """The backward of another microbatch is to read them."""
+        self._layers.rewind()
+
+    def _own(self, place: _Place) -> Tensor:
+        """What this rank stores of a parameter's directions, ``[K, n]``."""
+        return self._stored[place.group][:, place.start : place.start + place.numel]
 
     def counted(self, group: int, start: int, numel: int) -> list[tuple[int, int]]:
         """Stretches of ``[start, start + numel)`` of the group's local part that this rank counts, from 0."""
@@ -263,7 +268,7 @@ class Directions:
 
         ``vector`` lies in the local part of ``group`` from element ``start``.
         """
-        self._wait(group)
+        self._flat.wait()
         shard, numel = self._local(group), vector.numel()
         flat = vector.detach().reshape(-1).to(device=shard.device, dtype=self._dtype)
         total = torch.zeros(self.targets, dtype=torch.float64, device=shard.device)

@@ -94,7 +94,7 @@ class Preparation:
         with self._moving(path) as move:
             for node in self.estimator.nodes:
                 move(node)
-                found = self._add_gradients(passes, node.weight)
+                found = self._add_gradients(passes, node)
                 if node is self.estimator.start:
                     losses = found
         passes.join(self.directions)
@@ -104,22 +104,27 @@ class Preparation:
 
     # -- gradients -----------------------------------------------------------------------------------
 
-    def _add_gradients(self, passes: Passes, weight: float) -> Tensor:
-        """Add ``weight * grad L_k`` at the weights as they are; returns the L_k."""
+    def _add_gradients(self, passes: Passes, node: Node) -> Tensor:
+        """Add ``weight * grad L_k`` of a node, whose weights are in place; returns the L_k."""
         sums = torch.zeros(len(self.targets), dtype=torch.float64, device=self.directions.device)
 
         def loss(k: int, microbatch: Microbatch) -> Callable[[Tensor], Tensor]:
             def share(losses: Tensor) -> Tensor:
                 part = (losses * microbatch["loss_mask"].to(losses.device)).sum() / self.targets[k].num_tokens
                 sums[k] += part.detach()
-                return part * weight
+                return part * node.weight
 
             return share
 
+        last = passes.whole and node is self.estimator.nodes[-1]
         tasks = [
-            Task(microbatch, DirectionFiller(self.directions, k), loss(k, microbatch))
+            Task(
+                microbatch,
+                DirectionFiller(self.directions, k, last=last and i == len(target.microbatches)),
+                loss(k, microbatch),
+            )
             for k, target in enumerate(self.targets)
-            for microbatch in target.microbatches
+            for i, microbatch in enumerate(target.microbatches, start=1)
         ]
         passes.run(tasks, training=False)
         return passes.total(sums)
@@ -140,13 +145,16 @@ class Preparation:
                 f"call step(iteration, microbatches)"
             )
         batch.zero()
-        filler = DirectionFiller(batch, 0)
 
         def loss(microbatch: Microbatch) -> Callable[[Tensor], Tensor]:
             return lambda losses: self.training_loss(losses, microbatch) / expected
 
         with rng.kept(self.directions.device):  # the real pass draws the same dropout masks
-            passes.run([Task(m, filler, loss(m)) for m in microbatches], training=True)
+            tasks = [
+                Task(m, DirectionFiller(batch, 0, last=passes.whole and i == expected), loss(m))
+                for i, m in enumerate(microbatches, start=1)
+            ]
+            passes.run(tasks, training=True)
         passes.join(batch)
         batch.reduce()
         # DeepSpeed averages gradients over data-parallel ranks.

@@ -114,6 +114,7 @@ class ScoredStep:
 
     def scorer(self, dataset: Any, sample: Any, tokens: Any, segments: Any = None) -> RowScorer:
         """What takes the dots of a further microbatch (arguments as of ``samples``)."""
+        self.owner.directions.rewind()
         rows = self._rows.add(dataset, sample, tokens, segments)
         self._scorers.append(RowScorer(self.owner.directions, rows.dots, rows.segments))
         return self._scorers[-1]

@@ -24,15 +24,19 @@ from .taps import Emission
 
 
 class DirectionFiller:
-    """Adds each layer's ``B^T A`` (and its bias's, norm's, embedding's kin) to one target's direction."""
+    """Adds each layer's ``B^T A`` (and its bias's, norm's, embedding's kin) to one target's direction.
 
-    def __init__(self, directions: Directions, target: int) -> None:
+    ``last``: of the backward that is the last one to add to it.
+    """
+
+    def __init__(self, directions: Directions, target: int, *, last: bool = False) -> None:
         self.directions = directions
         self.target = target
+        self.last = last
 
     def __call__(self, e: Emission) -> None:
         def add(parameter, function) -> None:  # type: ignore[no-untyped-def]
-            self.directions.accumulate(self.target, parameter, function)
+            self.directions.accumulate(self.target, parameter, function, last=self.last)
 
         b, a = e.output_grad, e.activation
         if e.site.kind == "linear":

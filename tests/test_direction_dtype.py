@@ -109,11 +109,11 @@ def _gathered(rank: int, world: int, dtype: str) -> list[Any]:
             directions.accumulate(k, weight, lambda out, add=add, k=k: out.add_(add + 10 * k + rank))
     directions.reduce()
     directions.publish()
-    running = len(directions._gathering)
+    running = directions._flat.running
     read = [directions.of(weights[0])[1].float().flatten().tolist()]
-    after = len(directions._gathering)
+    after = directions._flat.running
     read.append(directions.of(weights[1])[0].float().tolist())
-    return [running, after, len(directions._gathering), read]
+    return [running, after, directions._flat.running, read]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -16,6 +16,7 @@ import torch
 
 from inrun_megatron import cli
 from inrun_megatron.config import ModelConfig
+from inrun_megatron.defaults import STRETCH
 from inrun_megatron.ledger import LedgerWriter, RunDescription, create_ledger
 from inrun_megatron.plan import predict
 from inrun_megatron.plan.costs import ESTIMATORS
@@ -26,7 +27,15 @@ from tests.layouts import LayoutCase, build_engine
 
 MICRO_BATCH, SEQUENCES, TARGETS = 2, 5, 2
 # Modules that issue scoring's own collectives; the model's are in the taps.
-COLLECTIVE_MODULES = ("direction", "scored_step", "passes", "engines.lookahead")
+COLLECTIVE_MODULES = (
+    "direction",
+    "reductions",
+    "gathers",
+    "stretches",
+    "scored_step",
+    "passes",
+    "engines.lookahead",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class Case:
     estimator: str = "first_order"
     base: str = "current"
     direction_dtype: str = "fp32"
+    stretch: int = STRETCH
 
     def job(self) -> Job:
         """The plan's description of the run that `_measure` makes."""
@@ -99,9 +109,14 @@ class Recorder:
 
     def __getattr__(self, name: str) -> Any:
         original = getattr(torch.distributed, name)
-        kinds = {"reduce_scatter_tensor": "reduce_scatter", "all_gather_into_tensor": "all_gather"}
-        kind = kinds.get(name, name)
-        if kind not in ("all_reduce", "reduce_scatter", "all_gather"):
+        kinds = {
+            "all_reduce": "all_reduce",
+            "reduce_scatter_tensor": "reduce_scatter",
+            "all_gather_into_tensor": "all_gather",
+            "all_to_all_single": "all_to_all",
+        }
+        kind = kinds.get(name, "")
+        if not kind:
             return original
 
         def counted(*tensors: Any, **options: Any) -> Any:
@@ -162,11 +177,12 @@ def _saved(run: Callable[[], Any]) -> int:
 
 
 def _measure(rank: int, world: int, case: Case) -> Measured:
-    from inrun_megatron import InRunShapley, Layout, ShapleyTarget
+    from inrun_megatron import InRunShapley, Layout, ShapleyTarget, stretches
     from inrun_megatron.models import token_losses
     from inrun_megatron.passes import Task
     from tests.layouts import _forward_backward, _share
 
+    stretches.STRETCH = case.stretch
     layout_case = case.layout
     engine = build_engine(layout_case)
     layout = Layout.current()
@@ -242,6 +258,8 @@ CASES = {
         _case(2, 1, "llama", direction_dtype="bf16"),
         _case(2, 2, estimator="simpson"),
         _case(2, 1, base="drift"),
+        _case(2, 2, stretch=3000, direction_dtype="bf16"),
+        _case(2, 0, stretch=3000),
         _case(2, 3),
         _case(2, 3, "llama", estimator="midpoint", direction_dtype="bf16"),
         _case(2, 1, tp=2),
@@ -252,11 +270,14 @@ TOLERANCE = 0.01
 
 
 @pytest.mark.parametrize("world", CASES)
-def test_predictions_are_what_real_steps_hold_send_and_compute(world: int) -> None:
+def test_predictions_are_what_real_steps_hold_send_and_compute(
+    world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bytes to the padding of partitions, collectives one by one, operations to what norms and biases add."""
     cases = CASES[world]
     for case, ranks in zip(cases, assert_cases(run_cases(_measure, world, cases)), strict=True):
         job = case.job()
+        monkeypatch.setattr(predict, "STRETCH", case.stretch)
         found: Measured = ranks[0]  # tensor-parallel rank 0 counts replicated parameters
         name = f"{case.layout.shape}, ZeRO-{job.zero_stage}, TP {job.tensor_parallel}, {case.estimator} {case.base}"
         memory, work = predict.memory(job), predict.operations(job)

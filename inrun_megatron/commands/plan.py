@@ -229,5 +229,5 @@ def _print(plans: dict[str, dict[str, Any]]) -> None:
         out.print()
         out.print(calls)
     out.print(
-        "\nTime is a model (--tflops, --memory-gbps, --network-gbps), with nothing hidden behind anything else."
+        "\nTime is a model (--tflops, --memory-gbps, --network-gbps); nothing is hidden behind anything else unless a row says so."
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from inrun_megatron.defaults import CUDA_BLOCK
+from inrun_megatron.defaults import CUDA_BLOCK, STRETCH
 from inrun_megatron.plan.costs import (
     ATTENTION_BACKWARD,
     BACKWARD,
@@ -26,11 +26,15 @@ from inrun_megatron.plan.job import Job, count
 READ, DOTS, AUDITS = "read directions", "dots", "audits"
 """Purposes of the collectives that every scored step has; the others serve a step's own directions."""
 
+FILL, SUM, PUBLISH = "fill directions", "sum directions", "publish directions"
+
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes per rank that scoring adds, on the fullest rank. directions, batch_gradient: held through the run. sums: by
     which the fp32 sums are larger than directions in bf16, from the first validation backward until they are rounded.
+    parts: what this rank has of stretches that are summed or gathered, while they travel; exchange: for a moment, when
+    parts and shards change places.
     rounding: the sums, while directions in bf16 are made of them. saved_weights: while weights are moved. layer: the
     largest of what one layer takes for a moment. conditioning: for a moment per optimizer tensor. activations: of
     validation microbatches that are larger than training ones."""
@@ -38,6 +42,8 @@ class Memory:
     directions: int
     batch_gradient: int
     sums: int
+    parts: int
+    exchange: int
     rounding: int
     saved_weights: int
     layer: int
@@ -51,8 +57,9 @@ class Memory:
     @property
     def peak(self) -> int:
         """What does not happen at the same time does not add up."""
-        filling = self.sums + max(self.saved_weights + self.activations, self.conditioning)
-        return self.held + max(filling, self.rounding, self.layer)
+        passes = self.saved_weights + self.activations
+        filling = self.sums + max(passes, self.exchange, self.conditioning)
+        return self.held + self.parts + max(filling, self.rounding, self.layer)
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Hardware:
 @dataclass(frozen=True)
 class Time:
     """Seconds of one step: training without scoring, and what scoring adds to one that takes its own directions. each: the
-    part of `communication` that steps with older directions have, too."""
+    part of `communication` that steps with older directions have, too. hidden: the part that passes hide at best."""
 
     training: float
     passes: float
@@ -104,11 +111,17 @@ class Time:
     interval: int
     refresh: int
     each: float
+    hidden: float
 
     @property
     def scored_overhead(self) -> float:
-        """Of a scored step, as a share of a step without scoring."""
+        """Of a scored step, as a share of a step without scoring; nothing is hidden."""
         return (self.passes + self.dots + self.communication) / self.training
+
+    @property
+    def overlapped_overhead(self) -> float:
+        """Of a scored step that hides what it can."""
+        return self.scored_overhead - self.hidden / self.training
 
     @property
     def overhead(self) -> float:
@@ -130,14 +143,26 @@ def shard(job: Job) -> int:
     return count(job.parameters) if job.zero_stage == 0 else ceil(count(job.parameters) / job.data_parallel)
 
 
+def flat_groups(job: Job) -> list[int]:
+    """Elements of the optimizer's groups: matrices, which decay, and vectors, which do not."""
+    matrices = count(tuple(parameter for parameter in job.parameters if len(parameter.shape) > 1))
+    return [matrices, count(job.parameters) - matrices]
+
+
+def stretches(job: Job) -> list[int]:
+    """Collectives that sum, or gather, one vector over data-parallel ranks, by group (stretches.py)."""
+    return [ceil(numel / STRETCH) for numel in flat_groups(job)]
+
+
 def memory(job: Job) -> Memory:
     held, k = parameters_held(job), job.targets
     largest = max(parameter.numel for parameter in job.parameters)
     # One row's weight gradient in fp32, and the sum of the rows'.
     layer = 2 * SUM_BYTES * largest
     if job.zero_stage == 3:
-        # K directions of the layer as they are gathered, and put together.
-        layer += 2 * k * job.direction_bytes * largest
+        # K directions of the layer put together, as they were gathered, and the next layer's on their way. What is on
+        # its way while directions are filled is less: the gradients of two layers.
+        layer += 3 * k * job.direction_bytes * largest
     narrow = job.direction_bytes < SUM_BYTES
     if narrow and job.parameter_bytes == 4:
         # Only the fused kernel of 16-bit training reads bf16 as it is.
@@ -151,6 +176,8 @@ def memory(job: Job) -> Memory:
         directions=k * job.direction_bytes * held,
         batch_gradient=SUM_BYTES * held if job.cost.batch_passes else 0,
         sums=k * (SUM_BYTES - job.direction_bytes) * held,
+        parts=k * SUM_BYTES * shard(job) if sharded else 0,
+        exchange=2 * SUM_BYTES * shard(job) if sharded and any(n > 1 for n in stretches(job)) else 0,
         rounding=k * SUM_BYTES * held if narrow and not sharded else 0,
         saved_weights=job.parameter_bytes * count(job.parameters) if job.cost.moves and kept else 0,
         layer=layer,
@@ -188,17 +215,18 @@ def collectives(job: Job) -> list[Collective]:
         each = sum(number for _, number in uses)
         padded = sum(SUM_BYTES * d * ceil(n / d) * number for n, number in uses)
         passes = cost.validation_passes * job.validation_microbatches + cost.batch_passes * job.microbatches
-        add("reduce_scatter", "dp", "fill directions", each * passes, padded * passes)
+        add("reduce_scatter", "dp", FILL, each * passes, padded * passes)
         read = k * padded * job.direction_bytes / SUM_BYTES
         add("all_gather", "dp", READ, each * job.microbatches, read * job.microbatches)
     elif d > 1 and job.zero_stage == 0:
-        # All directions of a group at once; the batch gradient by itself.
-        calls = FLAT_GROUPS * (2 if cost.batch_passes else 1)
-        add("all_reduce", "dp", "sum directions", calls, vectors * whole)
+        add("all_reduce", "dp", SUM, sum(stretches(job)) * vectors, vectors * whole)
     elif d > 1:
-        add("reduce_scatter", "dp", "sum directions", FLAT_GROUPS * vectors, vectors * whole)
+        add("reduce_scatter", "dp", SUM, sum(stretches(job)) * vectors, vectors * whole)
+        cut = [n for n, calls in zip(flat_groups(job), stretches(job), strict=True) if calls > 1]
+        add("all_to_all", "dp", "sums to owners", len(cut) * vectors, vectors * SUM_BYTES * sum(cut) / d)
         published = k * job.direction_bytes * count(job.parameters)
-        add("all_gather", "dp", "publish directions", FLAT_GROUPS * k, published)
+        add("all_to_all", "dp", "shards to stretches", len(cut) * k, k * job.direction_bytes * sum(cut) / d)
+        add("all_gather", "dp", PUBLISH, sum(stretches(job)) * k, published)
         moved = job.parameter_bytes * count(job.parameters) * cost.gathers
         add("all_gather", "dp", "move weights", FLAT_GROUPS * cost.gathers, moved)
     if t > 1 and any(parameter.sequence for parameter in job.parameters):
@@ -267,7 +295,7 @@ def ledger(job: Job) -> tuple[int, int]:
 
 def time(job: Job, hardware: Hardware) -> Time:
     """A model, not a measurement: matrix products at the rate training reaches, dots at the speed of memory, collectives
-    at that of the network, none of them hidden behind another."""
+    at that of the network."""
     work, stages = operations(job), job.pipeline_parallel
     microbatch = (work.training / job.global_batch_size) * job.micro_batch_size
     microbatch /= job.tensor_parallel * stages * hardware.flops
@@ -280,14 +308,39 @@ def time(job: Job, hardware: Hardware) -> Time:
     traffic = weights * dot_traffic_bytes(
         job.targets, job.parameter_bytes < 4, job.micro_batch_size, job.direction_bytes
     )
-    sent = [(own, own.bytes * (2 if own.kind == "all_reduce" else 1)) for own in collectives(job)]
-    each = sum(size for own, size in sent if own.purpose in (READ, DOTS, AUDITS))
+    sent = [
+        (own, own.bytes * (2 if own.kind == "all_reduce" else 1) / hardware.network)
+        for own in collectives(job)
+    ]
+    each = sum(seconds for own, seconds in sent if own.purpose in (READ, DOTS, AUDITS))
     return Time(
         training=(job.microbatches + bubble) * microbatch,
         passes=extra * microbatch,
         dots=traffic * job.microbatches * job.micro_batch_size / hardware.memory,
-        communication=sum(size for _, size in sent) / hardware.network,
+        communication=sum(seconds for _, seconds in sent),
         interval=job.interval,
         refresh=job.refresh,
-        each=each / hardware.network,
+        each=each,
+        hidden=_hidden(job, microbatch, {own.purpose: seconds for own, seconds in sent}),
     )
+
+
+def _hidden(job: Job, microbatch: float, seconds: dict[str, float]) -> float:
+    """Seconds of the collectives, by purpose, that passes hide at best; `microbatch`: of a training one."""
+    backward = BACKWARD / (FORWARD + BACKWARD)
+    if job.pipeline_parallel > 1:  # sums wait for tied weights, and gathers until the first training backward
+        return min(seconds.get(PUBLISH, 0.0), microbatch * backward)
+    validation = microbatch * job.validation_rows / job.micro_batch_size
+    if job.zero_stage == 3:
+        # A layer's collective beside the next layer's products.
+        cost, train = job.cost, microbatch * backward * job.microbatches
+        fill = (
+            validation * backward * cost.validation_passes * job.validation_microbatches
+            + train * cost.batch_passes
+        )
+        return min(seconds[READ], train) + min(seconds[FILL], fill)
+    # Sums travel from the first target's last backward on; the last stretch has nothing left to hide behind.
+    window = validation * (job.validation_microbatches * (1 - 1 / job.targets) + backward)
+    last = 1 / (job.targets * max(stretches(job)))
+    # Gathers travel from training's first forward on, and a layer waits for its own.
+    return min(seconds.get(SUM, 0.0) * (1 - last), window) + min(seconds.get(PUBLISH, 0.0), microbatch)

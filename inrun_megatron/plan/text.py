@@ -26,7 +26,12 @@ def record(job: Job, hardware: Hardware) -> dict[str, Any]:
         "communication": {"count": sum(own.count for own in sent), "bytes": sum(own.bytes for own in sent)},
         "operations": asdict(work) | {"extra": work.extra},
         "ledger": {"rows": rows, "bytes": size},
-        "time": asdict(time) | {"scored_overhead": time.scored_overhead, "overhead": time.overhead},
+        "time": asdict(time)
+        | {
+            "scored_overhead": time.scored_overhead,
+            "overlapped_overhead": time.overlapped_overhead,
+            "overhead": time.overhead,
+        },
     }
 
 
@@ -62,6 +67,8 @@ ROWS: tuple[tuple[str, Cell], ...] = (
     ("parameters per rank", lambda p: scaled(p["parameters_per_rank"])),
     ("**memory per rank**: directions", lambda p: size(p["memory"]["directions"])),
     ("their fp32 sums, beyond that", lambda p: size(p["memory"]["sums"])),
+    ("parts of stretches on their way", lambda p: size(p["memory"]["parts"])),
+    ("their exchange, for a moment", lambda p: size(p["memory"]["exchange"])),
     ("rounding to bf16, for a moment", lambda p: size(p["memory"]["rounding"])),
     ("batch gradient", lambda p: size(p["memory"]["batch_gradient"])),
     ("copy of moved weights", lambda p: size(p["memory"]["saved_weights"])),
@@ -87,7 +94,9 @@ ROWS: tuple[tuple[str, Cell], ...] = (
     ("passes", lambda p: _share(p, "passes")),
     ("dots (memory traffic)", lambda p: _share(p, "dots")),
     ("communication", lambda p: _share(p, "communication")),
+    ("of it behind passes, at best", lambda p: _share(p, "hidden")),
     ("**overhead** of a scored step", lambda p: f"{p['time']['scored_overhead']:+.1%}"),
+    ("with that hidden", lambda p: f"{p['time']['overlapped_overhead']:+.1%}"),
     ("over the run", lambda p: f"{p['time']['overhead']:+.1%}"),
 )
 

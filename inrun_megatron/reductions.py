@@ -1,0 +1,167 @@
+"""Sums of directions over data-parallel ranks, started while the validation backward still runs.
+
+A backward completes a flat group from its end. In a target's last validation backward every stretch of it is sent as
+soon as all that lies in it has been added, so that the network works while the layers before are computed, and a
+target's sums travel while the next one's passes run:
+
+    stage 0      an all-reduce of the stretch
+    stages 1, 2  a reduce-scatter of it in equal parts, which go to their owners at the end (stretches.py)
+    stage 3      a reduce-scatter of every layer, which runs while the next layer's gradient is computed
+
+How often a parameter is used in a microbatch (twice, where embeddings are tied) the first step learns; until then, and
+where nobody says which backward is the last, everything is sent at the end. Stretches are sent in one order, fixed by
+the layout, so that ranks never wait for each other's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from .engines.shards import FlatGroup, Residence
+from .errors import UserError
+from .parallel import Layout
+from .stretches import Cut
+
+LAYERS_ON_THE_WAY = 1
+"""Under ZeRO-3, beside the one whose gradient is computed; each holds its whole fp32 gradient."""
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """``[lo, hi)`` of flat group ``group``."""
+
+    group: int
+    lo: int
+    hi: int
+
+
+class Reductions:
+    """The sums of one set of K vectors; ``finish()`` ends what ``begin()`` began.
+
+    Args:
+        groups: flat groups of the engine's adapter.
+        cuts: of these groups, by index; empty where nothing flat is summed (one rank, stage 3).
+        layout: process groups.
+        targets: K.
+    """
+
+    def __init__(
+        self, groups: Sequence[FlatGroup], cuts: dict[int, Cut], layout: Layout, targets: int
+    ) -> None:
+        self._groups, self._cuts, self._layout, self._targets = groups, cuts, layout, targets
+        # Large groups first, because vectors are complete at the very end only.
+        largest_first = sorted(cuts, key=lambda index: -groups[index].numel)
+        self._order = [_Stretch(index, lo, hi) for index in largest_first for lo, hi in cuts[index].bounds]
+        self._in: dict[int, list[int]] = {}  # by parameter: the stretches that it lies in
+        for place, stretch in enumerate(self._order):
+            for span in groups[stretch.group].spans:
+                if span.start < stretch.hi and span.start + span.numel > stretch.lo:
+                    self._in.setdefault(id(span.parameter), []).append(place)
+        self._uses: Counter[int] | None = None  # of each parameter in a microbatch
+        self._layers: deque[tuple[dist.Work, Tensor, Tensor, Tensor]] = deque()
+        self.begin()
+
+    @property
+    def started(self) -> int:
+        """Collectives over stretches since ``begin()``."""
+        return len(self._works)
+
+    def begin(self) -> None:
+        """Nothing has been added up."""
+        self._seen: list[Counter[int]] = [Counter() for _ in range(self._targets)]
+        self._missing = [self._expected() for _ in range(self._targets)]
+        self._works: list[dist.Work] = []
+        self._parts: dict[tuple[int, int], list[Tensor]] = {}  # by group and target
+        self._layers.clear()
+
+    def _expected(self) -> list[int]:
+        """Parameters that each stretch waits for."""
+        missing = [0] * len(self._order)
+        for key in self._uses or ():
+            for place in self._in[key]:
+                missing[place] += 1
+        return missing
+
+    # -- stages 0 to 2 ---------------------------------------------------------------------------------
+
+    def added(self, target: int, parameter: Parameter, sums: Sequence[Tensor]) -> None:
+        """A use of the parameter has been added to the sums ``[K, n]`` in the target's last backward.
+
+        Raises:
+            UserError: the parameter is used more often than in the first step, and its sum may be on its way.
+        """
+        if not self._order:
+            return
+        key, seen = id(parameter), self._seen[target]
+        seen[key] += 1
+        if self._uses is None or seen[key] < self._uses[key]:
+            return
+        if seen[key] > self._uses[key]:
+            raise UserError(
+                f"a parameter of shape {tuple(parameter.shape)} is used {seen[key]} times in a validation microbatch, "
+                f"{self._uses[key]} times in the first step's: sums are sent when the last use has been added; "
+                f"score models that use their layers equally often"
+            )
+        for place in self._in[key]:
+            self._missing[target][place] -= 1
+        self._send(sums)
+
+    def _send(self, sums: Sequence[Tensor], everything: bool = False) -> None:
+        """Start the collectives whose turn it is."""
+        while len(self._works) < self._targets * len(self._order):
+            target, place = divmod(len(self._works), len(self._order))
+            if self._missing[target][place] and not everything:
+                return
+            self._works.append(self._start(target, self._order[place], sums))
+
+    def _start(self, target: int, stretch: _Stretch, sums: Sequence[Tensor]) -> dist.Work:
+        whole = sums[stretch.group][target, stretch.lo : stretch.hi]
+        group = self._layout.dp_group
+        if self._groups[stretch.group].residence is Residence.REPLICATED:
+            return dist.all_reduce(whole, group=group, async_op=True)
+        part = whole.new_empty(whole.numel() // self._layout.dp_size)
+        self._parts.setdefault((stretch.group, target), []).append(part)
+        return dist.reduce_scatter_tensor(part, whole, group=group, async_op=True)
+
+    def finish(self, sums: Sequence[Tensor]) -> None:
+        """Send what is left and wait; afterwards this rank's shards hold the sums over ranks."""
+        while self._layers:
+            self._add_layer()
+        if not self._order:
+            return
+        self._send(sums, everything=True)
+        for work in self._works:
+            work.wait()
+        for (index, target), parts in sorted(self._parts.items()):
+            group = self._groups[index]
+            self._cuts[index].to_owners(parts, sums[index][target, group.start : group.stop])
+            parts.clear()
+        if self._uses is None and self._seen[0]:
+            self._uses = self._seen[0]
+        self.begin()
+
+    # -- stage 3 ---------------------------------------------------------------------------------------
+
+    def add_layer(self, whole: Tensor, own: Tensor) -> None:
+        """Add this rank's part of the sum over ranks to ``own [n]``, at ``finish()`` at the latest.
+
+        Args:
+            whole: a layer's padded gradient ``[d * n]``; it must not change any more.
+        """
+        part = torch.empty_like(own)
+        work = dist.reduce_scatter_tensor(part, whole, group=self._layout.dp_group, async_op=True)
+        self._layers.append((work, part, own, whole))
+        while len(self._layers) > LAYERS_ON_THE_WAY:
+            self._add_layer()
+
+    def _add_layer(self) -> None:
+        work, part, own, _ = self._layers.popleft()
+        work.wait()
+        own.add_(part)

@@ -1,0 +1,101 @@
+"""Flat groups cut into stretches that one collective sums or gathers over data-parallel ranks.
+
+Rank r owns the r-th of d equal parts of a flat group, its shard. A collective over a stretch of the group gives, or takes,
+another part at each rank: the r-th of d equal parts of the stretch. One all-to-all of 1/d of the group brings parts
+to their owners, or shards to where stretches are gathered from, so that stretches travel one by one, at the speed of whole
+groups, whatever d is (a collective per owner would be d short ones). A group of one stretch needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .defaults import STRETCH
+from .engines.shards import FlatGroup, Residence
+from .parallel import Layout
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What a rank's part of stretch ``index`` shares with a rank's shard."""
+
+    index: int
+    in_part: int
+    in_shard: int
+    numel: int
+
+
+class Cut:
+    """One flat group over the data-parallel ranks of ``layout``.
+
+    Attributes:
+        bounds: ``(lo, hi)`` of every stretch, the last one first: the order in which a backward meets them.
+    """
+
+    def __init__(self, group: FlatGroup, layout: Layout) -> None:
+        self._layout, size, rank = layout, layout.dp_size, layout.dp_rank
+        length = max(STRETCH // size, 1) * size
+        edges = [*range(0, group.numel, length), group.numel]
+        self.bounds = list(pairwise(edges))[::-1]
+        self._shard = group.numel // size
+        if len(self.bounds) > 1 and group.residence is Residence.FLAT:
+            self._owned_by = [self._common(rank, owner) for owner in range(size)]
+            self._held_by = [self._common(holder, rank) for holder in range(size)]
+
+    def _common(self, holder: int, owner: int) -> list[_Common]:
+        """``holder``'s parts of stretches within ``owner``'s shard."""
+        found = []
+        for index, (lo, hi) in enumerate(self.bounds):
+            part = (hi - lo) // self._layout.dp_size
+            begin, shard = lo + holder * part, owner * self._shard
+            first, last = max(begin, shard), min(begin + part, shard + self._shard)
+            if first < last:
+                found.append(_Common(index, first - begin, first - shard, last - first))
+        return found
+
+    def to_owners(self, parts: Sequence[Tensor], shard: Tensor) -> None:
+        """Write into ``shard [n]`` what the ranks hold of it; collective over data-parallel ranks.
+
+        Args:
+            parts: this rank's part of every stretch, in the order of ``bounds``.
+        """
+        if len(parts) == 1:
+            shard.copy_(parts[0])
+            return
+        leaving = [parts[c.index][c.in_part : c.in_part + c.numel] for own in self._owned_by for c in own]
+        pieces = self._exchange(leaving, self._owned_by, self._held_by)
+        for common, piece in zip((c for own in self._held_by for c in own), pieces, strict=True):
+            shard[common.in_shard : common.in_shard + common.numel].copy_(piece)
+
+    def from_owners(self, shard: Tensor) -> list[Tensor]:
+        """This rank's part of every stretch, of all ranks' shards; collective over data-parallel ranks."""
+        if len(self.bounds) == 1:
+            return [shard]
+        leaving = [shard[c.in_shard : c.in_shard + c.numel] for own in self._held_by for c in own]
+        pieces = self._exchange(leaving, self._held_by, self._owned_by)
+        parts = [shard.new_empty((hi - lo) // self._layout.dp_size) for lo, hi in self.bounds]
+        for common, piece in zip((c for own in self._owned_by for c in own), pieces, strict=True):
+            parts[common.index][common.in_part : common.in_part + common.numel].copy_(piece)
+        return parts
+
+    def _exchange(
+        self, leaving: list[Tensor], to: list[list[_Common]], of: list[list[_Common]]
+    ) -> Sequence[Tensor]:
+        """All-to-all of the pieces, by rank; returns those that came, by rank."""
+        sent = torch.cat(leaving)
+        arriving = [c.numel for own in of for c in own]
+        arrived = sent.new_empty(sum(arriving))
+        dist.all_to_all_single(
+            arrived,
+            sent,
+            [sum(c.numel for c in own) for own in of],
+            [sum(c.numel for c in own) for own in to],
+            group=self._layout.dp_group,
+        )
+        return arrived.split(arriving)

@@ -1,0 +1,198 @@
+"""Sums of directions that travel while backwards still run: whole, in one order, early; and layers gathered ahead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import Parameter
+
+from inrun_megatron.engines.shards import FlatGroup, Residence, Span
+from tests.counting import Collectives
+from tests.distributed import DistributedError, assert_cases, run_cases, run_distributed
+from tests.layouts import LayoutCase, Ran, deviation, train
+from tests.test_exactness import TOLERANCE
+
+SIZES = [
+    (7, 3),
+    (5,),
+    (4, 6),
+    (9,),
+    (2, 2),
+]  # of parameters, in the order of the forward; vectors are a group of their own
+
+
+def _groups(residence: Residence, size: int, rank: int) -> tuple[list[FlatGroup], list[Parameter]]:
+    weights = [Parameter(torch.zeros(shape)) for shape in SIZES]
+    groups = []
+    for dim in (1, 2):
+        spans, start = [], 0
+        for weight in weights:
+            if weight.dim() == dim:
+                spans.append(Span(weight, start, weight.numel()))
+                start += weight.numel()
+        numel = -(-start // size) * size
+        own = (
+            (rank * numel // size, (rank + 1) * numel // size) if residence is Residence.FLAT else (0, numel)
+        )
+        groups.append(FlatGroup(residence, numel, *own, spans, torch.device("cpu")))
+    return groups, weights
+
+
+def _sums(rank: int, world: int, residence: Residence, stretch: int) -> list[Any]:
+    """Three steps of two targets, whose last weight is used twice: (collectives at the end of each backward, whether all
+    shards and what layers read is right, stretches waited for after each read) per step."""
+    from inrun_megatron import stretches
+    from inrun_megatron.direction import Directions
+    from inrun_megatron.parallel import Layout
+
+    stretches.STRETCH = stretch
+    groups, weights = _groups(residence, world, rank)
+    directions = Directions(groups, {}, Layout.data_parallel(), 2)
+    uses = [
+        *reversed(weights),
+        weights[0],
+    ]  # the first weight is read again at the very end, as tied embeddings are
+    found = []
+    for step in range(3):
+        directions.zero()
+        running = []
+        expected = {id(w): torch.zeros(2, w.numel()) for w in weights}
+        for k in range(2):
+            for last in (False, True):
+                for i, weight in enumerate(uses):
+                    each = (
+                        torch.arange(weight.numel(), dtype=torch.float32).view(weight.shape)
+                        + i
+                        + 10 * k
+                        + step
+                    )
+                    directions.accumulate(
+                        k, weight, lambda out, each=each: out.add_(each * (rank + 1)), last=last
+                    )
+                    expected[id(weight)][k] += each.flatten() * sum(range(1, world + 1))
+            running.append(directions._reductions.started)
+        directions.reduce()
+        right = True
+        for group, shard in zip(groups, directions.shards(), strict=True):
+            whole = torch.zeros(2, group.numel)
+            for span in group.spans:
+                whole[:, span.start : span.start + span.numel] = expected[id(span.parameter)]
+            right &= torch.equal(shard, whole[:, group.start : group.stop])
+        directions.publish()
+        coming = directions._flat.running
+        waiting = []
+        for weight in uses:
+            for row, whole in zip(directions.of(weight), expected[id(weight)], strict=True):
+                right &= torch.equal(row.flatten(), whole)
+            waiting.append(coming - directions._flat.running)
+        found.append((running, right, waiting))
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("residence", [Residence.REPLICATED, Residence.FLAT])
+def test_sums_are_whole_and_on_their_way_early(world: int, residence: Residence) -> None:
+    """From the second step on every stretch is sent before the target's backward ends, whatever their length."""
+    padded = [-(-numel // world) * world for numel in (7 * 3 + 4 * 6 + 2 * 2, 5 + 9)]
+    for stretch, stretches in ((8, sum(-(-numel // 8) for numel in padded)), (1000, 2)):
+        for first, *later in run_distributed(_sums, world, residence, stretch):
+            assert first[:2] == ([0, 0], True), "uses are not known yet"
+            assert [own[:2] for own in later] == [([stretches, 2 * stretches], True)] * 2
+            for *_, waiting in (first, *later):
+                if residence is Residence.REPLICATED:
+                    assert set(waiting) == {0}
+                elif stretch == 8:  # a layer waits for its own stretches, not for those before it
+                    assert 0 < waiting[0] < waiting[2] < waiting[4] == stretches
+
+
+def _used_more_often(rank: int, world: int) -> None:
+    from inrun_megatron.direction import Directions
+    from inrun_megatron.parallel import Layout
+
+    groups, weights = _groups(Residence.FLAT, world, rank)
+    directions = Directions(groups, {}, Layout.data_parallel(), 1)
+    for uses in (1, 2):
+        directions.zero()
+        for weight in weights * uses:
+            directions.accumulate(0, weight, lambda out: out.add_(1.0), last=True)
+        directions.reduce()
+
+
+def test_a_use_that_comes_too_late_is_an_error() -> None:
+    with pytest.raises(
+        DistributedError, match=r"shape \(7, 3\) is used 2 times in a validation microbatch, 1 times"
+    ):
+        run_distributed(_used_more_often, 2)
+
+
+def _read(rank: int, world: int) -> list[Any]:
+    """Gathers of five passes, the last two in another order: (on the way while a layer is at hand, calls, right)."""
+    from inrun_megatron.gathers import LayerGathers
+
+    parts = {key: torch.full((3,), 10.0 * key + rank) for key in range(4)}
+    gathers = LayerGathers(dist.group.WORLD, world, lambda key: parts[key])
+    found = []
+    for order in [[3, 2, 1, 3, 0]] * 3 + [[0, 2, 1]] * 2:
+        counted = Collectives()
+        ahead, right = [], True
+        with counted:
+            gathers.rewind()
+            for key in order:
+                whole = gathers.read(key)
+                right &= whole.view(world, 3)[:, 0].tolist() == [10.0 * key + r for r in range(world)]
+                ahead.append(None if gathers._coming is None else gathers._coming.key)
+        found.append((ahead, sum(counted.counts.values()), right))
+    return found
+
+
+def test_layers_are_gathered_ahead() -> None:
+    for found in run_distributed(_read, 2):
+        nothing = [None] * 5
+        assert found[0] == (nothing, 5, True)
+        assert found[1] == found[2] == ([2, 1, 3, 0, None], 5, True)
+        assert found[3] == ([None] * 3, 3, True)  # what had been learned is dropped where the order changes
+        assert found[4] == ([2, 1, None], 3, True)
+
+
+CASES = [
+    LayoutCase(4, 1, False, 0, 1, "llama", "adamw", steps=3),
+    LayoutCase(4, 1, False, 1, 1, "gpt2", "adamw", steps=3),
+    LayoutCase(4, 2, True, 2, 2, "gpt2", "adamw", steps=3),
+    LayoutCase(4, 1, False, 2, 1, "llama", "adamw", steps=3, estimator="midpoint"),
+]
+
+
+def _short_stretches(rank: int, world: int, case: LayoutCase) -> tuple[Ran, list[int]]:
+    """A run whose stretches are shorter than a weight; collectives that were running when each pass had ended."""
+    from inrun_megatron import preparation, stretches
+
+    stretches.STRETCH = 500
+    running: list[int] = []
+    original = preparation.Preparation.reduce
+
+    def reduce(self: Any, scale: float) -> None:
+        running.append(self.directions._reductions.started)
+        original(self, scale)
+
+    preparation.Preparation.reduce = reduce  # type: ignore[method-assign]
+    try:
+        return train(rank, world, case), running
+    finally:
+        preparation.Preparation.reduce = original  # type: ignore[method-assign]
+
+
+def test_values_through_short_stretches_are_those_of_the_oracle() -> None:
+    """Real models, embeddings tied and not, with everything but the first step's sums sent before the pass ended."""
+    for case, ranks in zip(
+        CASES, assert_cases(run_cases(_short_stretches, 4, CASES, timeout=180)), strict=True
+    ):
+        oracle = case.oracle()
+        for step in range(case.steps):
+            found = deviation([ran for ran, _ in ranks], oracle, step)
+            print(f"{case}: step {step + 1}: {found:.1e}")
+            assert found < TOLERANCE["fp32"], f"{case}: step {step + 1}"
+        for _, (first, *later) in ranks:
+            assert first == 0 and min(later) == max(later) > 8, f"{case}: {first}, {later}"
