@@ -17,7 +17,7 @@ training's first forward does, and the first backward that reads a direction wai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +137,10 @@ class Directions:
                 continue  # DeepSpeed's mark: another pipeline stage holds this tied weight and counts it
             if sharding is not None and (sharding.splits or self.layout.tp_rank == 0):
                 yield span
+
+    def hold(self, parameters: Iterable[Parameter]) -> None:
+        """What is added to these is complete at ``reduce()`` only: another pipeline stage uses them, too."""
+        self._reductions.hold(parameters)
 
     # -- filling -------------------------------------------------------------------------------------
 

@@ -43,13 +43,7 @@ class Task:
 
 
 class Passes(Protocol):
-    """How one rank runs detached passes. Every method is a collective over the replica's ranks.
-
-    Attributes:
-        whole: gradients are complete when a backward has added them; False where ``join`` adds to them.
-    """
-
-    whole: bool
+    """How one rank runs detached passes. Every method is a collective over the replica's ranks."""
 
     def run(self, tasks: Sequence[Task], *, training: bool) -> None:
         """Forward and backward of every task, gradients times the loss scale; ``training``: dropout on."""
@@ -82,8 +76,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 class ModulePasses:
     """Passes through an engine's module, ZeRO 0-3."""
-
-    whole = True
 
     def __init__(self, engine: Any, adapter: ZeroAdapter, taps: Taps, loss_fn: TokenLoss) -> None:
         self._module: nn.Module = engine.module

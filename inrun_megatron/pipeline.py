@@ -70,6 +70,7 @@ class PipelineShapley(InRunShapley):
         super().__init__(engine, targets, _no_module, **options)
         self.loss = loss
         self.pipeline = PipelineAdapter(engine)
+        self.preparation.hold([weight for weight, _ in self.pipeline.tied()])
         self.passes = PipelinePasses(self.pipeline, self.layout, self.taps, loss)
 
     @property
@@ -166,8 +167,11 @@ class ScoringStream:
         self.losses = torch.zeros(len(owner.targets), dtype=torch.float64, device=owner.device)
         self.terms: tuple[Tensor, Tensor] | None = None
         self.seconds = 0.0
-        fillers = [DirectionFiller(owner.directions, k) for k in range(len(owner.targets))]
-        self._passes = [Pass(consumers=(fillers[k],), detached=True) for k, _ in self.validation]
+        last = {k: index for index, (k, _) in enumerate(self.validation)}
+        self._passes = [
+            Pass(consumers=(DirectionFiller(owner.directions, k, last=index == last[k]),), detached=True)
+            for index, (k, _) in enumerate(self.validation)
+        ]
         for index, microbatch in enumerate(microbatches):
             consumers = owner.consumers
             if step.result.scored:

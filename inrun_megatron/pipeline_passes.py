@@ -36,8 +36,6 @@ class StageLoss(Protocol):
 class PipelinePasses:
     """Detached passes as runs of the 1F1B schedule without an optimizer step (see passes.Passes)."""
 
-    whole = False  # the halves of tied weights
-
     def __init__(self, pipeline: PipelineAdapter, layout: Layout, taps: Taps, loss: StageLoss) -> None:
         self._pipeline, self._layout, self._taps, self._loss = pipeline, layout, taps, loss
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .direction import Directions
 from .engines import ZeroAdapter, rng
@@ -76,6 +77,12 @@ class Preparation:
         self._batch = directions.like(1) if estimator.follows_batch else None
         self._lookahead = Lookahead(adapter)
 
+    def hold(self, parameters: Sequence[Parameter]) -> None:
+        """``passes.join`` adds to these: their sums are complete at its end only."""
+        for vectors in (self.directions, self._batch):
+            if vectors is not None:
+                vectors.hold(parameters)
+
     def run(self, passes: Passes, microbatches: Sequence[Microbatch] | None) -> Prepared:
         """Collective over the world.
 
@@ -116,7 +123,7 @@ class Preparation:
 
             return share
 
-        last = passes.whole and node is self.estimator.nodes[-1]
+        last = node is self.estimator.nodes[-1]
         tasks = [
             Task(
                 microbatch,
@@ -151,7 +158,7 @@ class Preparation:
 
         with rng.kept(self.directions.device):  # the real pass draws the same dropout masks
             tasks = [
-                Task(m, DirectionFiller(batch, 0, last=passes.whole and i == expected), loss(m))
+                Task(m, DirectionFiller(batch, 0, last=i == expected), loss(m))
                 for i, m in enumerate(microbatches, start=1)
             ]
             passes.run(tasks, training=True)

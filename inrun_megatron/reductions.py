@@ -8,15 +8,15 @@ target's sums travel while the next one's passes run:
     stages 1, 2  a reduce-scatter of it in equal parts, which go to their owners at the end (stretches.py)
     stage 3      a reduce-scatter of every layer, which runs while the next layer's gradient is computed
 
-How often a parameter is used in a microbatch (twice, where embeddings are tied) the first step learns; until then, and
-where nobody says which backward is the last, everything is sent at the end. Stretches are sent in one order, fixed by
-the layout, so that ranks never wait for each other's.
+How often a parameter is used in a microbatch (twice, where embeddings are tied) the first step learns; until then
+everything is sent at the end, and always what a pipeline's other stage adds to. Stretches are sent in one order, fixed by the
+layout, so that ranks never wait for each other's.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +64,14 @@ class Reductions:
             for span in groups[stretch.group].spans:
                 if span.start < stretch.hi and span.start + span.numel > stretch.lo:
                     self._in.setdefault(id(span.parameter), []).append(place)
+        self._held: set[int] = set()  # stretches that are sent at the end
         self._uses: Counter[int] | None = None  # of each parameter in a microbatch
         self._layers: deque[tuple[dist.Work, Tensor, Tensor, Tensor]] = deque()
+        self.begin()
+
+    def hold(self, parameters: Iterable[Parameter]) -> None:
+        """Send what these lie in at the end: something is added to them after the last backward."""
+        self._held |= {place for parameter in parameters for place in self._in.get(id(parameter), ())}
         self.begin()
 
     @property
@@ -77,8 +83,10 @@ class Reductions:
         """Nothing has been added up."""
         self._seen: list[Counter[int]] = [Counter() for _ in range(self._targets)]
         self._missing = [self._expected() for _ in range(self._targets)]
+        every = [(target, place) for target in range(self._targets) for place in range(len(self._order))]
+        self._queue = sorted(every, key=lambda own: own[1] in self._held)  # the held ones last
         self._works: list[dist.Work] = []
-        self._parts: dict[tuple[int, int], list[Tensor]] = {}  # by group and target
+        self._parts: dict[tuple[int, int], dict[int, Tensor]] = {}  # by group and target: by lower bound
         self._layers.clear()
 
     def _expected(self) -> list[int]:
@@ -115,9 +123,8 @@ class Reductions:
 
     def _send(self, sums: Sequence[Tensor], everything: bool = False) -> None:
         """Start the collectives whose turn it is."""
-        while len(self._works) < self._targets * len(self._order):
-            target, place = divmod(len(self._works), len(self._order))
-            if self._missing[target][place] and not everything:
+        for target, place in self._queue[len(self._works) :]:
+            if not everything and (place in self._held or self._missing[target][place]):
                 return
             self._works.append(self._start(target, self._order[place], sums))
 
@@ -127,7 +134,7 @@ class Reductions:
         if self._groups[stretch.group].residence is Residence.REPLICATED:
             return dist.all_reduce(whole, group=group, async_op=True)
         part = whole.new_empty(whole.numel() // self._layout.dp_size)
-        self._parts.setdefault((stretch.group, target), []).append(part)
+        self._parts.setdefault((stretch.group, target), {})[stretch.lo] = part
         return dist.reduce_scatter_tensor(part, whole, group=group, async_op=True)
 
     def finish(self, sums: Sequence[Tensor]) -> None:
@@ -140,9 +147,9 @@ class Reductions:
         for work in self._works:
             work.wait()
         for (index, target), parts in sorted(self._parts.items()):
-            group = self._groups[index]
-            self._cuts[index].to_owners(parts, sums[index][target, group.start : group.stop])
-            parts.clear()
+            group, cut = self._groups[index], self._cuts[index]
+            in_order = [parts.pop(lo) for lo, _ in cut.bounds]
+            cut.to_owners(in_order, sums[index][target, group.start : group.stop])
         if self._uses is None and self._seen[0]:
             self._uses = self._seen[0]
         self.begin()

@@ -162,6 +162,9 @@ CASES = [
     LayoutCase(4, 1, False, 1, 1, "gpt2", "adamw", steps=3),
     LayoutCase(4, 2, True, 2, 2, "gpt2", "adamw", steps=3),
     LayoutCase(4, 1, False, 2, 1, "llama", "adamw", steps=3, estimator="midpoint"),
+    LayoutCase(4, 1, False, 1, 2, "gpt2", "adamw", steps=3, pp=2),
+    LayoutCase(4, 1, False, 0, 2, "llama", "adamw", steps=3, pp=2),
+    LayoutCase(4, 1, False, 1, 2, "gpt2", "adamw", steps=3, pp=2, base="drift"),
 ]
 
 

@@ -328,19 +328,16 @@ def time(job: Job, hardware: Hardware) -> Time:
 def _hidden(job: Job, microbatch: float, seconds: dict[str, float]) -> float:
     """Seconds of the collectives, by purpose, that passes hide at best; `microbatch`: of a training one."""
     backward = BACKWARD / (FORWARD + BACKWARD)
-    if job.pipeline_parallel > 1:  # sums wait for tied weights, and gathers until the first training backward
-        return min(seconds.get(PUBLISH, 0.0), microbatch * backward)
     validation = microbatch * job.validation_rows / job.micro_batch_size
     if job.zero_stage == 3:
         # A layer's collective beside the next layer's products.
         cost, train = job.cost, microbatch * backward * job.microbatches
-        fill = (
-            validation * backward * cost.validation_passes * job.validation_microbatches
-            + train * cost.batch_passes
-        )
-        return min(seconds[READ], train) + min(seconds[FILL], fill)
+        fill = validation * backward * cost.validation_passes * job.validation_microbatches
+        return min(seconds[READ], train) + min(seconds[FILL], fill + train * cost.batch_passes)
     # Sums travel from the first target's last backward on; the last stretch has nothing left to hide behind.
     window = validation * (job.validation_microbatches * (1 - 1 / job.targets) + backward)
     last = 1 / (job.targets * max(stretches(job)))
-    # Gathers travel from training's first forward on, and a layer waits for its own.
-    return min(seconds.get(SUM, 0.0) * (1 - last), window) + min(seconds.get(PUBLISH, 0.0), microbatch)
+    # Gathers travel from training's first forward on, through a pipeline from its first backward, and a layer waits
+    # for its own.
+    beside = microbatch * (backward if job.pipeline_parallel > 1 else 1.0)
+    return min(seconds.get(SUM, 0.0) * (1 - last), window) + min(seconds.get(PUBLISH, 0.0), beside)
