@@ -110,7 +110,7 @@ class Scene:
     def tapped(self) -> tuple[Any, Any]:
         """Taps, and directions for one target in one flat buffer."""
         from inrun_megatron import Layout, attach_taps
-        from inrun_megatron.direction import Directions
+        from inrun_megatron.directions import Directions
         from inrun_megatron.engines.shards import FlatGroup, Residence, Span
 
         taps = attach_taps(self.model)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .direction import Directions
+from .directions import Directions
 from .engines import ZeroAdapter
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .direction import Directions
+from .directions import Directions
 from .engines import ZeroAdapter
 from .taps import Consumer, Pass, Taps
 

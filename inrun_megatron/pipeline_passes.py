@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .direction import Directions
+from .directions import Directions
 from .engines.pipeline import PipelineAdapter, evaluate
 from .parallel import Layout
 from .passes import Microbatch, Task

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .direction import Directions
+from .directions import Directions
 from .engines import ZeroAdapter, rng
 from .engines.inner import coming_step, is_adam
 from .engines.lookahead import Lookahead

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .direction import Directions
+from .directions import Directions
 from .dots.elementwise import (
     embedding_dots,
     embedding_gradient,

@@ -10,7 +10,7 @@ import torch
 
 from .audit import AdditivityProbe
 from .defaults import default_base
-from .direction import Directions, stored_type
+from .directions import Directions, stored_type
 from .engines import ZeroAdapter
 from .engines.inner import require_known
 from .errors import UserError

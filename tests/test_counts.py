@@ -11,7 +11,8 @@ import torch
 
 from tests.counting import Collectives, HostReads, HostWaits
 from tests.distributed import assert_cases, run_cases
-from tests.layouts import LayoutCase, _forward_backward, _share, build_engine
+from tests.layout_engine import build_engine, forward_backward, share
+from tests.layouts import LayoutCase
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _count(rank: int, world: int, counted: Case) -> Counted:
     shapley = None
     if counted.scoring:
         given = [
-            ShapleyTarget(t.name, _share(t, layout, 2, pipeline=False), t.num_tokens)
+            ShapleyTarget(t.name, share(t, layout, 2, pipeline=False), t.num_tokens)
             for t in (case.targets() * 3)[: counted.targets]
         ]
         shapley = InRunShapley(engine, given, token_losses, layout=layout, consumers=[count])
@@ -81,7 +82,7 @@ def _count(rank: int, world: int, counted: Case) -> Counted:
             if shapley is None:
                 with during:
                     for microbatch in microbatches:
-                        _forward_backward(engine, microbatch)
+                        forward_backward(engine, microbatch)
                     norm = engine.get_global_grad_norm()  # what a training loop reports
                     float(norm) if isinstance(norm, torch.Tensor) else norm
                 continue
@@ -93,7 +94,7 @@ def _count(rank: int, world: int, counted: Case) -> Counted:
                     with step.samples(
                         microbatch["dataset"], microbatch["sample"], microbatch["loss_mask"].sum(1)
                     ):
-                        _forward_backward(engine, microbatch)
+                        forward_backward(engine, microbatch)
                 context.__exit__(None, None, None)
             assert step.result.scored
     return Counted(before.by_type(), during.by_type(), reads.counts, waits.counts, emissions)
@@ -110,7 +111,7 @@ def _count_pipeline(rank: int, world: int, counted: Case) -> Counted:
     shapley = None
     if counted.scoring:
         targets = [
-            ShapleyTarget(t.name, _share(t, layout, case.micro_batch, pipeline=True), t.num_tokens)
+            ShapleyTarget(t.name, share(t, layout, case.micro_batch, pipeline=True), t.num_tokens)
             for t in case.targets()
         ]
         shapley = PipelineShapley(engine, targets, engine.module.loss_fn, layout=layout)

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from inrun_megatron.direction import stored_type
+from inrun_megatron.directions import stored_type
 from inrun_megatron.errors import UserError
 from tests.distributed import assert_cases, run_cases, run_distributed
-from tests.layouts import LayoutCase, _forward_backward, _share, build_engine, deviation, train
+from tests.layout_engine import build_engine, forward_backward, share
+from tests.layout_runs import deviation, train
+from tests.layouts import LayoutCase
 from tests.test_exactness import TOLERANCE
 
 CASES = [
@@ -48,7 +50,7 @@ def _held(rank: int, world: int, case: LayoutCase) -> tuple[int, int, int]:
     engine = build_engine(case)
     layout = Layout.current()
     targets = [
-        ShapleyTarget(t.name, _share(t, layout, 2, pipeline=False), t.num_tokens) for t in case.targets()
+        ShapleyTarget(t.name, share(t, layout, 2, pipeline=False), t.num_tokens) for t in case.targets()
     ]
     read: list[int] = []
     filled: list[int] = []
@@ -71,7 +73,7 @@ def _held(rank: int, world: int, case: LayoutCase) -> tuple[int, int, int]:
     with shapley.step(1) as step:
         for microbatch in batch[layout.dp_rank]:
             with step.samples(microbatch["dataset"], microbatch["sample"], microbatch["loss_mask"].sum(1)):
-                _forward_backward(engine, microbatch)
+                forward_backward(engine, microbatch)
     assert step.result.scored
     return filled[0], max(read), shapley.directions.nbytes
 
@@ -92,7 +94,7 @@ def _gathered(rank: int, world: int, dtype: str) -> list[Any]:
     """(all-gathers that run on after publish, after the first read, the direction as both ranks read it)."""
     from torch.nn import Parameter
 
-    from inrun_megatron.direction import Directions
+    from inrun_megatron.directions import Directions
     from inrun_megatron.engines.shards import FlatGroup, Residence, Span
     from inrun_megatron.parallel import Layout
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.distributed import assert_cases, run_cases
-from tests.layouts import LayoutCase, Ran, deviation, train
+from tests.layout_runs import Ran, deviation, train
+from tests.layouts import LayoutCase
 from tests.oracle import OracleRun
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.15, "fp16": 5e-2}

@@ -12,7 +12,8 @@ import torch
 from inrun_megatron.data.corpora import tiny_corpus
 from inrun_megatron.ledger import Ledger
 from tests.distributed import Workers, assert_cases, run_cases
-from tests.layouts import LayoutCase, Ran, by_sample, deviation, train
+from tests.layout_runs import Ran, by_sample, deviation, train
+from tests.layouts import LayoutCase
 from tests.oracle_parts import PartTrainer
 from tests.test_exactness import TOLERANCE
 

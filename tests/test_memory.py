@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.distributed import assert_cases, run_cases
-from tests.layouts import LayoutCase, build_engine
+from tests.layout_engine import build_engine
+from tests.layouts import LayoutCase
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ def _measure(rank: int, world: int, case: LayoutCase) -> Bytes:
     """Live parameter storage after every emission of a scored step, and what the directions hold."""
     from inrun_megatron import InRunShapley, Layout, ShapleyTarget
     from inrun_megatron.models import token_losses
-    from tests.layouts import _forward_backward, _share
+    from tests.layout_engine import forward_backward, share
 
     engine = build_engine(case)
     layout = Layout.current()
@@ -36,7 +37,7 @@ def _measure(rank: int, world: int, case: LayoutCase) -> Bytes:
         seen["weights"] = max(seen["weights"], sum(storages.values()))
 
     targets = [
-        ShapleyTarget(t.name, _share(t, layout, 2, pipeline=False), t.num_tokens) for t in case.targets()
+        ShapleyTarget(t.name, share(t, layout, 2, pipeline=False), t.num_tokens) for t in case.targets()
     ]
     shapley = InRunShapley(engine, targets, token_losses, layout=layout, consumers=[lambda emission: live()])
     for iteration, batch in enumerate(case.batches(), start=1):
@@ -45,7 +46,7 @@ def _measure(rank: int, world: int, case: LayoutCase) -> Bytes:
                 with step.samples(
                     microbatch["dataset"], microbatch["sample"], microbatch["loss_mask"].sum(1)
                 ):
-                    _forward_backward(engine, microbatch)
+                    forward_backward(engine, microbatch)
     gc.collect()
     sizes = [getattr(p, "ds_numel", p.numel()) * 4 for p in parameters]
     # Anything that still holds a gathered weight would show as a large fp32 tensor that is no shard.

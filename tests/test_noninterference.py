@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.distributed import assert_cases, run_cases
-from tests.layouts import VOCABULARY, LayoutCase, Ran, train
+from tests.layout_runs import Ran, train
+from tests.layouts import VOCABULARY, LayoutCase
 from tests.oracle_shards import merge_shards
 
 STEPS, HEAD_DIMENSION = 20, 8

@@ -10,7 +10,8 @@ import torch
 
 from inrun_megatron.estimators import credit_factor
 from tests.distributed import assert_cases, run_cases
-from tests.layouts import LayoutCase, Ran, by_sample, deviation, train
+from tests.layout_runs import Ran, by_sample, deviation, train
+from tests.layouts import LayoutCase
 from tests.oracle import OracleRun
 
 TOLERANCE = {"fp32": 2e-5, "bf16": 0.15, "fp16": 5e-2}

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.distributed import assert_cases, run_cases
-from tests.layouts import LayoutCase, Ran, by_sample, deviation, train
+from tests.layout_runs import Ran, by_sample, deviation, train
+from tests.layouts import LayoutCase
 from tests.test_exactness import STEPS_CHECKED, TOLERANCE, _oracle, _side_figures
 
 

@@ -16,7 +16,7 @@ def _parameters(rank: int, world: int, shape: str, pp: int) -> dict[str, torch.T
     from inrun_megatron.config import ModelConfig
     from inrun_megatron.models import build_gpt
     from inrun_megatron.models.pipeline import build_pipeline
-    from tests.layouts import named_parameters
+    from tests.layout_engine import named_parameters
     from tests.test_models import LLAMA
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)

@@ -10,7 +10,8 @@ import torch
 
 from tests import test_pretrain
 from tests.distributed import Workers, assert_cases, run_cases
-from tests.layouts import LayoutCase, by_sample, train
+from tests.layout_runs import by_sample, train
+from tests.layouts import LayoutCase
 from tests.test_pretrain import TARGETS, _run, arguments, ledger
 
 data = test_pretrain.data  # a fixture

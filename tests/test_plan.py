@@ -23,15 +23,16 @@ from inrun_megatron.plan.costs import ESTIMATORS
 from inrun_megatron.plan.job import Job, count
 from inrun_megatron.plan.presets import PRESETS
 from tests.distributed import assert_cases, run_cases
-from tests.layouts import LayoutCase, build_engine
+from tests.layout_engine import build_engine
+from tests.layouts import LayoutCase
 
 MICRO_BATCH, SEQUENCES, TARGETS = 2, 5, 2
 # Modules that issue scoring's own collectives; the model's are in the taps.
 COLLECTIVE_MODULES = (
-    "direction",
-    "reductions",
-    "gathers",
-    "stretches",
+    "directions.vectors",
+    "directions.reductions",
+    "directions.gathers",
+    "directions.stretches",
     "scored_step",
     "passes",
     "engines.lookahead",
@@ -177,10 +178,11 @@ def _saved(run: Callable[[], Any]) -> int:
 
 
 def _measure(rank: int, world: int, case: Case) -> Measured:
-    from inrun_megatron import InRunShapley, Layout, ShapleyTarget, stretches
+    from inrun_megatron import InRunShapley, Layout, ShapleyTarget
+    from inrun_megatron.directions import stretches
     from inrun_megatron.models import token_losses
     from inrun_megatron.passes import Task
-    from tests.layouts import _forward_backward, _share
+    from tests.layout_engine import forward_backward, share
 
     stretches.STRETCH = case.stretch
     layout_case = case.layout
@@ -188,8 +190,8 @@ def _measure(rank: int, world: int, case: Case) -> Measured:
     layout = Layout.current()
     rows = layout_case.targets()[0]
     assert len(rows.rows["tokens"]) == SEQUENCES
-    share = _share(rows, layout, MICRO_BATCH, pipeline=False)
-    targets = [ShapleyTarget(f"target{k}", share, rows.num_tokens) for k in range(TARGETS)]
+    own = share(rows, layout, MICRO_BATCH, pipeline=False)
+    targets = [ShapleyTarget(f"target{k}", own, rows.num_tokens) for k in range(TARGETS)]
     shapley = InRunShapley(
         engine,
         targets,
@@ -205,13 +207,13 @@ def _measure(rank: int, world: int, case: Case) -> Measured:
         microbatches = batches[iteration - 1]
         if not scored:
             for microbatch in microbatches:
-                _forward_backward(engine, microbatch)
+                forward_backward(engine, microbatch)
             return
         with shapley.step(iteration, microbatches) as owner:
             for microbatch in microbatches:
                 tokens = microbatch["loss_mask"].sum(1)
                 with owner.samples(microbatch["dataset"], microbatch["sample"], tokens):
-                    _forward_backward(engine, microbatch)
+                    forward_backward(engine, microbatch)
         assert owner.result.scored, owner.result.status
 
     step(1, False)  # moments and buffers exist from here on

@@ -12,7 +12,8 @@ from torch.nn import Parameter
 from inrun_megatron.engines.shards import FlatGroup, Residence, Span
 from tests.counting import Collectives
 from tests.distributed import DistributedError, assert_cases, run_cases, run_distributed
-from tests.layouts import LayoutCase, Ran, deviation, train
+from tests.layout_runs import Ran, deviation, train
+from tests.layouts import LayoutCase
 from tests.test_exactness import TOLERANCE
 
 SIZES = [
@@ -44,8 +45,7 @@ def _groups(residence: Residence, size: int, rank: int) -> tuple[list[FlatGroup]
 def _sums(rank: int, world: int, residence: Residence, stretch: int) -> list[Any]:
     """Three steps of two targets, whose last weight is used twice: (collectives at the end of each backward, whether all
     shards and what layers read is right, stretches waited for after each read) per step."""
-    from inrun_megatron import stretches
-    from inrun_megatron.direction import Directions
+    from inrun_megatron.directions import Directions, stretches
     from inrun_megatron.parallel import Layout
 
     stretches.STRETCH = stretch
@@ -109,7 +109,7 @@ def test_sums_are_whole_and_on_their_way_early(world: int, residence: Residence)
 
 
 def _used_more_often(rank: int, world: int) -> None:
-    from inrun_megatron.direction import Directions
+    from inrun_megatron.directions import Directions
     from inrun_megatron.parallel import Layout
 
     groups, weights = _groups(Residence.FLAT, world, rank)
@@ -130,7 +130,7 @@ def test_a_use_that_comes_too_late_is_an_error() -> None:
 
 def _read(rank: int, world: int) -> list[Any]:
     """Gathers of five passes, the last two in another order: (on the way while a layer is at hand, calls, right)."""
-    from inrun_megatron.gathers import LayerGathers
+    from inrun_megatron.directions.gathers import LayerGathers
 
     parts = {key: torch.full((3,), 10.0 * key + rank) for key in range(4)}
     gathers = LayerGathers(dist.group.WORLD, world, lambda key: parts[key])
@@ -170,7 +170,8 @@ CASES = [
 
 def _short_stretches(rank: int, world: int, case: LayoutCase) -> tuple[Ran, list[int]]:
     """A run whose stretches are shorter than a weight; collectives that were running when each pass had ended."""
-    from inrun_megatron import preparation, stretches
+    from inrun_megatron import preparation
+    from inrun_megatron.directions import stretches
 
     stretches.STRETCH = 500
     running: list[int] = []

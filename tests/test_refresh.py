@@ -12,7 +12,9 @@ from inrun_megatron.errors import UserError
 from inrun_megatron.refresh import RefreshSchedule, require_refresh
 from tests.counting import Collectives
 from tests.distributed import assert_cases, run_cases
-from tests.layouts import LayoutCase, build_engine, deviation, train
+from tests.layout_engine import build_engine
+from tests.layout_runs import deviation, train
+from tests.layouts import LayoutCase
 from tests.test_exactness import TOLERANCE
 
 STEPS = 5
@@ -91,7 +93,7 @@ class Counted:
 def _count(rank: int, world: int, case: LayoutCase) -> Counted:
     from inrun_megatron import InRunShapley, Layout, ShapleyTarget
     from inrun_megatron.models import token_losses
-    from tests.layouts import _forward_backward, _share
+    from tests.layout_engine import forward_backward, share
 
     engine = build_engine(case)
     layout = Layout.current()
@@ -103,7 +105,7 @@ def _count(rank: int, world: int, case: LayoutCase) -> Counted:
         return token_losses(module, microbatch)
 
     targets = [
-        ShapleyTarget(t.name, _share(t, layout, 2, pipeline=False), t.num_tokens) for t in case.targets()
+        ShapleyTarget(t.name, share(t, layout, 2, pipeline=False), t.num_tokens) for t in case.targets()
     ]
     shapley = InRunShapley(engine, targets, losses, layout=layout, refresh=case.refresh, interval=2)
     counted = Counted([], [], [])
@@ -114,7 +116,7 @@ def _count(rank: int, world: int, case: LayoutCase) -> Counted:
             step = context.__enter__()
         for microbatch in batch[layout.dp_rank]:
             with step.samples(microbatch["dataset"], microbatch["sample"], microbatch["loss_mask"].sum(1)):
-                _forward_backward(engine, microbatch)
+                forward_backward(engine, microbatch)
         context.__exit__(None, None, None)
         if iteration == 6:
             shapley.expire_direction()  # as a checkpoint does

@@ -199,7 +199,7 @@ def test_embedding(batch_dim: int, bounds: Bounds | None) -> None:
 def _score_a_model(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
     """Dots of every parameter of a small model: by torch's operations and by the kernels, whole rows and documents."""
     from inrun_megatron import Layout, attach_taps
-    from inrun_megatron.direction import Directions
+    from inrun_megatron.directions import Directions
     from inrun_megatron.dots.segments import Segments
     from inrun_megatron.engines.shards import FlatGroup, Residence, Span
     from inrun_megatron.scoring import RowScorer

@@ -31,7 +31,7 @@ def features_together(buffer: Tensor) -> Tensor:
 def equally_spaced(directions: Sequence[Tensor]) -> tuple[Tensor, int]:
     """The first direction, and how many elements further the next ones are; copied only if they are not so laid out.
 
-    Directions are rows of one buffer (direction.py), so that the kernels reach all of them from one address.
+    Directions are rows of one buffer (directions/), so that the kernels reach all of them from one address.
     """
     first, size = directions[0], directions[0].element_size()
     gap = directions[1].data_ptr() - first.data_ptr() if len(directions) > 1 else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 SUM_BYTES = 4
-"""Per element of what gradients of directions, and the batch's, are added up in (direction.py)."""
+"""Per element of what gradients of directions, and the batch's, are added up in (directions/)."""
 
 DIRECTION_BYTES = {"fp32": 4, "bf16": 2}
 """Per element of a direction as layers read it, by --shapley-direction-dtype."""

@@ -150,7 +150,7 @@ def flat_groups(job: Job) -> list[int]:
 
 
 def stretches(job: Job) -> list[int]:
-    """Collectives that sum, or gather, one vector over data-parallel ranks, by group (stretches.py)."""
+    """Collectives that sum, or gather, one vector over data-parallel ranks, by group (directions/stretches.py)."""
     return [ceil(numel / STRETCH) for numel in flat_groups(job)]
 
 

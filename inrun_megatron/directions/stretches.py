@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .defaults import STRETCH
-from .engines.shards import FlatGroup, Residence
-from .parallel import Layout
+from ..defaults import STRETCH
+from ..engines.shards import FlatGroup, Residence
+from ..parallel import Layout
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ the traffic of one optimizer step. Gradients are added up in fp32. What layers r
     fp32    the same memory: K x 4 bytes per parameter of the rank, divided by the data-parallel size under ZeRO-3
     bf16    rounded once, when it is sent: K x 2 bytes; the fp32 sums live from ``zero()`` to ``publish()``
 
-Sums are on their way while the last validation backward still runs (reductions.py); the all-gather runs on while
-training's first forward does, and the first backward that reads a direction waits for it.
+Sums are on their way while the last validation backward still runs (reductions.py), gathers while training computes its
+first microbatch; a layer waits for its own (gathers.py).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from .dots.linear import HAS_TRITON
-from .engines.shards import FlatGroup, Residence, Span, merged
-from .errors import UserError
+from ..dots.linear import HAS_TRITON
+from ..engines.shards import FlatGroup, Residence, Span, merged
+from ..errors import UserError
+from ..optimizers import block_size
+from ..parallel import Layout
+from ..taps import Sharding
 from .gathers import FlatGathers, LayerGathers
-from .optimizers import block_size
-from .parallel import Layout
 from .reductions import Reductions
 from .stretches import Cut
-from .taps import Sharding
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -277,7 +277,7 @@ class Directions:
         flat = vector.detach().reshape(-1).to(device=shard.device, dtype=self._dtype)
         total = torch.zeros(self.targets, dtype=torch.float64, device=shard.device)
         if shard.is_cuda and HAS_TRITON and self._dtype == torch.float32:
-            from . import triton_adam  # where there is no GPU, Triton need not be installed
+            from .. import triton_adam  # where there is no GPU, Triton need not be installed
 
             for lo, hi in self.counted(group, start, numel):
                 rows = list(shard[:, start + lo : start + hi])

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .engines.shards import FlatGroup
-from .parallel import Layout
+from ..engines.shards import FlatGroup
+from ..parallel import Layout
 from .stretches import Cut
 
 

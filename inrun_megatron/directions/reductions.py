@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from .engines.shards import FlatGroup, Residence
-from .errors import UserError
-from .parallel import Layout
+from ..engines.shards import FlatGroup, Residence
+from ..errors import UserError
+from ..parallel import Layout
 from .stretches import Cut
 
 LAYERS_ON_THE_WAY = 1
