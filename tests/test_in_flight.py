@@ -1,0 +1,134 @@
+"""What is on its way is neither read nor written: values where every collective that runs on arrives only when it is waited for.
+
+On CPUs gloo is often done before anyone looks, so that a missing wait would go unseen. Here a collective's output is NaN until
+its work is waited for, and its input must be then what it was when it was started.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.distributed import DistributedError, assert_cases, run_cases, run_distributed
+from tests.layout_runs import Ran, deviation, train
+from tests.layouts import LayoutCase
+from tests.test_exactness import TOLERANCE
+
+MODULES = ("gathers", "reductions", "stretches", "vectors")
+
+
+class LateWork:
+    """Of a collective that is done, but shows it to those who wait only."""
+
+    def __init__(self, output: Tensor, result: Tensor, given: Tensor | None) -> None:
+        self._output, self._result = output, result
+        self._given = None if given is None else (given, given.clone())
+        output.fill_(float("nan"))
+
+    def wait(self) -> None:
+        if self._given is not None:
+            now, then = self._given
+            assert torch.equal(now, then), "the input of a collective changed while it was on its way"
+        self._output.copy_(self._result)
+
+
+class Late:
+    """Stands where a module has `torch.distributed`.
+
+    Attributes:
+        started: collectives that ran on.
+    """
+
+    def __init__(self) -> None:
+        self.started = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+    def all_reduce(self, tensor: Tensor, *, async_op: bool = False, **options: Any) -> Any:
+        if not async_op:
+            return dist.all_reduce(tensor, **options)
+        result = tensor.clone()
+        dist.all_reduce(result, **options)
+        return self._late(tensor, result, None)
+
+    def reduce_scatter_tensor(self, output: Tensor, given: Tensor, *, async_op: bool, **options: Any) -> Any:
+        result = torch.empty_like(output)
+        dist.reduce_scatter_tensor(result, given, **options)
+        return self._late(output, result, given)
+
+    def all_gather_into_tensor(self, output: Tensor, given: Tensor, *, async_op: bool, **options: Any) -> Any:
+        result = torch.empty_like(output)
+        dist.all_gather_into_tensor(result, given, **options)
+        return self._late(output, result, given)
+
+    def _late(self, output: Tensor, result: Tensor, given: Tensor | None) -> LateWork:
+        self.started += 1
+        return LateWork(output, result, given)
+
+
+@contextmanager
+def late() -> Iterator[Late]:
+    modules = [importlib.import_module(f"inrun_megatron.directions.{name}") for name in MODULES]
+    stands_in = Late()
+    try:
+        for module in modules:
+            module.dist = stands_in  # type: ignore[attr-defined]
+        yield stands_in
+    finally:
+        for module in modules:
+            module.dist = dist  # type: ignore[attr-defined]
+
+
+CASES = [
+    LayoutCase(4, 1, False, 0, 1, "gpt2", "adamw", steps=3),
+    LayoutCase(4, 1, False, 1, 1, "llama", "adamw", steps=3, base="drift"),
+    LayoutCase(4, 2, True, 2, 2, "gpt2", "adamw", steps=3, estimator="midpoint"),
+    LayoutCase(4, 1, False, 3, 2, "gpt2", "adamw", steps=3),
+    LayoutCase(4, 2, True, 3, 1, "llama", "sgd", steps=3, recompute=True),
+    LayoutCase(4, 1, False, 1, 2, "gpt2", "adamw", steps=3, pp=2),
+    LayoutCase(4, 1, False, 2, 1, "llama", "adamw", steps=3, refresh=2),
+]
+
+
+def _train_late(rank: int, world: int, case: LayoutCase) -> tuple[Ran, int]:
+    from inrun_megatron.directions import stretches
+
+    stretches.STRETCH = 500
+    with late() as stands_in:
+        return train(rank, world, case), stands_in.started
+
+
+def test_values_where_nothing_comes_before_it_is_waited_for() -> None:
+    for case, ranks in zip(CASES, assert_cases(run_cases(_train_late, 4, CASES, timeout=180)), strict=True):
+        oracle = case.oracle()
+        assert min(started for _, started in ranks) > 20, case
+        for step in range(case.steps):
+            found = deviation([ran for ran, _ in ranks], oracle, step)
+            print(f"{case}: step {step + 1}: {found:.1e}")
+            assert found < TOLERANCE["fp32"], f"{case}: step {step + 1}"
+
+
+def _careless(rank: int, world: int, mistake: str) -> float:
+    with late() as stands_in:
+        given, output = torch.ones(2), torch.empty(2 * world)
+        work = stands_in.all_gather_into_tensor(output, given, async_op=True)
+        if mistake == "write":
+            given.add_(1.0)
+        if mistake != "read":
+            work.wait()
+        return float(output.sum())
+
+
+def test_control_early_reads_and_writes_are_seen() -> None:
+    assert run_distributed(_careless, 2, "none") == [4.0, 4.0]
+    assert all(found != found for found in run_distributed(_careless, 2, "read"))
+    with pytest.raises(DistributedError, match="changed while it was on its way"):
+        run_distributed(_careless, 2, "write")
