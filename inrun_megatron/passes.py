@@ -8,7 +8,7 @@ module, pipeline.py has the 1F1B form).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ from .taps import Consumer, Pass, Taps
 Microbatch = Mapping[str, Tensor]
 TokenLoss = Callable[[nn.Module, Microbatch], Tensor]
 """``(module, microbatch) -> token losses [b, s]``, unreduced; masked tokens are weighted by ``loss_mask``."""
+Arriving = Callable[[nn.Parameter], None]
+"""Waits until a parameter's weights, which may be on their way, have come (engines/lookahead.py)."""
 TrainingLoss = Callable[[Tensor, Microbatch], Tensor]
 """``(token losses [b, s], microbatch) -> scalar``: what ``engine.backward`` is given for the microbatch."""
 
@@ -45,8 +47,11 @@ class Task:
 class Passes(Protocol):
     """How one rank runs detached passes. Every method is a collective over the replica's ranks."""
 
-    def run(self, tasks: Sequence[Task], *, training: bool) -> None:
-        """Forward and backward of every task, gradients times the loss scale; ``training``: dropout on."""
+    def run(self, tasks: Sequence[Task], *, training: bool, arriving: Arriving | None = None) -> None:
+        """Forward and backward of every task, gradients times the loss scale; ``training``: dropout on.
+
+        ``arriving`` is called before a layer reads a parameter.
+        """
         ...
 
     def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
@@ -81,20 +86,17 @@ class ModulePasses:
         self._module: nn.Module = engine.module
         self._adapter, self._taps, self._loss_fn = adapter, taps, loss_fn
 
-    def run(self, tasks: Sequence[Task], *, training: bool) -> None:
-        scale = self._adapter.loss_scale()
+    def run(self, tasks: Sequence[Task], *, training: bool, arriving: Arriving | None = None) -> None:
         try:
-            if training:
-                self._run(tasks, scale)
-                return
-            with evaluating(self._module):
-                self._run(tasks, scale)
+            with nullcontext() if training else evaluating(self._module):
+                self._run(tasks, arriving)
         finally:
             self._adapter.release_gathered_weights()
 
-    def _run(self, tasks: Sequence[Task], scale: float) -> None:
+    def _run(self, tasks: Sequence[Task], arriving: Arriving | None) -> None:
+        scale = self._adapter.loss_scale()
         for task in tasks:
-            with self._taps.during(Pass(consumers=(task.consumer,), detached=True)):
+            with self._taps.during(Pass(consumers=(task.consumer,), detached=True, arriving=arriving)):
                 losses = self._loss_fn(self._module, task.microbatch).float()
                 (task.loss(losses) * scale).backward()
 

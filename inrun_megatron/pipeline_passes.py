@@ -17,7 +17,7 @@ from torch import Tensor
 from .directions import Directions
 from .engines.pipeline import PipelineAdapter, evaluate
 from .parallel import Layout
-from .passes import Microbatch, Task
+from .passes import Arriving, Microbatch, Task
 from .taps import Pass, Taps
 
 
@@ -39,18 +39,18 @@ class PipelinePasses:
     def __init__(self, pipeline: PipelineAdapter, layout: Layout, taps: Taps, loss: StageLoss) -> None:
         self._pipeline, self._layout, self._taps, self._loss = pipeline, layout, taps, loss
 
-    def run(self, tasks: Sequence[Task], *, training: bool) -> None:
+    def run(self, tasks: Sequence[Task], *, training: bool, arriving: Arriving | None = None) -> None:
         pairs = [self._loss.split(task.microbatch) for task in tasks]
-        self._pipeline.run_detached(_DetachedStream(self, tasks, training), pairs)
+        self._pipeline.run_detached(_DetachedStream(self, tasks, training, arriving), pairs)
 
     @contextmanager
-    def forward(self, task: Task, training: bool) -> Iterator[None]:
+    def forward(self, task: Task, training: bool, arriving: Arriving | None) -> Iterator[None]:
         """Around the forward of a task's microbatch on this stage."""
 
         def loss(outputs: Any, labels: Any) -> Tensor:
             return task.loss(self._loss.token_losses(outputs, labels).float())
 
-        with self._taps.during(Pass(consumers=(task.consumer,), detached=True)):
+        with self._taps.during(Pass(consumers=(task.consumer,), detached=True, arriving=arriving)):
             with self._pipeline.detached_forward(loss, training=training):
                 yield
 
@@ -84,11 +84,14 @@ class _DetachedStream:
 
     prepended = 0
 
-    def __init__(self, passes: PipelinePasses, tasks: Sequence[Task], training: bool) -> None:
-        self._passes, self._tasks, self._training = passes, tasks, training
+    def __init__(
+        self, passes: PipelinePasses, tasks: Sequence[Task], training: bool, arriving: Arriving | None
+    ) -> None:
+        self._passes, self._tasks = passes, tasks
+        self._training, self._arriving = training, arriving
 
     def forward(self, index: int) -> AbstractContextManager[None]:
-        return self._passes.forward(self._tasks[index], self._training)
+        return self._passes.forward(self._tasks[index], self._training, self._arriving)
 
     def backward(self, index: int) -> AbstractContextManager[None]:
         return nullcontext()

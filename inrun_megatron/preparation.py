@@ -133,7 +133,7 @@ class Preparation:
             for k, target in enumerate(self.targets)
             for i, microbatch in enumerate(target.microbatches, start=1)
         ]
-        passes.run(tasks, training=False)
+        passes.run(tasks, training=False, arriving=self._lookahead.arriving if self.estimator.moves else None)
         return passes.total(sums)
 
     def _losses(self, passes: Passes) -> Tensor:

@@ -21,7 +21,7 @@ from tests.layout_runs import Ran, deviation, train
 from tests.layouts import LayoutCase
 from tests.test_exactness import TOLERANCE
 
-MODULES = ("gathers", "reductions", "stretches", "vectors")
+MODULES = ("directions.gathers", "directions.reductions", "directions.vectors", "engines.stretches")
 
 
 class LateWork:
@@ -76,7 +76,7 @@ class Late:
 
 @contextmanager
 def late() -> Iterator[Late]:
-    modules = [importlib.import_module(f"inrun_megatron.directions.{name}") for name in MODULES]
+    modules = [importlib.import_module(f"inrun_megatron.{name}") for name in MODULES]
     stands_in = Late()
     try:
         for module in modules:
@@ -94,12 +94,13 @@ CASES = [
     LayoutCase(4, 1, False, 3, 2, "gpt2", "adamw", steps=3),
     LayoutCase(4, 2, True, 3, 1, "llama", "sgd", steps=3, recompute=True),
     LayoutCase(4, 1, False, 1, 2, "gpt2", "adamw", steps=3, pp=2),
+    LayoutCase(4, 1, False, 1, 2, "gpt2", "adamw", steps=3, pp=2, base="drift"),
     LayoutCase(4, 1, False, 2, 1, "llama", "adamw", steps=3, refresh=2),
 ]
 
 
 def _train_late(rank: int, world: int, case: LayoutCase) -> tuple[Ran, int]:
-    from inrun_megatron.directions import stretches
+    from inrun_megatron.engines import stretches
 
     stretches.STRETCH = 500
     with late() as stands_in:

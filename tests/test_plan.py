@@ -32,10 +32,9 @@ COLLECTIVE_MODULES = (
     "directions.vectors",
     "directions.reductions",
     "directions.gathers",
-    "directions.stretches",
+    "engines.stretches",
     "scored_step",
     "passes",
-    "engines.lookahead",
 )
 
 
@@ -179,7 +178,7 @@ def _saved(run: Callable[[], Any]) -> int:
 
 def _measure(rank: int, world: int, case: Case) -> Measured:
     from inrun_megatron import InRunShapley, Layout, ShapleyTarget
-    from inrun_megatron.directions import stretches
+    from inrun_megatron.engines import stretches
     from inrun_megatron.models import token_losses
     from inrun_megatron.passes import Task
     from tests.layout_engine import forward_backward, share

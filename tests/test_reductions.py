@@ -171,7 +171,7 @@ CASES = [
 def _short_stretches(rank: int, world: int, case: LayoutCase) -> tuple[Ran, list[int]]:
     """A run whose stretches are shorter than a weight; collectives that were running when each pass had ended."""
     from inrun_megatron import preparation
-    from inrun_megatron.directions import stretches
+    from inrun_megatron.engines import stretches
 
     stretches.STRETCH = 500
     running: list[int] = []

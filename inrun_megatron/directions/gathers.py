@@ -1,68 +1,17 @@
-"""Directions on their way to where layers read them, while layers are computed.
+"""Directions of one layer at a time under ZeRO-3, each on its way while the layer before it is computed.
 
-    stages 1, 2  once a step, stretch by stretch in the order in which a backward reads: a layer waits for its own
-    stage 3      in every microbatch, one layer at a time: reading one starts the next one's all-gather
-
-At stage 3 a microbatch's backward reads in the order that the last one read in. Where the order has changed, what came is
-dropped, on all ranks alike: they run the same model.
+A microbatch's backward reads in the order that the last one read in: reading one layer's starts the next one's all-gather.
+Where the order has changed, what came is dropped, on all ranks alike: they run the same model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from ..engines.shards import FlatGroup
-from ..parallel import Layout
-from .stretches import Cut
-
-
-class FlatGathers:
-    """All-gathers of flat groups.
-
-    Args:
-        groups: flat groups of the engine's adapter.
-        cuts: of those that are gathered, by index.
-        layout: process groups.
-    """
-
-    def __init__(self, groups: Sequence[FlatGroup], cuts: dict[int, Cut], layout: Layout) -> None:
-        self._cuts, self._layout = cuts, layout
-        # A backward begins with a norm: small groups first.
-        self.order = sorted(cuts, key=lambda index: groups[index].numel)
-        self._in: dict[
-            int, list[tuple[int, int]]
-        ] = {}  # by parameter: group and lower bound of its stretches
-        for index, cut in cuts.items():
-            for span in groups[index].spans:
-                inside = [lo for lo, hi in cut.bounds if span.start < hi and span.start + span.numel > lo]
-                self._in[id(span.parameter)] = [(index, lo) for lo in inside]
-        self._running: dict[tuple[int, int], list[tuple[dist.Work, Tensor]]] = {}  # with what is sent
-
-    @property
-    def running(self) -> int:
-        """Stretches that nobody has waited for."""
-        return len(self._running)
-
-    def start(self, index: int, shards: Tensor, rows: Tensor) -> None:
-        """Bring the ranks' ``shards [K, n]`` to ``rows [K, d n]``; ``shards`` must not change any more."""
-        cut, group = self._cuts[index], self._layout.dp_group
-        vectors = [cut.from_owners(shard) for shard in shards]
-        for (lo, hi), *parts in zip(cut.bounds, *vectors, strict=True):
-            self._running[index, lo] = [
-                (dist.all_gather_into_tensor(row[lo:hi], part, group=group, async_op=True), part)
-                for row, part in zip(rows, parts, strict=True)
-            ]
-
-    def wait(self, key: int | None = None) -> None:
-        """Until a parameter's stretches have come, or all (on a GPU: this stream's further work waits, not the host)."""
-        for place in list(self._running) if key is None else self._in.get(key, ()):
-            for work, _ in self._running.pop(place, ()):
-                work.wait()
 
 
 @dataclass

@@ -5,7 +5,7 @@ soon as all that lies in it has been added, so that the network works while the 
 target's sums travel while the next one's passes run:
 
     stage 0      an all-reduce of the stretch
-    stages 1, 2  a reduce-scatter of it in equal parts, which go to their owners at the end (stretches.py)
+    stages 1, 2  a reduce-scatter of it in equal parts, which go to their owners at the end (engines/stretches.py)
     stage 3      a reduce-scatter of every layer, which runs while the next layer's gradient is computed
 
 How often a parameter is used in a microbatch (twice, where embeddings are tied) the first step learns; until then
@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..engines.shards import FlatGroup, Residence
+from ..engines.stretches import Cut
 from ..errors import UserError
 from ..parallel import Layout
-from .stretches import Cut
 
 LAYERS_ON_THE_WAY = 1
 """Under ZeRO-3, beside the one whose gradient is computed; each holds its whole fp32 gradient."""

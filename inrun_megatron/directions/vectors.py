@@ -27,13 +27,13 @@ from torch.nn import Parameter
 
 from ..dots.linear import HAS_TRITON
 from ..engines.shards import FlatGroup, Residence, Span, merged
+from ..engines.stretches import Cut, FlatGathers
 from ..errors import UserError
 from ..optimizers import block_size
 from ..parallel import Layout
 from ..taps import Sharding
-from .gathers import FlatGathers, LayerGathers
+from .gathers import LayerGathers
 from .reductions import Reductions
-from .stretches import Cut
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -1,7 +1,8 @@
 """Moving the model's weights to where the optimizer's step would take them, and back without a trace.
 
 The optimizer's masters, moments and counters are only read. What moves is the copy that the layers use: this rank's
-part of it is computed from the masters, and gathered the way DeepSpeed gathers it after a step.
+part of it is computed from the masters, and gathered (stages 1 and 2) stretch by stretch while the first forward runs,
+whose layers wait for their own (``arriving``).
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 from .shards import FlatGroup, Piece, Residence
+from .stretches import Cut, FlatGathers
 from .zero_groups import OptimizerState
 
 Place = Callable[[int, Piece, Tensor], object]
@@ -25,6 +27,12 @@ class Lookahead:
 
     def __init__(self, state: OptimizerState) -> None:
         self._state = state
+        cuts = {index: Cut(g, state.layout) for index, g in enumerate(state.groups) if self._gathered(g)}
+        self._gathers = FlatGathers(state.groups, cuts, state.layout)
+
+    def arriving(self, parameter: Parameter) -> None:
+        """Wait until the parameter's moved weights have come: before a layer reads it."""
+        self._gathers.wait(id(parameter))
 
     @contextmanager
     def moving(self) -> Iterator[Callable[[Place], None]]:
@@ -44,6 +52,7 @@ class Lookahead:
 
         def move(place: Place) -> None:
             nonlocal moved
+            self._gathers.wait()  # where a node's passes read less than the whole model
             with torch.no_grad():
                 if moved and self._state.is_bare:
                     back()
@@ -54,6 +63,7 @@ class Lookahead:
         try:
             yield move
         finally:
+            self._gathers.wait()
             with torch.no_grad():
                 back()
             if not kept:
@@ -62,11 +72,11 @@ class Lookahead:
     def _weights_to_keep(self) -> list[Tensor]:
         if self._state.is_bare:
             return [piece.tensor.data for _, piece in self._state.pieces()]
-        flat = [group.flat for group in self._state.groups if self._gathers(group)]
+        flat = [group.flat for group in self._state.groups if self._gathered(group)]
         assert not flat or len(flat) == len(self._state.groups), "groups of one engine share a stage"
         return [weights for weights in flat if weights is not None]
 
-    def _gathers(self, group: FlatGroup) -> bool:
+    def _gathered(self, group: FlatGroup) -> bool:
         return group.residence is Residence.FLAT and self._state.layout.dp_size > 1
 
     def settle(self) -> None:
@@ -74,6 +84,7 @@ class Lookahead:
         with torch.no_grad():
             self._write_all(lambda _, piece, out: out.copy_(piece.tensor.view(-1)))
             self._gather()
+            self._gathers.wait()
 
     def _write_all(self, place: Place) -> None:
         for index, group in enumerate(self._state.groups):
@@ -102,11 +113,11 @@ class Lookahead:
             part.copy_(whole[start - piece.start : start - piece.start + part.numel()])
 
     def _gather(self) -> None:
-        for group in self._state.groups:
-            if self._gathers(group):
-                assert group.flat is not None
-                own = group.flat[group.start : group.stop].clone()
-                dist.all_gather_into_tensor(group.flat, own, group=self._state.layout.dp_group)
+        for index in self._gathers.order:
+            group = self._state.groups[index]
+            assert group.flat is not None
+            own = group.flat[group.start : group.stop].clone()
+            self._gathers.start(index, own.unsqueeze(0), group.flat.unsqueeze(0), forward=True)
         self._state.release_gathered_weights()
 
 

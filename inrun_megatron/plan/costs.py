@@ -13,9 +13,6 @@ DIRECTION_BYTES = {"fp32": 4, "bf16": 2}
 DOT_BYTES = 8
 """Per dot, loss or audit figure in a collective: they are fp64."""
 
-FLAT_GROUPS = 2
-"""Parameter groups of the optimizer: with and without weight decay (training/optimizer.py)."""
-
 FORWARD, BACKWARD, ATTENTION_BACKWARD = 1, 2, 2.5
 """Operations of a pass, in forwards: a linear layer's backward takes the gradients of input and weight; flash attention's
 has five products where forward has two, because it forms the scores again."""

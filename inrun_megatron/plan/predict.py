@@ -14,7 +14,6 @@ from inrun_megatron.plan.costs import (
     ATTENTION_BACKWARD,
     BACKWARD,
     DOT_BYTES,
-    FLAT_GROUPS,
     FORWARD,
     LEDGER_ROW_BYTES,
     LEDGER_SAMPLE_BYTES,
@@ -26,7 +25,7 @@ from inrun_megatron.plan.job import Job, count
 READ, DOTS, AUDITS = "read directions", "dots", "audits"
 """Purposes of the collectives that every scored step has; the others serve a step's own directions."""
 
-FILL, SUM, PUBLISH = "fill directions", "sum directions", "publish directions"
+FILL, SUM, PUBLISH, MOVE = "fill directions", "sum directions", "publish directions", "move weights"
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def flat_groups(job: Job) -> list[int]:
 
 
 def stretches(job: Job) -> list[int]:
-    """Collectives that sum, or gather, one vector over data-parallel ranks, by group (directions/stretches.py)."""
+    """Collectives that sum, or gather, one vector over data-parallel ranks, by group (engines/stretches.py)."""
     return [ceil(numel / STRETCH) for numel in flat_groups(job)]
 
 
@@ -228,7 +227,14 @@ def collectives(job: Job) -> list[Collective]:
         add("all_to_all", "dp", "shards to stretches", len(cut) * k, k * job.direction_bytes * sum(cut) / d)
         add("all_gather", "dp", PUBLISH, sum(stretches(job)) * k, published)
         moved = job.parameter_bytes * count(job.parameters) * cost.gathers
-        add("all_gather", "dp", "move weights", FLAT_GROUPS * cost.gathers, moved)
+        add(
+            "all_to_all",
+            "dp",
+            "moved shards to stretches",
+            len(cut) * cost.gathers,
+            job.parameter_bytes * sum(cut) * cost.gathers / d,
+        )
+        add("all_gather", "dp", MOVE, sum(stretches(job)) * cost.gathers, moved)
     if t > 1 and any(parameter.sequence for parameter in job.parameters):
         own = sum(parameter.numel for parameter in job.parameters if parameter.sequence)
         share = own / d if job.zero_stage else own
@@ -340,4 +346,6 @@ def _hidden(job: Job, microbatch: float, seconds: dict[str, float]) -> float:
     # Gathers travel from training's first forward on, through a pipeline from its first backward, and a layer waits
     # for its own.
     beside = microbatch * (backward if job.pipeline_parallel > 1 else 1.0)
-    return min(seconds.get(SUM, 0.0) * (1 - last), window) + min(seconds.get(PUBLISH, 0.0), beside)
+    # Moved weights travel in the first forward after each move.
+    moved = min(seconds.get(MOVE, 0.0), job.cost.gathers * validation * (1 - backward))
+    return moved + min(seconds.get(SUM, 0.0) * (1 - last), window) + min(seconds.get(PUBLISH, 0.0), beside)

@@ -118,11 +118,13 @@ class Pass:
         detached: parameters take no part in autograd, so that no ``AccumulateGrad`` node runs and the
             engine's gradient hooks stay silent; gradient flows from a dummy leaf.
         microbatch: index of the microbatch within the step.
+        arriving: called with every parameter before a layer reads it, where weights are still on their way.
     """
 
     consumers: Sequence[Consumer] = ()
     detached: bool = False
     microbatch: int = 0
+    arriving: Callable[[Parameter], None] | None = None
     anchor: Tensor | None = field(default=None, repr=False)
 
     def anchor_on(self, device: torch.device) -> Tensor | None:
@@ -142,6 +144,12 @@ class Call:
     run: Pass | None
     weight: Parameter
     bias: Parameter | None = None
+
+    def __post_init__(self) -> None:
+        if self.run is not None and self.run.arriving is not None:
+            for parameter in (self.weight, self.bias):
+                if parameter is not None:
+                    self.run.arriving(parameter)
 
     @property
     def emits(self) -> bool:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..defaults import STRETCH
-from ..engines.shards import FlatGroup, Residence
 from ..parallel import Layout
+from .shards import FlatGroup, Residence
 
 
 @dataclass(frozen=True)
@@ -99,3 +99,51 @@ class Cut:
             group=self._layout.dp_group,
         )
         return arrived.split(arriving)
+
+
+class FlatGathers:
+    """All-gathers of flat groups, stretch by stretch in the order in which they are read: each reader waits for its own.
+
+    Args:
+        groups: flat groups of the engine's adapter.
+        cuts: of those that are gathered, by index.
+        layout: process groups.
+    """
+
+    def __init__(self, groups: Sequence[FlatGroup], cuts: dict[int, Cut], layout: Layout) -> None:
+        self._cuts, self._layout = cuts, layout
+        # Small groups first: a forward soon comes to a norm, and a backward begins with one.
+        self.order = sorted(cuts, key=lambda index: groups[index].numel)
+        self._in: dict[
+            int, list[tuple[int, int]]
+        ] = {}  # by parameter: group and lower bound of its stretches
+        for index, cut in cuts.items():
+            for span in groups[index].spans:
+                inside = [lo for lo, hi in cut.bounds if span.start < hi and span.start + span.numel > lo]
+                self._in[id(span.parameter)] = [(index, lo) for lo in inside]
+        self._running: dict[tuple[int, int], list[tuple[dist.Work, Tensor]]] = {}  # with what is sent
+
+    @property
+    def running(self) -> int:
+        """Stretches that nobody has waited for."""
+        return len(self._running)
+
+    def start(self, index: int, shards: Tensor, rows: Tensor, *, forward: bool = False) -> None:
+        """Bring the ranks' ``shards [K, n]`` to ``rows [K, d n]``; ``shards`` must not change any more.
+
+        ``forward``: a forward reads them, from the group's beginning; else a backward, from its end.
+        """
+        cut, group = self._cuts[index], self._layout.dp_group
+        vectors = [cut.from_owners(shard) for shard in shards]
+        stretches = list(zip(cut.bounds, *vectors, strict=True))
+        for (lo, hi), *parts in reversed(stretches) if forward else stretches:
+            self._running[index, lo] = [
+                (dist.all_gather_into_tensor(row[lo:hi], part, group=group, async_op=True), part)
+                for row, part in zip(rows, parts, strict=True)
+            ]
+
+    def wait(self, key: int | None = None) -> None:
+        """Until a parameter's stretches have come, or all (on a GPU: this stream's further work waits, not the host)."""
+        for place in list(self._running) if key is None else self._in.get(key, ()):
+            for work, _ in self._running.pop(place, ()):
+                work.wait()
