@@ -45,7 +45,8 @@ def _groups(residence: Residence, size: int, rank: int) -> tuple[list[FlatGroup]
 def _sums(rank: int, world: int, residence: Residence, stretch: int) -> list[Any]:
     """Three steps of two targets, whose last weight is used twice: (collectives at the end of each backward, whether all
     shards and what layers read is right, stretches waited for after each read) per step."""
-    from inrun_megatron.directions import Directions, stretches
+    from inrun_megatron.directions import Directions
+    from inrun_megatron.engines import stretches
     from inrun_megatron.parallel import Layout
 
     stretches.STRETCH = stretch
