@@ -18,5 +18,4 @@ CUDA_BLOCK = 1 << 26
 """Elements that elementwise work on a GPU takes at a time: its one vector to compute in is 256 MiB in fp32 at most."""
 
 STRETCH = 1 << 25
-"""Elements that one collective sums over data-parallel ranks, at most: 128 MiB of fp32, enough for a ring of hundreds of
-ranks to be at speed."""
+"""Elements that one collective sums or gathers over data-parallel ranks, at most: 128 MiB of fp32. Chosen, not measured."""

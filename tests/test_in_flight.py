@@ -6,9 +6,6 @@ its work is waited for, and its input must be then what it was when it was start
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.counting import standing_in
 from tests.distributed import DistributedError, assert_cases, run_cases, run_distributed
 from tests.layout_runs import Ran, deviation, train
 from tests.layouts import LayoutCase
@@ -74,19 +72,6 @@ class Late:
         return LateWork(output, result, given)
 
 
-@contextmanager
-def late() -> Iterator[Late]:
-    modules = [importlib.import_module(f"inrun_megatron.{name}") for name in MODULES]
-    stands_in = Late()
-    try:
-        for module in modules:
-            module.dist = stands_in  # type: ignore[attr-defined]
-        yield stands_in
-    finally:
-        for module in modules:
-            module.dist = dist  # type: ignore[attr-defined]
-
-
 CASES = [
     LayoutCase(4, 1, False, 0, 1, "gpt2", "adamw", steps=3),
     LayoutCase(4, 1, False, 1, 1, "llama", "adamw", steps=3, base="drift"),
@@ -103,8 +88,9 @@ def _train_late(rank: int, world: int, case: LayoutCase) -> tuple[Ran, int]:
     from inrun_megatron.engines import stretches
 
     stretches.STRETCH = 500
-    with late() as stands_in:
-        return train(rank, world, case), stands_in.started
+    stand_in = Late()
+    with standing_in(stand_in, MODULES):
+        return train(rank, world, case), stand_in.started
 
 
 def test_values_where_nothing_comes_before_it_is_waited_for() -> None:
@@ -118,14 +104,13 @@ def test_values_where_nothing_comes_before_it_is_waited_for() -> None:
 
 
 def _careless(rank: int, world: int, mistake: str) -> float:
-    with late() as stands_in:
-        given, output = torch.ones(2), torch.empty(2 * world)
-        work = stands_in.all_gather_into_tensor(output, given, async_op=True)
-        if mistake == "write":
-            given.add_(1.0)
-        if mistake != "read":
-            work.wait()
-        return float(output.sum())
+    given, output = torch.ones(2), torch.empty(2 * world)
+    work = Late().all_gather_into_tensor(output, given, async_op=True)
+    if mistake == "write":
+        given.add_(1.0)
+    if mistake != "read":
+        work.wait()
+    return float(output.sum())
 
 
 def test_control_early_reads_and_writes_are_seen() -> None:

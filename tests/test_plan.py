@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,11 @@ from inrun_megatron import cli
 from inrun_megatron.config import ModelConfig
 from inrun_megatron.defaults import STRETCH
 from inrun_megatron.ledger import LedgerWriter, RunDescription, create_ledger
-from inrun_megatron.plan import predict
+from inrun_megatron.plan import predict, times
 from inrun_megatron.plan.costs import ESTIMATORS
 from inrun_megatron.plan.job import Job, count
 from inrun_megatron.plan.presets import PRESETS
+from tests.counting import standing_in
 from tests.distributed import assert_cases, run_cases
 from tests.layout_engine import build_engine
 from tests.layouts import LayoutCase
@@ -127,21 +127,6 @@ class Recorder:
         return counted
 
 
-@contextmanager
-def recorded() -> Iterator[Recorder]:
-    import importlib
-
-    recorder = Recorder()
-    modules = [importlib.import_module(f"inrun_megatron.{name}") for name in COLLECTIVE_MODULES]
-    try:
-        for module in modules:
-            module.dist = recorder  # type: ignore[attr-defined]
-        yield recorder
-    finally:
-        for module in modules:
-            module.dist = torch.distributed  # type: ignore[attr-defined]
-
-
 def _operations(run: Callable[[], None]) -> float:
     """Operations of linear layers, attention and dots, by torch's counter."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -217,7 +202,8 @@ def _measure(rank: int, world: int, case: Case) -> Measured:
 
     step(1, False)  # moments and buffers exist from here on
     plain = _operations(lambda: step(2, False))
-    with recorded() as recorder:
+    recorder = Recorder()
+    with standing_in(recorder, COLLECTIVE_MODULES):
         scored = _operations(lambda: step(3, True))
     validation = training = 0
     if world == 1 and not case.layout.zero:
@@ -309,6 +295,30 @@ def test_predictions_are_what_real_steps_hold_send_and_compute(
             assert 0 < found.validation_saved <= found.training_saved, name
 
 
+def test_what_passes_hide_at_best() -> None:
+    """Everything that may wait where computing is slow, nothing where it is fast; the rest is what no pass is beside."""
+    job = replace(_case(2, 1, base="drift").job(), targets=4)
+    slow, fast = times.Hardware(flops=1.0), times.Hardware(flops=1e60)
+    network = slow.network
+
+    def seconds(job: Job, *purposes: str) -> float:
+        return sum(own.bytes for own in predict.collectives(job) if own.purpose in purposes) / network
+
+    sums = seconds(job, predict.SUM)
+    rest = seconds(job, predict.PUBLISH, predict.MOVE)
+    # One stretch a target: only the last target's has no pass left to hide behind.
+    assert times.time(job, slow).hidden == pytest.approx(rest + 3 / 4 * sums)
+    assert times.time(job, fast).hidden == pytest.approx(0.0, abs=1e-30)
+    single = replace(job, targets=1)
+    assert times.time(single, slow).hidden == pytest.approx(seconds(single, predict.PUBLISH, predict.MOVE)), (
+        "one target, one stretch: its sum hides behind nothing"
+    )
+    sharded = replace(job, zero_stage=3)
+    assert times.time(sharded, slow).hidden == pytest.approx(seconds(sharded, predict.READ, predict.FILL))
+    taken = times.time(job, times.Hardware())
+    assert taken.overlapped_overhead == pytest.approx(taken.scored_overhead - taken.hidden / taken.training)
+
+
 def test_other_targets_change_the_prediction() -> None:
     """The control: another number of targets would be found out by the tolerances above."""
     job = _case(2, 1).job()
@@ -361,18 +371,16 @@ def test_time_follows_from_the_counts() -> None:
     """Validation alone costs its share of rows; an interval divides it; memory and network add their own."""
     model, fields = PRESETS["7b"]
     job = Job(model=ModelConfig(**model), **fields | {"target_sequences": 64})
-    fast = predict.Hardware(memory=1e30, network=1e30)
-    assert predict.time(job, fast).overhead == pytest.approx(64 / 1024)
-    assert predict.time(replace(job, interval=4), fast).overhead == pytest.approx(16 / 1024)
-    assert predict.time(replace(job, refresh=4), fast).overhead == pytest.approx(16 / 1024)
-    each = predict.time(replace(job, refresh=10**9), predict.Hardware(memory=1e30))
+    fast = times.Hardware(memory=1e30, network=1e30)
+    assert times.time(job, fast).overhead == pytest.approx(64 / 1024)
+    assert times.time(replace(job, interval=4), fast).overhead == pytest.approx(16 / 1024)
+    assert times.time(replace(job, refresh=4), fast).overhead == pytest.approx(16 / 1024)
+    each = times.time(replace(job, refresh=10**9), times.Hardware(memory=1e30))
     assert 0 < each.overhead < 1e-4 < each.scored_overhead  # dots and audits are sent in every scored step
     # One sequence costs as much as one per replica: the microbatches are filled up.
-    assert predict.time(replace(job, target_sequences=1), fast).overhead == pytest.approx(32 / 1024)
-    assert (
-        predict.time(job, predict.Hardware()).dots > 0 < predict.time(job, predict.Hardware()).communication
-    )
-    costs = {key: predict.time(replace(job, estimator=key[0], base=key[1]), fast) for key in ESTIMATORS}
+    assert times.time(replace(job, target_sequences=1), fast).overhead == pytest.approx(32 / 1024)
+    assert times.time(job, times.Hardware()).dots > 0 < times.time(job, times.Hardware()).communication
+    costs = {key: times.time(replace(job, estimator=key[0], base=key[1]), fast) for key in ESTIMATORS}
     ratio = 64 / 1024
     assert costs["simpson", "current"].overhead == pytest.approx(1 + 3 * ratio)
     assert 1 + ratio < costs["midpoint", "current"].overhead < 1 + 1.4 * ratio

@@ -11,9 +11,9 @@ from inrun_megatron.commands.options import JsonOption
 from inrun_megatron.config import ModelConfig
 from inrun_megatron.errors import UserError
 from inrun_megatron.plan.job import Job
-from inrun_megatron.plan.predict import Hardware
 from inrun_megatron.plan.presets import PRESETS
 from inrun_megatron.plan.text import markdown, record, size, table_rows
+from inrun_megatron.plan.times import Hardware
 from inrun_megatron.report.tables import console, print_json, table
 
 Number = int | None

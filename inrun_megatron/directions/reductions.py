@@ -60,19 +60,20 @@ class Reductions:
         largest_first = sorted(cuts, key=lambda index: -groups[index].numel)
         self._order = [_Stretch(index, lo, hi) for index in largest_first for lo, hi in cuts[index].bounds]
         self._in: dict[int, list[int]] = {}  # by parameter: the stretches that it lies in
-        for place, stretch in enumerate(self._order):
-            for span in groups[stretch.group].spans:
-                if span.start < stretch.hi and span.start + span.numel > stretch.lo:
-                    self._in.setdefault(id(span.parameter), []).append(place)
-        self._held: set[int] = set()  # stretches that are sent at the end
+        for index in largest_first:
+            first = next(place for place, stretch in enumerate(self._order) if stretch.group == index)
+            for span in groups[index].spans:
+                self._in[id(span.parameter)] = [first + place for place in cuts[index].meets(span)]
         self._uses: Counter[int] | None = None  # of each parameter in a microbatch
         self._layers: deque[tuple[dist.Work, Tensor, Tensor, Tensor]] = deque()
+        self.hold(())
         self.begin()
 
     def hold(self, parameters: Iterable[Parameter]) -> None:
         """Send what these lie in at the end: something is added to them after the last backward."""
-        self._held |= {place for parameter in parameters for place in self._in.get(id(parameter), ())}
-        self.begin()
+        self._held = {place for parameter in parameters for place in self._in.get(id(parameter), ())}
+        every = [(target, place) for target in range(self._targets) for place in range(len(self._order))]
+        self._queue = sorted(every, key=lambda own: own[1] in self._held)  # the held ones last
 
     @property
     def started(self) -> int:
@@ -83,8 +84,6 @@ class Reductions:
         """Nothing has been added up."""
         self._seen: list[Counter[int]] = [Counter() for _ in range(self._targets)]
         self._missing = [self._expected() for _ in range(self._targets)]
-        every = [(target, place) for target in range(self._targets) for place in range(len(self._order))]
-        self._queue = sorted(every, key=lambda own: own[1] in self._held)  # the held ones last
         self._works: list[dist.Work] = []
         self._parts: dict[tuple[int, int], dict[int, Tensor]] = {}  # by group and target: by lower bound
         self._layers.clear()

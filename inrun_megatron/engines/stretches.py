@@ -2,8 +2,8 @@
 
 Rank r owns the r-th of d equal parts of a flat group, its shard. A collective over a stretch of the group gives, or takes,
 another part at each rank: the r-th of d equal parts of the stretch. One all-to-all of 1/d of the group brings parts
-to their owners, or shards to where stretches are gathered from, so that stretches travel one by one, at the speed of whole
-groups, whatever d is (a collective per owner would be d short ones). A group of one stretch needs none.
+to their owners, or shards to where stretches are gathered from, so that stretches travel one by one and their length does not
+depend on d (a collective per owner would be d short ones). A group of one stretch needs none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..defaults import STRETCH
 from ..parallel import Layout
-from .shards import FlatGroup, Residence
+from .shards import FlatGroup, Residence, Span
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Cut:
         if len(self.bounds) > 1 and group.residence is Residence.FLAT:
             self._owned_by = [self._common(rank, owner) for owner in range(size)]
             self._held_by = [self._common(holder, rank) for holder in range(size)]
+
+    def meets(self, span: Span) -> list[int]:
+        """Which stretches, by their place in ``bounds``, a parameter lies in."""
+        end = span.start + span.numel
+        return [place for place, (lo, hi) in enumerate(self.bounds) if span.start < hi and end > lo]
 
     def _common(self, holder: int, owner: int) -> list[_Common]:
         """``holder``'s parts of stretches within ``owner``'s shard."""
@@ -114,13 +119,12 @@ class FlatGathers:
         self._cuts, self._layout = cuts, layout
         # Small groups first: a forward soon comes to a norm, and a backward begins with one.
         self.order = sorted(cuts, key=lambda index: groups[index].numel)
-        self._in: dict[
-            int, list[tuple[int, int]]
-        ] = {}  # by parameter: group and lower bound of its stretches
-        for index, cut in cuts.items():
-            for span in groups[index].spans:
-                inside = [lo for lo, hi in cut.bounds if span.start < hi and span.start + span.numel > lo]
-                self._in[id(span.parameter)] = [(index, lo) for lo in inside]
+        # By parameter: the stretches that it lies in, as (group, place).
+        self._in = {
+            id(span.parameter): [(index, place) for place in cut.meets(span)]
+            for index, cut in cuts.items()
+            for span in groups[index].spans
+        }
         self._running: dict[tuple[int, int], list[tuple[dist.Work, Tensor]]] = {}  # with what is sent
 
     @property
@@ -135,9 +139,9 @@ class FlatGathers:
         """
         cut, group = self._cuts[index], self._layout.dp_group
         vectors = [cut.from_owners(shard) for shard in shards]
-        stretches = list(zip(cut.bounds, *vectors, strict=True))
-        for (lo, hi), *parts in reversed(stretches) if forward else stretches:
-            self._running[index, lo] = [
+        stretches = list(enumerate(zip(cut.bounds, *vectors, strict=True)))
+        for place, ((lo, hi), *parts) in reversed(stretches) if forward else stretches:
+            self._running[index, place] = [
                 (dist.all_gather_into_tensor(row[lo:hi], part, group=group, async_op=True), part)
                 for row, part in zip(rows, parts, strict=True)
             ]

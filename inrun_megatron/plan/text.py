@@ -8,12 +8,12 @@ from typing import Any
 
 from inrun_megatron.plan import predict
 from inrun_megatron.plan.job import Job, count
-from inrun_megatron.plan.predict import Hardware
+from inrun_megatron.plan.times import Hardware, time
 
 
 def record(job: Job, hardware: Hardware) -> dict[str, Any]:
     """All predictions for one job, JSON-serialisable."""
-    memory, time, work = predict.memory(job), predict.time(job, hardware), predict.operations(job)
+    memory, taken, work = predict.memory(job), time(job, hardware), predict.operations(job)
     rows, size = predict.ledger(job)
     sent = predict.collectives(job)
     return {
@@ -26,11 +26,11 @@ def record(job: Job, hardware: Hardware) -> dict[str, Any]:
         "communication": {"count": sum(own.count for own in sent), "bytes": sum(own.bytes for own in sent)},
         "operations": asdict(work) | {"extra": work.extra},
         "ledger": {"rows": rows, "bytes": size},
-        "time": asdict(time)
+        "time": asdict(taken)
         | {
-            "scored_overhead": time.scored_overhead,
-            "overlapped_overhead": time.overlapped_overhead,
-            "overhead": time.overhead,
+            "scored_overhead": taken.scored_overhead,
+            "overlapped_overhead": taken.overlapped_overhead,
+            "overhead": taken.overhead,
         },
     }
 
