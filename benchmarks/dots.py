@@ -3,8 +3,9 @@
     python -m benchmarks.dots                  # the table in docs/dots.md
     python -m benchmarks.dots --json
 
-Each cell is the time of gradient and dots over that of the weight gradient alone, the smallest of several repetitions:
-processor time on a CPU (one thread), device time on a GPU, where the Triton kernel joins and buffers are bf16.
+Each cell is the time of gradient and dots over that of the weight gradient alone. On a CPU (one thread) processor time, the
+smallest of several repetitions; on a GPU device time, their median, with buffers and directions in bf16 that are in no
+cache, where the kernel joins.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from inrun_megatron.dots.linear import blocks_and_dots, weight_gradient
 from inrun_megatron.dots.projection import token_dots
 
 LENGTHS = (4, 8, 16, 32, 64, 128, 256, 1024)
+GPU_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 VALIDATION_TOKENS = 256  # of the Gram form
 
 
@@ -44,22 +46,29 @@ class Row:
     picked: str
 
 
-def _smallest(work: Callable[[], object], repetitions: int, cuda: bool) -> float:
-    """Seconds of the fastest repetition."""
+def _seconds(work: Callable[[], object], repetitions: int, cuda: bool) -> float:
+    """Of one repetition: the fastest on a CPU, the median on a GPU."""
+    if cuda:
+        return _device_seconds(work, repetitions)
     found = []
     for _ in range(repetitions + 1):
-        if cuda:
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            work()
-            stop.record()
-            torch.cuda.synchronize()
-            found.append(start.elapsed_time(stop) / 1e3)
-        else:
-            started = time.process_time()
-            work()
-            found.append(time.process_time() - started)
-    return min(found[1:])  # the first one warms caches and compiles
+        started = time.process_time()
+        work()
+        found.append(time.process_time() - started)
+    return min(found[1:])  # the first one warms caches
+
+
+def _device_seconds(work: Callable[[], object], repetitions: int) -> float:
+    work()  # compiles
+    other = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+    for start, stop in events:
+        other.zero_()  # empties the caches, and lets the host run ahead
+        start.record()
+        work()
+        stop.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) for start, stop in events) / 1e3
 
 
 def rates(rows: list[Row], tokens: int) -> tuple[float, float]:
@@ -92,7 +101,7 @@ def measure(
     dtype = torch.bfloat16 if cuda else torch.float32
     a = torch.randn(length, segments, features_in, device=device).to(dtype)
     b = torch.randn(length, segments, features_out, device=device).to(dtype)
-    directions = list(torch.randn(targets, features_out, features_in, device=device))
+    directions = list(torch.randn(targets, features_out, features_in, device=device).to(dtype))
     dots = torch.zeros(segments, targets, dtype=torch.float64, device=device)
     # The paper's form: the target's own activations and output gradients, one pair of matrices per target.
     pairs = [
@@ -112,17 +121,19 @@ def measure(
             dots[:, k] += ((a @ x.t()) * (b @ y.t())).sum((0, 2))
         return weight_gradient(a, b)
 
-    forms: dict[str, Callable[[], object]] = {
-        "blocks": lambda: blocks_and_dots(a, b, directions, 1, dots),
-        "projection": projection,
-        "gram": gram,
-    }
+    forms: dict[str, Callable[[], object]] = {"projection": projection, "gram": gram}
     if cuda:
-        from inrun_megatron.dots import triton_linear
+        from inrun_megatron.dots import triton_blocks, triton_linear
+        from inrun_megatron.dots.triton_launch import add_parts
 
-        forms["fused"] = lambda: triton_linear.weight_gradient_and_dots(a, b, directions, 1, dots)
-    plain = _smallest(lambda: weight_gradient(a, b), repetitions, cuda)
-    times = {name: _smallest(work, repetitions, cuda) / plain for name, work in forms.items()}
+        forms["blocks"] = lambda: add_parts(dots, [triton_blocks.blocks_and_dots(a, b, directions, 1)[1]])
+        forms["fused"] = lambda: add_parts(
+            dots, [triton_linear.weight_gradient_and_dots(a, b, directions, 1)[1]]
+        )
+    else:
+        forms["blocks"] = lambda: blocks_and_dots(a, b, directions, 1, dots)
+    plain = _seconds(lambda: weight_gradient(a, b), repetitions, cuda)
+    times = {name: _seconds(work, repetitions, cuda) / plain for name, work in forms.items()}
     eligible = [name for name in times if name != "gram"]
     shape = cost.Shape(tokens, segments, features_in, features_out, targets)
     return Row(
@@ -133,7 +144,7 @@ def measure(
         plain,
         times,
         fastest=min(eligible, key=lambda name: times[name]),
-        picked=cost.cheapest(shape, cost.CUDA if cuda else cost.CPU, *eligible),  # type: ignore[arg-type]
+        picked=cost.cheapest(shape, cost.gpu if cuda else cost.cpu, *eligible),  # type: ignore[arg-type]
     )
 
 
@@ -167,7 +178,7 @@ def _table(rows: list[Row], title: str) -> Table:
 def main(
     hidden: Annotated[list[int] | None, typer.Option(help="hidden sizes; weights are [4 h, h]")] = None,
     targets: Annotated[list[int] | None, typer.Option(help="numbers of targets")] = None,
-    tokens: Annotated[int, typer.Option(help="tokens of the microbatch")] = 1024,
+    tokens: Annotated[int | None, typer.Option(help="tokens of the microbatch; 1024, 8192 on a GPU")] = None,
     repetitions: Annotated[int, typer.Option(help="repetitions; the fastest counts")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
@@ -175,11 +186,13 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    cuda = device.type == "cuda"
+    tokens = tokens or (8192 if cuda else 1024)
     rows = [
         measure(h, 4 * h, length, k, tokens=tokens, repetitions=repetitions, device=device)
-        for h in hidden or [256, 512]
+        for h in hidden or ([1024, 2048] if cuda else [256, 512])
         for k in targets or [1, 4]
-        for length in LENGTHS
+        for length in (GPU_LENGTHS if cuda else LENGTHS)
         if length <= tokens
     ]
     operations, moved = rates(rows, tokens)

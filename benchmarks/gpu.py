@@ -4,23 +4,27 @@
     python -m benchmarks.gpu --only "llama 1b" --json   # some of them
     python -m benchmarks.gpu --smoke                    # tiny shapes, on any device
 
-bf16, ZeRO-2 on one rank, AdamW, directions in bf16, sequence 1024 and 4096, microbatches of 1, 4 and 8; 16 training and 2
-validation sequences a step, so that the limit is 1.125. Time is wall time between synchronisations, alternately with a plain
-engine's. Memory is what torch had allocated at most in a step, without what the other engine holds; its limit is 2 bytes
-per parameter and target. A case that does not fit says so, and the others go on.
+bf16, ZeRO-2 on one rank, AdamW, no dropout, directions in bf16, sequence 1024 and 4096, microbatches of 1, 4 and 8; 16
+training and 2 validation sequences a step, so that the limit is 1.125. Two engines per model, a plain and a scored one,
+step alternately. Wall time is between synchronisations; device time is that of all kernels of one step, from torch's
+profiler: where it is the smaller one, the step waits for the host that starts them. Memory is what torch had
+allocated at most in a step, without what the other engine holds; its limit is 2 bytes per parameter and target. A case
+that does not fit says so, and the others go on.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.pairs import Case, Pairs, alternate, outcome
 from benchmarks.runs import (
@@ -45,7 +49,8 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Found:
-    """One case. Seconds per step (medians); MiB: at the peak of a plain step, what scoring adds to it, and its limit.
+    """One case. Seconds per step (wall: medians; device: of one step); MiB: at the peak of a plain step, what scoring adds
+    to it, and its limit.
 
     error: why there are no figures.
     """
@@ -57,47 +62,89 @@ class Found:
     ratio: float = 0.0
     ratio_low: float = 0.0
     ratio_high: float = 0.0
+    plain_device_s: float = 0.0
+    scored_device_s: float = 0.0
     ideal: float = 0.0
     parameters: int = 0
     plain_mib: float = 0.0
     added_mib: float = 0.0
     limit_mib: float = 0.0
 
+    @property
+    def device_ratio(self) -> float | None:
+        """Scored over plain device time."""
+        return self.scored_device_s / self.plain_device_s if self.plain_device_s else None
 
-def cases(*, smoke: bool) -> list[Case]:
-    """The shapes at every sequence length and microbatch size."""
+
+def cases(*, smoke: bool) -> dict[str, list[Case]]:
+    """By model: every sequence length and microbatch size."""
     models = {"tiny": {"hidden": 64, "layers": 2}} if smoke else MODELS
     lengths, sizes = ((32,), (1, 4)) if smoke else ((1024, 4096), (1, 4, 8))
-    return [
-        Case(
-            f"{name}, sequence {length}, microbatch {size}",
-            seq_length=length,
-            train=16,
-            validation=2,
-            micro_batch=size,
-            zero_stage=2,
-            precision="bf16",
-            direction_dtype="bf16",
-            **sizes_of,
-        )
+    return {
+        name: [
+            Case(
+                f"{name}, sequence {length}, microbatch {size}",
+                seq_length=length,
+                train=16,
+                validation=2,
+                micro_batch=size,
+                zero_stage=2,
+                precision="bf16",
+                direction_dtype="bf16",
+                dropout=0.0,
+                **sizes_of,
+            )
+            for length in lengths
+            for size in sizes
+        ]
         for name, sizes_of in models.items()
-        for length in lengths
-        for size in sizes
-    ]
+    }
 
 
-def measure(found: list[Case], pairs: int, vocab: int) -> list[Found]:
+def measure(models: list[list[Case]], pairs: int, vocab: int) -> list[Found]:
     """Every case on this rank; a function for `on_ranks`."""
     answers = []
-    for case in found:
-        try:
-            answers.append(_measure(case, pairs, vocab))
-        except torch.cuda.OutOfMemoryError as error:
-            answers.append(Found(case.name, error=f"does not fit: {str(error).splitlines()[0]}"))
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    for found in models:
+        engines = _Engines(found, vocab)
+        for case in found:
+            try:
+                answers.append(_measure(engines, case, pairs, vocab))
+            except torch.cuda.OutOfMemoryError as error:
+                answers.append(Found(case.name, error=f"does not fit: {str(error).splitlines()[0]}"))
+            print(answers[-1], file=sys.stderr, flush=True)
+            _let_go()
+        del engines
+        _let_go()
     return answers
+
+
+def _let_go() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class _Engines:
+    """A plain and a scored engine of one model, and how many bytes each holds between steps."""
+
+    def __init__(self, found: list[Case], vocab: int) -> None:
+        longest = replace(found[0], seq_length=max(case.seq_length for case in found))
+        empty = _allocated()
+        self.plain, self.plain_bytes = self._build(longest, vocab), _allocated() - empty
+        self.scored = self._build(longest, vocab)
+        self.scored_bytes = _allocated() - empty - self.plain_bytes
+
+    def _build(self, case: Case, vocab: int) -> Any:
+        engine = build_engine(case, vocab)
+        step = plain_step(engine, case)
+        step(1, random_microbatches(case, vocab, case.train, 1, device=engine.device))
+        return engine  # the optimizer's state exists from here on
+
+    def set_microbatch(self, case: Case) -> None:
+        for engine in (self.plain, self.scored):
+            engine.set_train_micro_batch_size(case.micro_batch)
+            engine.set_train_batch_size(case.train)
+            engine.micro_steps = 0  # a step of another accumulation would end in the middle of one
 
 
 def _allocated() -> int:
@@ -113,42 +160,50 @@ def _peak(step: Any, iteration: int, batch: Any) -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
-def _measure(case: Case, pairs: int, vocab: int) -> Found:
-    empty = _allocated()
-    engine = build_engine(case, vocab)
-    plain = plain_step(engine, case)
-    device = engine.device
+def _device_seconds(step: Any, iteration: int, batch: Any) -> float:
+    """Time of all kernels of one step."""
+    if not torch.cuda.is_available():
+        return 0.0
+    with profile(activities=[ProfilerActivity.CUDA]) as kernels:
+        step(iteration, batch)
+        synchronise()
+    return sum(event.self_device_time_total for event in kernels.key_averages()) / 1e6
+
+
+def _measure(engines: _Engines, case: Case, pairs: int, vocab: int) -> Found:
+    engines.set_microbatch(case)
+    device = engines.plain.device
 
     def batch(iteration: int) -> Any:
         return random_microbatches(case, vocab, case.train, iteration, device=device)
 
-    plain(1, batch(1))  # the optimizer's state exists from here on
-    plain_peak = _peak(plain, 2, batch(2)) - empty
-    other = _allocated() - empty
-    scored_engine = build_engine(case, vocab)
-    shapley = scoring_of(scored_engine, case, vocab)
+    plain = plain_step(engines.plain, case)
+    plain_peak = _peak(plain, 1, batch(1)) - engines.scored_bytes
+    shapley = scoring_of(engines.scored, case, vocab)
     scored = scored_step(shapley, case)
     try:
         scored(1, batch(1))
-        scored_peak = _peak(scored, 2, batch(2)) - empty - other
+        scored_peak = _peak(scored, 2, batch(2)) - engines.plain_bytes
         timed: Pairs = alternate(plain, scored, batch=batch, pairs=pairs, synchronise=synchronise)
+        plain_device, scored_device = (_device_seconds(step, 99, batch(99)) for step in (plain, scored))
     finally:
         shapley.close()
     line = outcome(case, [timed], 0.0)
-    parameters = sum(p.numel() for p in engine.module.parameters())
+    parameters = sum(p.numel() for p in engines.plain.module.parameters())
     return Found(
         case.name,
-        None,
-        line.plain_s,
-        line.scored_s,
-        line.ratio,
-        line.ratio_low,
-        line.ratio_high,
-        line.ideal,
-        parameters,
-        plain_peak / MIB,
-        (scored_peak - plain_peak) / MIB,
-        DIRECTION_BYTES * case.targets * parameters / MIB,
+        plain_s=line.plain_s,
+        scored_s=line.scored_s,
+        ratio=line.ratio,
+        ratio_low=line.ratio_low,
+        ratio_high=line.ratio_high,
+        plain_device_s=plain_device,
+        scored_device_s=scored_device,
+        ideal=line.ideal,
+        parameters=parameters,
+        plain_mib=plain_peak / MIB,
+        added_mib=(scored_peak - plain_peak) / MIB,
+        limit_mib=DIRECTION_BYTES * case.targets * parameters / MIB,
     )
 
 
@@ -160,6 +215,8 @@ def _table(answers: list[Found], device: str) -> Table:
         "scored ms",
         "ratio (quartiles)",
         "ideal",
+        "above",
+        "device ms",
         "above",
         "peak MiB",
         "added",
@@ -178,6 +235,8 @@ def _table(answers: list[Found], device: str) -> Table:
             f"{one.ratio:.3f} ({one.ratio_low:.3f}-{one.ratio_high:.3f})",
             f"{one.ideal:.4f}",
             f"{100 * (one.ratio / one.ideal - 1):+.1f}%",
+            f"{1e3 * one.plain_device_s:.1f}",
+            f"{100 * (one.device_ratio / one.ideal - 1):+.1f}%" if one.device_ratio else "-",
             f"{one.plain_mib:.0f}",
             f"{one.added_mib:.0f}",
             f"{one.limit_mib:.0f}",
@@ -194,7 +253,8 @@ def main(
     """Time and memory of scoring on one GPU. Example: python -m benchmarks.gpu --only "gpt2 124m" """
     if not smoke and not torch.cuda.is_available():
         raise typer.BadParameter("there is no GPU here; --smoke runs anywhere", param_hint="--smoke")
-    found = [case for case in cases(smoke=smoke) if only in case.name]
+    found = [[case for case in own if only in case.name] for own in cases(smoke=smoke).values()]
+    found = [own for own in found if own]
     if not found:
         raise typer.BadParameter(f"no case's name contains {only!r}", param_hint="--only")
     [answers] = on_ranks(1, 1, 1, 1, measure, found, pairs, 128 if smoke else VOCABULARY)

@@ -24,7 +24,7 @@ from benchmarks.overhead import measure_together
 from benchmarks.pairs import Case, Outcome
 from benchmarks.runs import LLAMA
 from inrun_megatron.config import ModelConfig
-from inrun_megatron.dots.cost import CPU
+from inrun_megatron.dots.cost import CPU_MOVED
 from inrun_megatron.plan import predict, times
 from inrun_megatron.plan.job import Job
 
@@ -85,7 +85,7 @@ def predicted(case: Case, vocab: int, plain_cpu_s: float) -> float:
     """What scoring adds, as a share of a plain step that takes so many processor seconds of all ranks."""
     job = job_of(case, vocab)
     flops = predict.operations(job).training / plain_cpu_s  # of the cores that all ranks share
-    return times.time(job, times.Hardware(flops, CPU.moved, CPU.moved)).scored_overhead
+    return times.time(job, times.Hardware(flops, CPU_MOVED, CPU_MOVED)).scored_overhead
 
 
 def measure_axis(axis: str, *, pairs: int, vocab: int) -> list[Point]:

@@ -45,6 +45,7 @@ class Case:
     estimator: str = "first_order"
     base: str | None = None  # None: the layout's default
     direction_dtype: str = "fp32"
+    dropout: float = 0.1  # of training; validation has none
 
     @property
     def accumulation(self) -> int:

@@ -91,6 +91,8 @@ def build_engine(case: Case, vocab: int) -> Any:
         num_layers=case.layers,
         hidden_size=case.hidden,
         num_attention_heads=max(1, case.hidden // 64),
+        attention_dropout=case.dropout,
+        hidden_dropout=case.dropout,
         **(LLAMA if case.shape == "llama" else {}),
     )
     build = build_gpt if case.pp == 1 else build_pipeline
@@ -103,9 +105,7 @@ def build_engine(case: Case, vocab: int) -> Any:
         "steps_per_print": 10**9,
         "bf16": {"enabled": case.precision == "bf16"},
     }
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, weight_decay=0.1, fused=not torch.cuda.is_available()
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     return deepspeed.initialize(
         model=model, optimizer=optimizer, config=settings, mpu=Mpu() if case.pp == 1 else None
     )[0]
@@ -176,16 +176,22 @@ def scored_step(shapley: Any, case: Case) -> Step:
     """The same step with values of all samples."""
 
     def run(iteration: int, batch: Batch) -> None:
-        with shapley.step(iteration, batch) as step:
-            if case.pp > 1:
-                step.train_batch(batch)
-            else:
-                for m in batch:
-                    with step.samples(m["dataset"], m["sample"], m["loss_mask"], m.get("segments")):
-                        _forward_backward(shapley.engine, m)
-        assert step.result.scored, step.result.status
+        result = scored_result(shapley, case, iteration, batch)
+        assert result.scored, result.status
 
     return run
+
+
+def scored_result(shapley: Any, case: Case, iteration: int, batch: Batch) -> Any:
+    """What one scored step came to."""
+    with shapley.step(iteration, batch) as step:
+        if case.pp > 1:
+            step.train_batch(batch)
+        else:
+            for m in batch:
+                with step.samples(m["dataset"], m["sample"], m["loss_mask"], m.get("segments")):
+                    _forward_backward(shapley.engine, m)
+    return step.result
 
 
 def synchronise() -> None:

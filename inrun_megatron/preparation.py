@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from .directions import Directions
 from .engines import ZeroAdapter, rng
-from .engines.inner import coming_step, is_adam
+from .engines.inner import StepCounters, coming_step, is_adam
 from .engines.lookahead import Lookahead
 from .engines.shards import Piece
 from .errors import UserError
@@ -76,6 +76,11 @@ class Preparation:
         self.estimator, self.proxy, self.training_loss = estimator, proxy, training_loss
         self._batch = directions.like(1) if estimator.follows_batch else None
         self._lookahead = Lookahead(adapter)
+        self.counters = StepCounters(adapter.inner)
+
+    def remove(self) -> None:
+        """Take the hooks out of the optimizer."""
+        self.counters.remove()
 
     def hold(self, parameters: Sequence[Parameter]) -> None:
         """``passes.join`` adds to these: their sums are complete at its end only."""
@@ -197,7 +202,8 @@ class Preparation:
 
     def _step(self, piece: Piece) -> Step:
         adapter = self.adapter
-        return coming_step(adapter.inner, adapter.param_group(piece), piece.tensor, self.proxy)
+        group = adapter.param_group(piece)
+        return coming_step(adapter.inner, group, piece.tensor, self.proxy, self.counters)
 
     def coming_step(self) -> Step:
         """The coming step of one tensor, for the hyperparameters that all tensors share."""

@@ -5,9 +5,10 @@ Shape legend: b rows and s positions of a microbatch, n parts, K targets.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,8 @@ from .errors import UserError
 class MicrobatchRows:
     """Attributes:
     dataset, sample: identity of each row, ``[b]``.
-    tokens: loss tokens of each row ``[b]``, of each part ``[n]`` where rows are cut.
+    tokens: loss tokens of each row ``[b]``, of each part ``[n]`` where rows are cut; of whole rows on the training
+        device, if the loss mask is there, until they are read (``StepRows.unread``).
     dots: partial dots ``[b, K]`` or ``[n, K]``, fp64, on the training device.
     segments: the parts; None where rows are whole.
     """
@@ -31,10 +33,14 @@ class MicrobatchRows:
     segments: Segments | None
 
 
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def _on_host(column: Any) -> Tensor:
     """Identities come from the data loader, on the host: nothing to wait for."""
     tensor = torch.as_tensor(column)
-    return tensor if tensor.device.type == "cpu" else tensor.cpu()
+    return tensor if _is_on_host(tensor) else tensor.cpu()
 
 
 @dataclass
@@ -59,7 +65,12 @@ class StepRows:
         Raises:
             UserError: shapes that do not fit.
         """
-        dataset, sample, tokens = (_on_host(x) for x in (dataset, sample, tokens))
+        dataset, sample = _on_host(dataset), _on_host(sample)
+        tokens = torch.as_tensor(tokens)
+        if segments is not None:
+            tokens = _on_host(tokens)  # where the parts are cut
+        elif not _is_on_host(tokens):
+            tokens = tokens.to(self.device)
         cut = None if segments is None else Segments.of(torch.as_tensor(segments))
         wanted = "[b] or [b, s]" if cut is None else f"{[cut.rows, cut.positions]}, that of the segments"
         fits = tokens.dim() in (1, 2) if cut is None else tokens.shape == (cut.rows, cut.positions)
@@ -78,8 +89,23 @@ class StepRows:
         """All partial dots, ``[parts, K]``."""
         return torch.cat([rows.dots for rows in self.microbatches])
 
+    def unread(self) -> Tensor:
+        """Loss tokens that are on the device: to be read together with a step's other figures."""
+        found = [rows.tokens for rows in self.microbatches if not _is_on_host(rows.tokens)]
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=self.device)
+
+    def read(self, tokens: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+        """Put the tokens of ``unread``, which have come to the host, in their places."""
+        first = 0
+        for index, rows in enumerate(self.microbatches):
+            if not _is_on_host(rows.tokens):
+                own = torch.from_numpy(tokens[first : first + len(rows.tokens)]).to(rows.tokens.dtype)
+                self.microbatches[index] = replace(rows, tokens=own)
+                first += len(own)
+        assert first == len(tokens), "these are not the tokens that were unread"
+
     def joined(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(dataset, sample, tokens) of all parts in the order of ``dots``, each ``[parts]``."""
+        """(dataset, sample, tokens) of all parts in the order of ``dots``, each ``[parts]``; after ``read``."""
 
         def of_parts(rows: MicrobatchRows, of_rows: Tensor) -> Tensor:
             return of_rows if rows.segments is None else of_rows[rows.segments.row]

@@ -130,17 +130,19 @@ class ScoredStep:
         norm = owner.adapter.gradient_norm()
         clip = owner.adapter.clip_coefficients(torch.zeros((), device=owner.device) if norm is None else norm)
         losses = nothing if self._target_losses is None else self._target_losses
-        scores, figures = nothing, nothing
+        scores, figures, tokens = nothing, nothing, nothing
         if result.scored:
             scores, figures = self._sum_scores(clip)
+            tokens = self._rows.unread()
         else:
             owner._probe.disarm()
         # Nothing was read from the device until here, and everything is read at once.
-        read = to_host(nothing if norm is None else norm, clip, losses, scores, figures)
+        read = to_host(nothing if norm is None else norm, clip, losses, scores, figures, tokens)
         result.gradient_norm = None if norm is None else float(read[0])
         result.clip_coefficient = float(read[1])
         result.target_losses = None if self._target_losses is None else read[2].tolist()
         if result.scored:
+            self._rows.read(read[5])
             self._settle_scores(torch.from_numpy(read[3]), read[4].tolist())
             if not result.scored:  # what spoiled this step's values may be in its directions
                 owner.refresh.expire()

@@ -48,8 +48,8 @@ class DirectionFiller:
             assert a is not None
             add(e.weight, lambda out: embedding_gradient(b, a, out))
         elif e.site.kind == "norm":
-            assert a is not None
-            add(e.weight, lambda out: out.add_((b * a).flatten(0, -2).sum(0, dtype=out.dtype)))
+            normalised = e.normalised()
+            add(e.weight, lambda out: out.add_((b * normalised).flatten(0, -2).sum(0, dtype=out.dtype)))
             if e.bias is not None and e.bias.requires_grad:
                 add(e.bias, lambda out: out.add_(b.flatten(0, -2).sum(0, dtype=out.dtype)))
         else:
@@ -58,6 +58,8 @@ class DirectionFiller:
 
 # Layers whose rows' gradients of vector parameters are kept until their dots are taken together.
 VECTORS_TOGETHER = 64
+# Numbers that kernels' parts of the dots may hold until they are added up.
+PARTS_TOGETHER = 2**23
 
 
 class RowScorer:
@@ -71,6 +73,9 @@ class RowScorer:
         # Vectors and embeddings in one Triton pass; on CPUs, and in fp64, by torch's operations.
         self.fused = dots.is_cuda and HAS_TRITON
         self._vectors: list[tuple[Tensor, Sequence[Tensor]]] = []
+        self._parts: list[Tensor] = []  # of kernels: sums of their programs, added up together
+        self._parts_since = 0  # the first part that `_limit_parts` has not seen
+        self._parts_size = 0
 
     def __call__(self, e: Emission) -> None:
         # Under ZeRO-3 reading a direction is a collective, and every rank of the data-parallel group (same
@@ -83,11 +88,13 @@ class RowScorer:
         directions = self.directions.of(e.weight)
         if e.site.kind == "linear":
             assert a is not None
-            grad = weight_gradient_and_dots(a, b, directions, dim, self.dots, self.segments)
+            grad = weight_gradient_and_dots(a, b, directions, dim, self.dots, self.segments, self._parts)
             if not e.site.replicated:
                 e.weight_grad = grad
-        elif self.fused and b.dtype != torch.float64:
-            self._score_fused(e, directions)
+            self._limit_parts()
+        elif self.fused and b.dim() == 3 and b.dtype != torch.float64:
+            self._parts.append(self._score_fused(e, directions))
+            self._limit_parts()
         elif e.site.kind == "bias":
             rows = self._add_vectors(e, b, directions)
             # Of one row it is left to be bitwise that without scoring.
@@ -100,32 +107,44 @@ class RowScorer:
             else:
                 self._add_tokens(e, token_embedding_dots(b, a, directions))
         elif e.site.kind == "norm":
-            assert a is not None
-            self._add_vectors(e, b * a, directions)
+            self._add_vectors(e, b * e.normalised(), directions)
             if e.bias is not None and e.bias.requires_grad:
                 self._add_vectors(e, b, self.directions.of(e.bias))
         else:
             raise AssertionError(f"no dots for sites of kind {e.site.kind}")
 
-    def _score_fused(self, e: Emission, directions: Sequence[Tensor]) -> None:
-        """Any layer but a linear one, by the kernels of dots/triton_elementwise.py."""
+    def _score_fused(self, e: Emission, directions: Sequence[Tensor]) -> Tensor:
+        """Any layer but a linear one, by the kernels of dots/triton_elementwise.py; parts of the dots."""
         from .dots import triton_elementwise as kernels  # where there is no GPU, Triton need not be installed
 
         b, a, dim = e.output_grad, e.activation, e.site.batch_dim
         bounds = None if self.segments is None else self.segments.shard_bounds(*e.site.sequence_shard)
         if e.site.kind == "bias":
-            kernels.bias_dots(b, dim, directions, self.dots, bounds)
-            return
+            return kernels.bias_dots(b, dim, directions, bounds)
         assert a is not None
         if e.site.kind == "embedding":
-            kernels.embedding_dots(b, a, dim, directions, self.dots, bounds)
-            return
+            return kernels.embedding_dots(b, a, dim, directions, bounds)
         assert e.site.kind == "norm", e.site.kind
         shifts = self.directions.of(e.bias) if e.bias is not None and e.bias.requires_grad else None
-        kernels.norm_dots(b, a, dim, directions, shifts, self.dots, bounds)
+        return kernels.norm_dots(b, a, dim, directions, shifts, bounds, e.mean, e.rstd)
+
+    def _limit_parts(self) -> None:
+        self._parts_size += sum(part.numel() for part in self._parts[self._parts_since :])
+        self._parts_since = len(self._parts)
+        if self._parts_size > PARTS_TOGETHER:
+            self._add_parts()
+
+    def _add_parts(self) -> None:
+        from .dots.triton_launch import add_parts
+
+        add_parts(self.dots, [part[..., : self.dots.shape[1]] for part in self._parts])
+        self._parts.clear()
+        self._parts_since = self._parts_size = 0
 
     def settle(self) -> None:
-        """Add the dots of the vector parameters seen since: one product for many layers, whose own would be all calls."""
+        """Add what layers have left to be added: one call for many layers, whose own would be all calls."""
+        if self._parts:
+            self._add_parts()
         if not self._vectors:
             return
         gradients = torch.cat([rows for rows, _ in self._vectors], dim=1)

@@ -143,4 +143,5 @@ class InRunShapley:
     def close(self) -> None:
         """Take taps and hooks out of the model and the optimizer."""
         self._probe.remove()
+        self.preparation.remove()
         self.taps.detach()

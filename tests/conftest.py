@@ -38,14 +38,21 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "slow: half a minute and more; runs in CI, when its file is named, with --long or -m slow"
     )
     config.addinivalue_line("markers", "long: takes minutes; runs with --long or -m long")
+    config.addinivalue_line("markers", "gpu: needs a GPU; left out where torch sees none")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out slow tests unless their file is named, long ones unless they are; or asked for by --long or -m."""
+    if not torch.cuda.is_available():
+        _leave_out({"gpu"}, config, items)
     if config.getoption("--long") or config.getoption("-m") or any("::" in name for name in config.args):
         return
     left_out = {"long"} if any(name.endswith(".py") for name in config.args) else {"long", "slow"}
-    without = [item for item in items if left_out & {marker.name for marker in item.iter_markers()}]
+    _leave_out(left_out, config, items)
+
+
+def _leave_out(markers: set[str], config: pytest.Config, items: list[pytest.Item]) -> None:
+    without = [item for item in items if markers & {marker.name for marker in item.iter_markers()}]
     if without:
         config.hook.pytest_deselected(items=without)
         items[:] = [item for item in items if item not in without]

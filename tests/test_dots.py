@@ -168,7 +168,7 @@ def test_the_form_is_chosen_by_shape_and_changes_no_value(tokens: int, form: str
     a, b = torch.randn(tokens, rows, features), torch.randn(tokens, rows, features)
     directions = [torch.randn(features, features)]
     shape = cost.Shape(rows * tokens, rows, features, features, 1)
-    assert cost.cheapest(shape, cost.CPU, "blocks", "projection") == form
+    assert cost.cheapest(shape, cost.cpu, "blocks", "projection") == form
     found, blocks = (torch.zeros(rows, 1, dtype=torch.float64) for _ in range(2))
     grad = weight_gradient_and_dots(a, b, directions, 1, found)
     expected = blocks_and_dots(a, b, directions, 1, blocks)
@@ -179,12 +179,29 @@ def test_the_form_is_chosen_by_shape_and_changes_no_value(tokens: int, form: str
 def test_the_cost_of_blocks_grows_with_segments_and_that_of_projection_with_tokens() -> None:
     few, many = cost.Shape(1024, 8, 512, 512, 2), cost.Shape(1024, 64, 512, 512, 2)
     longer = cost.Shape(4096, 8, 512, 512, 2)
-    for rates in (cost.CPU, cost.CUDA):
-        assert cost.seconds("blocks", many, rates) == pytest.approx(8 * cost.seconds("blocks", few, rates))
-        assert cost.seconds("blocks", longer, rates) == cost.seconds("blocks", few, rates)
-        assert cost.seconds("projection", many, rates) == cost.seconds("projection", few, rates)
-        assert cost.seconds("projection", longer, rates) > cost.seconds("projection", few, rates)
-        assert cost.seconds("fused", few, rates) < cost.seconds("blocks", few, rates)
+    for rule in (cost.cpu, cost.gpu):
+        calls = 0.0 if rule is cost.cpu else 3 * cost.GPU_CALL
+        assert rule("blocks", many) - calls == pytest.approx(8 * (rule("blocks", few) - calls))
+        assert rule("blocks", longer) == rule("blocks", few)
+        assert rule("projection", many) == rule("projection", few)
+        assert rule("projection", longer) > rule("projection", few)
     # Read together, four directions move less than three that are read one by one.
-    three, four = (cost.seconds("blocks", replace(few, targets=k), cost.CPU) for k in (3, 4))
+    three, four = (cost.cpu("blocks", replace(few, targets=k)) for k in (3, 4))
     assert three * 3 / 4 < four < three
+
+
+@pytest.mark.parametrize(
+    ("length", "features", "form"),
+    [
+        (1024, 2048, "fused"),
+        (1024, 768, "blocks"),  # too few tiles for the kernel
+        (64, 2048, "projection"),
+        (1, 768, "projection"),
+    ],
+)
+def test_the_form_on_a_gpu(length: int, features: int, form: str) -> None:
+    shape = cost.Shape(4096, 4096 // length, features, features, 1)
+    forms: tuple[cost.Form, ...] = ("fused", "blocks", "projection")
+    assert cost.cheapest(shape, cost.gpu, *forms) == form
+    if form == "projection":  # with fp32 directions it costs sixteen times as much
+        assert cost.gpu_wide(form, shape) == 16 * cost.gpu(form, shape)

@@ -94,11 +94,12 @@ def test_inner_products(dtype: torch.dtype) -> None:
 
 
 def test_estimators_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    step, rows, clips = _step(7), 1e-3 * torch.randn(2, N), torch.tensor(CLIPS, dtype=torch.float64)
+    step, rows = _on(_step(7), DEVICE), 1e-3 * torch.randn(2, N).to(DEVICE)
+    clips = torch.tensor(CLIPS, dtype=torch.float64, device=DEVICE)
     found = []
     for fused in (False, True):
         monkeypatch.setattr(estimators, "_fused", lambda step, vector, fused=fused: fused)
-        directions, there = rows.clone(), torch.empty(N)
+        directions, there = rows.clone(), torch.empty_like(rows[0])
         terms = condition(step, list(directions), clips, COUNTED["some"])
         place(step, 0.0, None, there)
         found.append((directions, there, *terms))

@@ -81,6 +81,7 @@ class Directions:
         if self._narrow == dtype:
             self._sums = self._stored = self._allocate(dtype)
         self._places: dict[int, _Place] = {}
+        self._views: dict[int, list[Tensor]] = {}  # of what is stored, by parameter
         for index, group in enumerate(groups):
             for span in group.spans:
                 shape = _full_shape(span.parameter)
@@ -147,6 +148,7 @@ class Directions:
     def zero(self) -> None:
         """Begin anew: what layers read until now is gone."""
         self._flat.wait()
+        self._views.clear()
         self.rewind()
         self._reductions.begin()
         if self._narrow != self._dtype:
@@ -229,10 +231,14 @@ class Directions:
 
         Views into the storage, but for ZeRO-3.
         """
-        place = self._places[id(parameter)]
-        self._flat.wait(id(parameter))
+        key = id(parameter)
+        self._flat.wait(key)
+        if key in self._views:
+            return self._views[key]
+        place = self._places[key]
         if self.groups[place.group].residence is not Residence.PARTITIONED:
-            return [row.view(place.shape) for row in self._own(place)]
+            self._views[key] = [row.view(place.shape) for row in self._own(place)]
+            return self._views[key]
         gathered = self._layers.read(id(parameter))
         parts = gathered.view(self.layout.dp_size, self.targets, place.numel)
         return [parts[:, k].reshape(-1)[: place.shape.numel()].view(place.shape) for k in range(self.targets)]

@@ -6,8 +6,8 @@ Beside the weight gradient, which training computes anyway (T tokens, G segments
     fused        the same in one kernel: the directions alone are read:   G K * out * in         elements moved
     projection   A D^T for every target, then a dot per token:            2 K T * out * in       operations
 
-Blocks cost per segment, projection per token: they meet at a number of tokens per segment that is the machine's
-operations per element moved, whatever the weight. ``python -m benchmarks.dots`` measures rates and crossover
+Blocks and the kernel cost per segment, projection per token: they meet at a number of tokens per segment that is the
+machine's operations per element moved, whatever the weight. ``python -m benchmarks.dots`` measures rates and crossover
 (docs/dots.md). Gram matrices need the direction as a product of the target's activations and output gradients, which the
 optimizer's Jacobian destroys: they are a baseline only (benchmarks/baselines.py).
 
@@ -16,29 +16,12 @@ The rule knows shapes and the kind of device only, so that all ranks and all run
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 Form = Literal["blocks", "projection", "fused"]
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What a machine does per second.
-
-    Attributes:
-        operations: of a matrix product of directions' precision (fp32).
-        moved: bytes read or written; of a weight's size, so from a cache where that is large enough.
-        call: seconds that one operation costs at least.
-        together_from: from so many directions on one matrix-vector product reads the gradient once instead of once per
-            direction; None: a dot each, always.
-    """
-
-    operations: float
-    moved: float
-    call: float
-    together_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,29 +39,59 @@ class Shape:
         return self.features_in * self.features_out
 
 
-# One core of an AMD EPYC, fitted to `python -m benchmarks.dots`. With fewer than 4 directions a dot each is as fast; one
-# product is 1.3 to 2 times faster at 4 and 16.
-CPU = Rates(operations=8e10, moved=4.5e10, call=2.5e-6, together_from=4)
-# NVIDIA H200, from its data sheet (fp32 67 TFLOPS, memory 4.8 TB/s) at 70%; not measured.
-CUDA = Rates(operations=4.7e13, moved=3.4e12, call=1e-5)
+Rule = Callable[[Form, Shape], float]
+"""Seconds that a form takes beside the plain weight gradient."""
+
+# From so many directions on one matrix-vector product reads a CPU's accumulator once instead of once per direction;
+# 1.3 to 2 times faster at 4 and 16, no faster with fewer.
+TOGETHER_FROM = 4
 
 
-def seconds(form: Form, shape: Shape, rates: Rates) -> float:
-    """What a form costs beside the plain weight gradient."""
+# One core of an AMD EPYC, fitted to ``python -m benchmarks.dots``: fp32 operations and bytes (of a weight's size, so from a
+# cache) per second.
+CPU_OPERATIONS, CPU_MOVED = 8e10, 4.5e10
+
+
+def cpu(form: Form, shape: Shape) -> float:
+    """One core of an AMD EPYC, fp32."""
+    operations, moved, call = CPU_OPERATIONS, CPU_MOVED, 2.5e-6
     weights, targets = shape.weights, shape.targets
     if form == "blocks":
         # The product adds to an accumulator in memory (read and written); then the dots read it and the directions.
-        together = rates.together_from is not None and targets >= rates.together_from
-        passes = 2 + targets + (1 if together else targets)
-        return shape.segments * (4 * passes * weights / rates.moved + (1 + targets) * rates.call)
-    if form == "fused":
-        return rates.call + 4 * shape.segments * targets * weights / rates.moved
+        passes = 2 + targets + (1 if targets >= TOGETHER_FROM else targets)
+        return shape.segments * (4 * passes * weights / moved + (1 + targets) * call)
     narrow = min(shape.features_in, shape.features_out)
-    operations = 2 * shape.tokens * weights / rates.operations
-    return targets * (operations + 4 * 3 * shape.tokens * narrow / rates.moved + 3 * rates.call)
+    products = 2 * shape.tokens * weights / operations
+    return targets * (products + 4 * 3 * shape.tokens * narrow / moved + 3 * call)
+
+
+def gpu(form: Form, shape: Shape) -> float:
+    """An NVIDIA H200, fitted to measured times of bf16 buffers and directions (docs/dots.md)."""
+    operations, moved, call = 7.9e14, 4.2e12, GPU_CALL
+    weights, targets, segments = shape.weights, shape.targets, shape.segments
+    if form == "blocks":  # fp32 blocks are written and read, the directions read once per block
+        return segments * weights * (8 / moved + (targets - 1) * 5e-13) + 3 * call
+    if form == "fused":  # the product is slower than cuBLAS's; directions are read once per segment
+        slower = 0.22 * 2 * shape.tokens * weights / operations
+        # A weight of few tiles leaves processors idle.
+        idle = 1.5 * 2 * shape.tokens * max(0, FULL - weights) / operations
+        return slower + idle + segments * weights * (1e-13 + targets * 5.5e-13) + call
+    narrow = min(shape.features_in, shape.features_out)
+    products = 2 * shape.tokens * weights / operations
+    return targets * (products + 4 * 3 * shape.tokens * narrow / moved + 3 * call)
+
+
+GPU_CALL = 5e-6
+# Weights whose tiles of 128 x 128 keep an H200's 132 processors busy, two on each.
+FULL = 264 * 128 * 128
+
+
+def gpu_wide(form: Form, shape: Shape) -> float:
+    """The same with fp32 directions: a projection is a product in fp32."""
+    return gpu(form, shape) * (16.0 if form == "projection" else 1.0)
 
 
 @lru_cache
-def cheapest(shape: Shape, rates: Rates, *forms: Form) -> Form:
+def cheapest(shape: Shape, rule: Rule, *forms: Form) -> Form:
     """The cheapest of the forms; of equals the first."""
-    return min(forms, key=lambda form: seconds(form, shape, rates))
+    return min(forms, key=lambda form: rule(form, shape))

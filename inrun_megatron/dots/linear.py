@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import cost
 from .precision import LOW_PRECISION, widened
+from .products import add_mm_fp32
 from .projection import token_dots
 from .segments import Segments
 
@@ -47,7 +48,7 @@ def weight_gradient_fp32(activation: Tensor, output_grad: Tensor, out: Tensor) -
     if a.dtype == out.dtype:
         out.addmm_(b.t(), a)
     else:
-        out.add_(_product_fp32(b.t(), a))
+        add_mm_fp32(out, b.t(), a)
 
 
 def weight_gradient_and_dots(
@@ -57,6 +58,7 @@ def weight_gradient_and_dots(
     batch_dim: int,
     dots: Tensor,
     segments: Segments | None = None,
+    parts: list[Tensor] | None = None,
 ) -> Tensor:
     """The batch's weight gradient, and the dots of every row (of every part, with segments) on the way.
 
@@ -67,24 +69,28 @@ def weight_gradient_and_dots(
         batch_dim: dimension of A and B that counts the rows.
         dots: ``[b, K]``, ``[n, K]`` with segments; the dots are added to it.
         segments: n parts of the rows, with A ``[s, b, in]`` or ``[b, s, in]``.
+        parts: on a GPU kernels may leave their parts of the dots here, for one sum over many layers
+            (``triton_launch.add_parts``); default: they are added at once.
 
     Returns:
         dW ``[out, in]`` in the buffers' precision. With one row (or part), and where tokens are projected, it is
         bitwise what training without scoring computes; with several, blocks of lower precision are accumulated in
         fp32.
     """
-    form = _form(activation, output_grad, len(dots), len(directions))
-    if form == "projection":
+    if activation.is_cuda and HAS_TRITON and activation.dtype in LOW_PRECISION:
+        from . import kernels, triton_launch  # where there is no GPU, Triton need not be installed
+
+        own: list[Tensor] = [] if parts is None else parts
+        grad = kernels.weight_gradient_and_dots(
+            activation, output_grad, directions, batch_dim, dots, segments, own
+        )
+        if parts is None:
+            triton_launch.add_parts(dots, own)
+        return grad
+    if _form(activation, output_grad, len(dots), len(directions)) == "projection":
         products = token_dots(activation, output_grad, [widened(direction) for direction in directions])
         dots += products.sum(1 - batch_dim) if segments is None else segments.sums(products, batch_dim)
         return weight_gradient(activation, output_grad)
-    if form == "fused":
-        from . import triton_linear  # where there is no GPU, Triton need not be installed
-
-        bounds = None if segments is None else segments.bounds
-        return triton_linear.weight_gradient_and_dots(
-            activation, output_grad, directions, batch_dim, dots, bounds
-        )
     return blocks_and_dots(activation, output_grad, directions, batch_dim, dots, segments)
 
 
@@ -94,12 +100,7 @@ def _form(activation: Tensor, output_grad: Tensor, segments: int, targets: int) 
         return "blocks"
     features_in, features_out = activation.shape[-1], output_grad.shape[-1]
     shape = cost.Shape(activation.numel() // features_in, segments, features_in, features_out, targets)
-    if not activation.is_cuda:
-        return cost.cheapest(shape, cost.CPU, "blocks", "projection")
-    forms: tuple[cost.Form, ...] = ("blocks", "projection")
-    if activation.dtype in LOW_PRECISION and HAS_TRITON:
-        forms = ("fused", *forms)
-    return cost.cheapest(shape, cost.CUDA, *forms)
+    return cost.cheapest(shape, cost.cpu, "blocks", "projection")
 
 
 def blocks_and_dots(
@@ -117,13 +118,10 @@ def blocks_and_dots(
         dots[0] += torch.stack(_products(only.reshape(-1).to(rows[0].dtype), rows))
         return only
     dtype = activation.dtype
-    low = dtype in LOW_PRECISION
-    if low and not activation.is_cuda:
+    if dtype in LOW_PRECISION:
         activation, output_grad = activation.float(), output_grad.float()
     a = _blocks(activation, batch_dim, segments)
     b = [block.t() for block in _blocks(output_grad, batch_dim, segments)]
-    if low and activation.is_cuda:
-        return _separate_blocks(a, b, rows, dots).to(dtype)
     grad: Tensor | None = None
     for start in range(0, len(a), ROWS_PER_ACCUMULATOR):
         part = slice(start, start + ROWS_PER_ACCUMULATOR)
@@ -145,8 +143,7 @@ def _flat(directions: Sequence[Tensor]) -> Rows:
     """The directions to compute with; on a CPU many of them as a view where they lie evenly in one buffer."""
     flat = [direction.reshape(-1) for direction in directions]
     first = flat[0]
-    together_from = (cost.CUDA if first.is_cuda else cost.CPU).together_from
-    if together_from is not None and len(flat) >= together_from:
+    if not first.is_cuda and len(flat) >= cost.TOGETHER_FROM:
         step = flat[1].storage_offset() - first.storage_offset()
         places = [(d.untyped_storage().data_ptr(), d.storage_offset()) for d in flat]
         storage, start = places[0]
@@ -178,23 +175,3 @@ def _running_dots(a: Sequence[Tensor], b: Sequence[Tensor], rows: Rows, dots: Te
     dots += sums
     dots[1:] -= sums[:-1]
     return grad
-
-
-def _separate_blocks(a: Sequence[Tensor], b: Sequence[Tensor], rows: Rows, dots: Tensor) -> Tensor:
-    """The same from buffers of lower precision: every row's product in fp32, then summed in fp32."""
-    grad: Tensor | None = None
-    products: list[Tensor] = []
-    for a_i, b_i in zip(a, b, strict=True):
-        block = _product_fp32(b_i, a_i)
-        products += _products(block.view(-1), rows)
-        grad = block if grad is None else grad.add_(block)
-    assert grad is not None
-    dots += torch.stack(products).view(dots.shape)
-    return grad
-
-
-def _product_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` in fp32 from operands of lower precision, without rounding the result."""
-    if left.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):
-        return torch.mm(left, right, out_dtype=torch.float32)  # torch >= 2.8
-    return left.float() @ right.float()

@@ -12,15 +12,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .precision import LOW_PRECISION, wide, widened
+from .products import mm_fp32
+
 
 def token_dots(activation: Tensor, output_grad: Tensor, directions: Sequence[Tensor]) -> Tensor:
     """``B_t . (D_k A_t)`` of every token, ``[*, K]`` fp64.
 
-    The projection goes to the narrower side, so that it is never larger than a buffer that is there already.
+    The projection goes to the narrower side, so that it is never larger than a buffer that is there already. Buffers and
+    directions of one low precision are multiplied in it and added up in fp32; else all are widened to the directions'.
     """
-    a, b = activation.to(directions[0].dtype), output_grad.to(directions[0].dtype)
+    dtype = wide(directions[0].dtype)
+    a, b = activation.to(dtype), output_grad.to(dtype)
     narrow_in = a.shape[-1] < b.shape[-1]
     columns = [
-        torch.linalg.vecdot(b @ d, a) if narrow_in else torch.linalg.vecdot(a @ d.t(), b) for d in directions
+        torch.linalg.vecdot(_product(output_grad, d), a)
+        if narrow_in
+        else torch.linalg.vecdot(_product(activation, d.t()), b)
+        for d in directions
     ]
     return torch.stack(columns, dim=-1).double()
+
+
+def _product(buffer: Tensor, direction: Tensor) -> Tensor:
+    if buffer.dtype == direction.dtype and buffer.dtype in LOW_PRECISION:
+        return mm_fp32(buffer.flatten(0, -2), direction).view(*buffer.shape[:-1], -1)
+    return buffer.to(wide(direction.dtype)) @ widened(direction)

@@ -9,11 +9,24 @@ Shape legend: b rows, s positions of a whole row (s/tp in a shard of sequence pa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+
+class Bounds(list[tuple[int, int, int]]):
+    """(row, first token, token after the last) of every part.
+
+    Attributes:
+        on: the same as int32 ``[n, 3]``, by device; filled by who needs it there.
+    """
+
+    def __init__(self, parts: Iterable[tuple[int, int, int]]) -> None:
+        super().__init__(parts)
+        self.on: dict[torch.device, Tensor] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +43,7 @@ class Segments:
     positions: int
     offsets: Tensor
     _lengths: dict[tuple[torch.device, int, int], Tensor] = field(default_factory=dict, repr=False)
+    _shards: dict[tuple[int, int], Bounds] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, parts: Tensor) -> Segments:
@@ -62,21 +76,28 @@ class Segments:
         return torch.arange(len(self)) - first[self.row]
 
     @cached_property
-    def bounds(self) -> list[tuple[int, int, int]]:
+    def bounds(self) -> Bounds:
         """(row, first position, position after the last) of every part."""
         begin = self.offsets[:-1] - self.row * self.positions
         end = self.offsets[1:] - self.row * self.positions
-        return list(zip(self.row.tolist(), begin.tolist(), end.tolist(), strict=True))
+        return Bounds(zip(self.row.tolist(), begin.tolist(), end.tolist(), strict=True))
 
-    def shard_bounds(self, rank: int, size: int) -> list[tuple[int, int, int]]:
+    def shard_bounds(self, rank: int, size: int) -> Bounds:
         """``bounds`` within sequence shard ``rank`` of ``size``; parts that lie elsewhere are empty."""
+        if size == 1:
+            return self.bounds
+        if (rank, size) not in self._shards:
+            self._shards[rank, size] = self._within(rank, size)
+        return self._shards[rank, size]
+
+    def _within(self, rank: int, size: int) -> Bounds:
         shard = self.positions // size
         first = rank * shard
 
         def within(position: int) -> int:
             return min(max(position - first, 0), shard)
 
-        return [(row, within(begin), within(end)) for row, begin, end in self.bounds]
+        return Bounds((row, within(begin), within(end)) for row, begin, end in self.bounds)
 
     def lengths(self, device: torch.device, rank: int = 0, size: int = 1) -> Tensor:
         """How many of every part's positions lie in sequence shard ``rank`` of ``size``, int64 ``[n]``.

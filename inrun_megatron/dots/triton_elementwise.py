@@ -4,9 +4,9 @@
     norm       dots[g, k] = sum_{t in g} B_t . (D_k * xhat_t) (+ B_t . Dshift_k),   xhat = (x - mean) * rstd
     embedding  dots[g, k] = sum_{t in g} B_t . D_k[id_t]
 
-Shape legend: B ``[s, b, h]`` or ``[b, s, h]`` (rows along ``batch_dim``), D_k ``[h]`` or ``[vocabulary, h]``, dots
-``[segments, K]``. A program sums a block of features over a segment's tokens in fp32; neither the products nor xhat
-are ever written. Programs write their parts side by side, summed afterwards in a fixed order.
+Shape legend: B ``[s, b, h]`` or ``[b, s, h]`` (rows along ``batch_dim``), D_k ``[h]`` or ``[vocabulary, h]``. A program sums
+a block of features over ``STRETCH`` of a segment's tokens in fp32; neither the products nor xhat are ever written.
+Every function returns parts of the dots, ``[programs, segments, K]`` (``triton_launch.add_parts``).
 """
 
 from __future__ import annotations
@@ -18,9 +18,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import Bounds, equally_spaced, features_together, segment_table
+from .triton_launch import Bounds, equally_spaced, features_together, longest, segment_table
 
 BLOCK_TOKENS, BLOCK_FEATURES = 32, 128
+# Tokens of one program: few enough for a long row to keep all processors busy.
+STRETCH = 128
+
+
+@triton.jit
+def _stretch(segments_ptr, segment, stretch, STRETCH: tl.constexpr):
+    """(row, first token, token after the last) of a program's part of a segment."""
+    row = tl.load(segments_ptr + 3 * segment).to(tl.int64)
+    start = tl.load(segments_ptr + 3 * segment + 1) + stretch * STRETCH
+    stop = tl.minimum(tl.load(segments_ptr + 3 * segment + 2), start + STRETCH)
+    return row, start, stop
 
 
 @triton.jit
@@ -47,15 +58,14 @@ def _vector_kernel(
     SHIFT: tl.constexpr,  # is there a D_k for B?
     MEAN: tl.constexpr,
     STATISTICS: tl.constexpr,  # False: x is xhat
+    STRETCH: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
 ):
-    block, segment = tl.program_id(0), tl.program_id(1)
+    segment, block, stretch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     columns = block * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     inside = columns < features
-    row = tl.load(segments_ptr + 3 * segment).to(tl.int64)
-    start = tl.load(segments_ptr + 3 * segment + 1)
-    stop = tl.load(segments_ptr + 3 * segment + 2)
+    row, start, stop = _stretch(segments_ptr, segment, stretch, STRETCH)
     scaled = tl.zeros((BLOCK_FEATURES,), dtype=tl.float32)
     shifted = tl.zeros((BLOCK_FEATURES,), dtype=tl.float32)
     for token in range(start, stop, BLOCK_TOKENS):
@@ -78,7 +88,8 @@ def _vector_kernel(
                     x -= tl.load(mean_ptr + place, mask=there, other=0.0)[:, None]
                 x *= tl.load(rstd_ptr + place, mask=there, other=0.0)[:, None]
             scaled += tl.sum(b * x, axis=0)
-    out = partial_ptr + (block * tl.num_programs(1) + segment) * num_targets
+    program = block * tl.num_programs(2) + stretch
+    out = partial_ptr + (program * tl.num_programs(0) + segment) * num_targets
     for k in range(num_targets):
         total = tl.zeros((BLOCK_FEATURES,), dtype=tl.float32)
         if SCALE:
@@ -106,16 +117,16 @@ def _embedding_kernel(
     id_token,
     id_row,
     direction_target,
+    STRETCH: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
 ):
-    block, segment = tl.program_id(0), tl.program_id(1)
+    segment, block, stretch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     columns = block * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     inside = columns < features
-    row = tl.load(segments_ptr + 3 * segment).to(tl.int64)
-    start = tl.load(segments_ptr + 3 * segment + 1)
-    stop = tl.load(segments_ptr + 3 * segment + 2)
-    out = partial_ptr + (block * tl.num_programs(1) + segment) * num_targets
+    row, start, stop = _stretch(segments_ptr, segment, stretch, STRETCH)
+    program = block * tl.num_programs(2) + stretch
+    out = partial_ptr + (program * tl.num_programs(0) + segment) * num_targets
     for k in range(num_targets):
         total = tl.zeros((BLOCK_FEATURES,), dtype=tl.float32)
         for token in range(start, stop, BLOCK_TOKENS):
@@ -137,10 +148,10 @@ def _embedding_kernel(
 
 
 def bias_dots(
-    output_grad: Tensor, batch_dim: int, directions: Sequence[Tensor], dots: Tensor, bounds: Bounds = None
-) -> None:
-    """``dots[g, k] += sum_{t in g} B_t . D_k``; ``bounds`` as in ``triton_linear``."""
-    _vector_dots(output_grad, None, None, None, batch_dim, None, directions, dots, bounds)
+    output_grad: Tensor, batch_dim: int, directions: Sequence[Tensor], bounds: Bounds = None
+) -> Tensor:
+    """``sum_{t in g} B_t . D_k``; ``bounds`` as in ``triton_linear``."""
+    return _vector_dots(output_grad, None, None, None, batch_dim, None, directions, bounds)
 
 
 def norm_dots(
@@ -149,23 +160,21 @@ def norm_dots(
     batch_dim: int,
     directions: Sequence[Tensor],
     shifts: Sequence[Tensor] | None,
-    dots: Tensor,
     bounds: Bounds = None,
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
-) -> None:
-    """``dots[g, k] += sum_{t in g} B_t . (D_k * xhat_t) (+ B_t . Dshift_k)``.
+) -> Tensor:
+    """``sum_{t in g} B_t . (D_k * xhat_t) (+ B_t . Dshift_k)``.
 
     Args:
         output_grad: B.
         x: the norm's input; its normalised input where ``rstd`` is None.
         batch_dim: dimension that counts the rows.
         directions, shifts: K tensors ``[h]`` of the scale and of the shift (None: there is none).
-        dots: ``[segments, K]``; the dots are added to it.
         bounds: the segments.
         mean, rstd: the tokens' statistics, fp32, shaped like B but with one feature; no mean: RMSNorm.
     """
-    _vector_dots(output_grad, x, mean, rstd, batch_dim, directions, shifts, dots, bounds)
+    return _vector_dots(output_grad, x, mean, rstd, batch_dim, directions, shifts, bounds)
 
 
 def _vector_dots(
@@ -176,9 +185,8 @@ def _vector_dots(
     batch_dim: int,
     scales: Sequence[Tensor] | None,
     shifts: Sequence[Tensor] | None,
-    dots: Tensor,
     bounds: Bounds,
-) -> None:
+) -> Tensor:
     b = features_together(output_grad)
     a = b if x is None else features_together(x)
     statistics = b if rstd is None else rstd
@@ -186,11 +194,9 @@ def _vector_dots(
     token_dim = 1 - batch_dim
     scale, scale_target = equally_spaced(scales) if scales is not None else (b, 0)
     shift, shift_target = equally_spaced(shifts) if shifts is not None else (b, 0)
-    segments = segment_table(bounds, b.shape[batch_dim], b.shape[token_dim], b.device)
-    features, targets = b.shape[-1], dots.shape[1]
-    blocks = triton.cdiv(features, BLOCK_FEATURES)
-    partial = torch.empty(blocks, len(segments), targets, dtype=torch.float32, device=b.device)
-    _vector_kernel[(blocks, len(segments))](
+    targets = len(scales if scales is not None else shifts or ())
+    grid, segments, partial = _programs(b, batch_dim, bounds, targets)
+    _vector_kernel[grid](
         b,
         a,
         b if mean is None else mean,
@@ -199,7 +205,7 @@ def _vector_dots(
         shift,
         segments,
         partial,
-        features,
+        b.shape[-1],
         targets,
         b.stride(token_dim),
         b.stride(batch_dim),
@@ -213,10 +219,26 @@ def _vector_dots(
         SHIFT=shifts is not None,
         MEAN=mean is not None,
         STATISTICS=rstd is not None,
+        STRETCH=STRETCH,
         BLOCK_TOKENS=BLOCK_TOKENS,
         BLOCK_FEATURES=BLOCK_FEATURES,
     )
-    dots += partial.sum(0, dtype=dots.dtype)
+    return partial
+
+
+def _programs(
+    b: Tensor, batch_dim: int, bounds: Bounds, targets: int
+) -> tuple[tuple[int, int, int], Tensor, Tensor]:
+    """The grid (segments, feature blocks, stretches), the segments, and room for the programs' sums."""
+    tokens = b.shape[1 - batch_dim]
+    segments = segment_table(bounds, b.shape[batch_dim], tokens, b.device)
+    grid = (
+        len(segments),
+        triton.cdiv(b.shape[-1], BLOCK_FEATURES),
+        triton.cdiv(longest(bounds, tokens), STRETCH),
+    )
+    partial = torch.empty(grid[1] * grid[2], grid[0], targets, dtype=torch.float32, device=b.device)
+    return grid, segments, partial
 
 
 def embedding_dots(
@@ -224,30 +246,27 @@ def embedding_dots(
     ids: Tensor,
     batch_dim: int,
     directions: Sequence[Tensor],
-    dots: Tensor,
     bounds: Bounds = None,
-) -> None:
-    """``dots[g, k] += sum_{t in g} B_t . D_k[id_t]``; ids shaped like B without its features."""
+) -> Tensor:
+    """``sum_{t in g} B_t . D_k[id_t]``; ids shaped like B without its features."""
     b, token_dim = features_together(output_grad), 1 - batch_dim
     direction, direction_target = equally_spaced(directions)
-    segments = segment_table(bounds, b.shape[batch_dim], b.shape[token_dim], b.device)
-    features, targets = b.shape[-1], dots.shape[1]
-    blocks = triton.cdiv(features, BLOCK_FEATURES)
-    partial = torch.empty(blocks, len(segments), targets, dtype=torch.float32, device=b.device)
-    _embedding_kernel[(blocks, len(segments))](
+    grid, segments, partial = _programs(b, batch_dim, bounds, len(directions))
+    _embedding_kernel[grid](
         b,
         ids,
         direction,
         segments,
         partial,
-        features,
-        targets,
+        b.shape[-1],
+        len(directions),
         b.stride(token_dim),
         b.stride(batch_dim),
         ids.stride(token_dim),
         ids.stride(batch_dim),
         direction_target,
+        STRETCH=STRETCH,
         BLOCK_TOKENS=BLOCK_TOKENS,
         BLOCK_FEATURES=BLOCK_FEATURES,
     )
-    dots += partial.sum(0, dtype=dots.dtype)
+    return partial

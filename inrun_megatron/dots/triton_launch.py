@@ -1,12 +1,19 @@
-"""What the Triton kernels have in common: how buffers, directions and segments are handed to them."""
+"""What the Triton kernels have in common: how buffers, directions and segments are handed to them, and their sums.
+
+A kernel's programs write their parts of the dots side by side, ``[programs, segments, K]``; a sum over programs in a fixed
+order follows (``add_parts``), without atomics: two runs give the same bits. The parts of many layers are summed together.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from . import segments
 
 # Triton's interpreter runs kernels on the CPU, for tests. Its tl.dot takes bf16 numbers for the integers they are
 # stored as (triton 3.9, runtime/interpreter.py: create_dot), so kernels widen them there: exact, only slower.
@@ -17,10 +24,38 @@ Bounds = Sequence[tuple[int, int, int]] | None
 
 
 def segment_table(bounds: Bounds, rows: int, tokens: int, device: torch.device) -> Tensor:
-    """Segments as int32 ``[segments, 3]`` on the device, in a copy that the host does not wait for."""
-    whole = [(row, 0, tokens) for row in range(rows)] if bounds is None else list(bounds)
-    host = torch.tensor(whole, dtype=torch.int32)
+    """Segments as int32 ``[segments, 3]`` on the device, in a copy that the host does not wait for.
+
+    All layers of a microbatch get the same one.
+    """
+    if bounds is None:
+        return _whole_rows(rows, tokens, device)
+    if not isinstance(bounds, segments.Bounds):
+        return _on(bounds, device)
+    if device not in bounds.on:
+        bounds.on[device] = _on(bounds, device)
+    return bounds.on[device]
+
+
+@lru_cache(maxsize=16)
+def _whole_rows(rows: int, tokens: int, device: torch.device) -> Tensor:
+    return _on([(row, 0, tokens) for row in range(rows)], device)
+
+
+def _on(bounds: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
+    host = torch.tensor(bounds, dtype=torch.int32)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def longest(bounds: Bounds, tokens: int) -> int:
+    """Tokens of the longest segment."""
+    return tokens if bounds is None else max(1, *(stop - start for _, start, stop in bounds))
+
+
+def add_parts(dots: Tensor, parts: Sequence[Tensor]) -> None:
+    """``dots [n, K] += `` the sums of kernels' parts, each ``[programs, n, K or more]``, in fp64."""
+    if parts:
+        dots += torch.cat(list(parts)).sum(0, dtype=dots.dtype)[:, : dots.shape[1]]
 
 
 def features_together(buffer: Tensor) -> Tensor:

@@ -7,13 +7,11 @@ gradient and walks over the segments' tokens:
                      partial[tile, g, k] = <D_k, acc> - <D_k, acc before g>
 
 so that a segment's gradient never leaves the registers, activations are read once for gradient and dots, and a dot
-costs one read of the direction's tile. Tiles write their parts side by side; a sum over tiles in a fixed order
-follows, without atomics: two runs give the same bits.
+costs one read of the direction's tile. Tiles are fetched by the GPU's copy engine (tensor descriptors), which leaves
+registers for two programs on a processor: one's dots run beside the other's products.
 
 The difference of two running dots loses digits as segments pass. With many of them the kernel keeps a second
-accumulator instead: a segment's own, added to the gradient at its end. Small weights have fewer tiles than the
-device has processors: then the segments are split among ``splits`` programs per tile, whose gradients are summed
-in the second stage.
+accumulator instead: a segment's own, added to the gradient at its end.
 """
 
 from __future__ import annotations
@@ -24,92 +22,128 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .triton_launch import INTERPRETED, Bounds, equally_spaced, features_together, segment_table
+from .triton_launch import INTERPRETED, Bounds, equally_spaced, segment_table
 
 # Segments whose dots may be differences of running ones; the same bound as the torch form's.
 SEGMENTS_PER_ACCUMULATOR = 8
+# Rows of tiles that are taken together, so that neighbours find activations in the second-level cache.
+TILE_ROWS = 8
+WARPS = 8
+# Steps of tokens that are fetched ahead: with three, two programs fit into a processor's shared memory.
+STAGES = 3
 
 
 @triton.jit
 def _kernel(
-    a_ptr,
-    b_ptr,
-    direction_ptr,
+    a_desc,
+    b_desc,
+    direction_desc,
     segments_ptr,
     grad_ptr,
     partial_ptr,
     features_in,
     features_out,
     num_segments,
-    segments_per_split,
-    a_token,
-    a_row,
-    b_token,
-    b_row,
-    direction_target,
     num_targets,
     TARGETS: tl.constexpr,  # num_targets rounded up to a power of 2
+    BATCH_FIRST: tl.constexpr,
+    RAGGED: tl.constexpr,  # segments that are no multiples of BLOCK_TOKENS
     TWO_ACCUMULATORS: tl.constexpr,
-    ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    tile_in, tile_out, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    tile = tile_out * tl.num_programs(0) + tile_in
-    outs = tile_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    ins = tile_in * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    inside = (outs < features_out)[:, None] & (ins < features_in)[None, :]
-    # Weights of more than 2^31 elements exist (large vocabularies): offsets in int64.
-    offsets = outs.to(tl.int64)[:, None] * features_in + ins[None, :]
+    tile = tl.program_id(0)
+    tiles_in = tl.cdiv(features_in, BLOCK_IN)
+    first_row = tile // (TILE_ROWS * tiles_in) * TILE_ROWS
+    rows_here = tl.minimum(tl.cdiv(features_out, BLOCK_OUT) - first_row, TILE_ROWS)
+    place = tile % (TILE_ROWS * tiles_in)
+    out = (first_row + place % rows_here) * BLOCK_OUT
+    into = place // rows_here * BLOCK_IN
 
     total = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
     before = tl.zeros((TARGETS,), dtype=tl.float32)
     targets = tl.arange(0, TARGETS)
-    first = split * segments_per_split
-    last = tl.minimum(first + segments_per_split, num_segments)
-    for segment in range(first, last):
-        row = tl.load(segments_ptr + 3 * segment).to(tl.int64)
+    for segment in range(num_segments):
+        row = tl.load(segments_ptr + 3 * segment)
         start = tl.load(segments_ptr + 3 * segment + 1)
         stop = tl.load(segments_ptr + 3 * segment + 2)
+        whole = start + (stop - start) // BLOCK_TOKENS * BLOCK_TOKENS
         acc = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32) if TWO_ACCUMULATORS else total
-        for token in range(start, stop, BLOCK_TOKENS):
-            tokens = token + tl.arange(0, BLOCK_TOKENS)
-            there = (tokens < stop)[:, None]
-            tokens = tokens.to(tl.int64)[:, None]
-            a = tl.load(
-                a_ptr + row * a_row + tokens * a_token + ins[None, :],
-                mask=there & (ins < features_in)[None, :],
-                other=0.0,
-            )
-            b = tl.load(
-                b_ptr + row * b_row + tokens * b_token + outs[None, :],
-                mask=there & (outs < features_out)[None, :],
-                other=0.0,
-            )
+        for token in tl.range(start, whole, BLOCK_TOKENS, num_stages=STAGES):
+            if BATCH_FIRST:
+                a = a_desc.load([row, token, into])
+                b = b_desc.load([row, token, out])
+            else:
+                a = a_desc.load([token, row, into])
+                b = b_desc.load([token, row, out])
+            a, b = a.reshape(BLOCK_TOKENS, BLOCK_IN), b.reshape(BLOCK_TOKENS, BLOCK_OUT)
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
-            acc = tl.dot(tl.trans(b), a, acc, input_precision=PRECISION)
+            acc = tl.dot(tl.trans(b), a, acc)
+        if RAGGED:  # noqa: SIM102  (known when compiled, unlike the next one)
+            if whole < stop:  # the rest of the segment; what follows it is another's
+                if BATCH_FIRST:
+                    a = a_desc.load([row, whole, into])
+                    b = b_desc.load([row, whole, out])
+                else:
+                    a = a_desc.load([whole, row, into])
+                    b = b_desc.load([whole, row, out])
+                there = (whole + tl.arange(0, BLOCK_TOKENS) < stop)[:, None]
+                a = tl.where(there, a.reshape(BLOCK_TOKENS, BLOCK_IN), 0.0)
+                b = tl.where(there, b.reshape(BLOCK_TOKENS, BLOCK_OUT), 0.0)
+                if WIDEN:
+                    a, b = a.to(tl.float32), b.to(tl.float32)
+                acc = tl.dot(tl.trans(b), a, acc)
         now = tl.zeros((TARGETS,), dtype=tl.float32)
         for k in range(num_targets):
-            direction = tl.load(direction_ptr + k * direction_target + offsets, mask=inside, other=0.0)
+            direction = direction_desc.load([k, out, into]).reshape(BLOCK_OUT, BLOCK_IN)
             dot = tl.sum(tl.sum(acc * direction.to(tl.float32), axis=1), axis=0)
             now = tl.where(targets == k, dot, now)
-        place = partial_ptr + (tile.to(tl.int64) * num_segments + segment) * TARGETS
+        mine = partial_ptr + (tile.to(tl.int64) * num_segments + segment) * TARGETS
         if TWO_ACCUMULATORS:
-            tl.store(place + targets, now)
+            tl.store(mine + targets, now)
             total += acc
         else:
-            tl.store(place + targets, now - before)
+            tl.store(mine + targets, now - before)
             before = now
             total = acc
-    grad = grad_ptr + split.to(tl.int64) * features_out * features_in + offsets
-    if ADD:
-        total += tl.load(grad, mask=inside, other=0.0).to(tl.float32)
+    outs, ins = out + tl.arange(0, BLOCK_OUT), into + tl.arange(0, BLOCK_IN)
+    inside = (outs < features_out)[:, None] & (ins < features_in)[None, :]
+    # Weights of more than 2^31 elements exist (large vocabularies): offsets in int64.
+    grad = grad_ptr + outs.to(tl.int64)[:, None] * features_in + ins[None, :]
     tl.store(grad, total.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+def fits(activation: Tensor, output_grad: Tensor, directions: Sequence[Tensor]) -> bool:
+    """Whether the copy engine can read the buffers: 16-byte steps in every dimension but the last, which is contiguous."""
+    first = directions[0]
+    width = first.shape[-1] * first.element_size()
+    gap = directions[1].data_ptr() - first.data_ptr() if len(directions) > 1 else 0
+    return (
+        first.is_contiguous()
+        and not (first.data_ptr() % 16 or width % 16 or gap % 16)
+        and all(_describable(buffer) for buffer in (activation, output_grad))
+    )
+
+
+def _describable(buffer: Tensor) -> bool:
+    return (
+        buffer.dim() == 3
+        and buffer.stride(-1) == 1
+        and not buffer.data_ptr() % 16
+        and not any(step * buffer.element_size() % 16 for step in buffer.stride()[:-1])
+    )
+
+
+def _describe(buffer: Tensor, batch_dim: int, tokens: int, features: int) -> TensorDescriptor:
+    block = [1, tokens, features] if batch_dim == 0 else [tokens, 1, features]
+    return TensorDescriptor(buffer, list(buffer.shape), list(buffer.stride()), block)
 
 
 def weight_gradient_and_dots(
@@ -117,102 +151,64 @@ def weight_gradient_and_dots(
     output_grad: Tensor,
     directions: Sequence[Tensor],
     batch_dim: int,
-    dots: Tensor,
     bounds: Bounds = None,
-    into: Tensor | None = None,
     blocks: tuple[int, int, int] | None = None,
-    splits: int | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The batch's weight gradient, and every segment's dots on the way.
 
     Args:
-        activation: A, ``[s, b, in]`` or with rows along another ``batch_dim``; bf16, fp16 or fp32.
+        activation: A, ``[s, b, in]`` or with rows along another ``batch_dim``; bf16 or fp16, and such that it ``fits``.
         output_grad: B, ``[s, b, out]``.
         directions: K tensors ``[out, in]``, fp32 or bf16.
         batch_dim: dimension of A and B that counts the rows.
-        dots: ``[segments, K]``; the dots are added to it.
         bounds: (row, first token, token after the last) of every segment, which cover all tokens once; None: rows
             are the segments.
-        into: ``[out, in]``, contiguous: the gradient is added to it, in fp32, and it is returned.
         blocks: (out, in, tokens) of a tile; default: by shape.
-        splits: programs per tile; default: by shape.
 
     Returns:
-        dW ``[out, in]`` in the buffers' precision, from fp32 accumulation; or ``into``.
+        dW ``[out, in]`` in the buffers' precision, from fp32 accumulation; and parts of the dots
+        ``[tiles, segments, K or more]`` (``triton_launch.add_parts``).
     """
-    token_dim = 1 - batch_dim
-    rows, tokens = activation.shape[batch_dim], activation.shape[token_dim]
+    rows, tokens = activation.shape[batch_dim], activation.shape[1 - batch_dim]
     features_in, features_out = activation.shape[-1], output_grad.shape[-1]
-    a, b = features_together(activation), features_together(output_grad)
-    direction, direction_stride = equally_spaced(directions)
-    segments = segment_table(bounds, rows, tokens, a.device)
+    direction, gap = equally_spaced(directions)
+    segments = segment_table(bounds, rows, tokens, activation.device)
     count, padded = len(segments), triton.next_power_of_2(len(directions))
-    assert dots.shape == (count, len(directions)), f"dots {tuple(dots.shape)} for {count} segments"
-    block_out, block_in, block_tokens = blocks or tile(
-        features_out, features_in, a.dtype, count > SEGMENTS_PER_ACCUMULATOR
+    two = count > SEGMENTS_PER_ACCUMULATOR
+    block_out, block_in, block_tokens = blocks or tile(two)
+    tiles = triton.cdiv(features_in, block_in) * triton.cdiv(features_out, block_out)
+    stacked = direction.as_strided(
+        (len(directions), features_out, features_in), (gap or direction.numel(), features_in, 1)
     )
-    tiles = triton.cdiv(features_in, block_in), triton.cdiv(features_out, block_out)
-    splits = min(count, splits or _splits(tiles[0] * tiles[1], a.device))
-    per_split = triton.cdiv(count, splits)
-    splits = triton.cdiv(count, per_split)
-    if splits == 1:
-        grad = (
-            torch.empty(features_out, features_in, dtype=a.dtype, device=a.device) if into is None else into
-        )
-    else:
-        grad = torch.empty(splits, features_out, features_in, dtype=torch.float32, device=a.device)
-    partial = torch.empty(tiles[0] * tiles[1], count, padded, dtype=torch.float32, device=a.device)
-    _kernel[(*tiles, splits)](
-        a,
-        b,
-        direction,
+    grad = torch.empty(features_out, features_in, dtype=activation.dtype, device=activation.device)
+    partial = torch.empty(tiles, count, padded, dtype=torch.float32, device=activation.device)
+    lengths = {tokens} if bounds is None else {stop - start for _, start, stop in bounds}
+    _kernel[(tiles,)](
+        _describe(activation, batch_dim, block_tokens, block_in),
+        _describe(output_grad, batch_dim, block_tokens, block_out),
+        TensorDescriptor(stacked, list(stacked.shape), list(stacked.stride()), [1, block_out, block_in]),
         segments,
         grad,
         partial,
         features_in,
         features_out,
         count,
-        per_split,
-        a.stride(token_dim),
-        a.stride(batch_dim),
-        b.stride(token_dim),
-        b.stride(batch_dim),
-        direction_stride,
         len(directions),
         TARGETS=padded,
-        TWO_ACCUMULATORS=per_split > SEGMENTS_PER_ACCUMULATOR,
-        ADD=splits == 1 and into is not None,
-        PRECISION="ieee" if a.dtype == torch.float32 else "tf32",  # tf32 means nothing for bf16 and fp16
-        WIDEN=INTERPRETED and a.dtype == torch.bfloat16,
+        BATCH_FIRST=batch_dim == 0,
+        RAGGED=any(length % block_tokens for length in lengths),
+        TWO_ACCUMULATORS=two,
+        WIDEN=INTERPRETED and activation.dtype == torch.bfloat16,
         BLOCK_OUT=block_out,
         BLOCK_IN=block_in,
         BLOCK_TOKENS=block_tokens,
-        num_warps=8 if block_out * block_in >= 128 * 128 else 4,
+        TILE_ROWS=TILE_ROWS,
+        STAGES=STAGES,
+        num_warps=WARPS,
     )
-    dots += partial.sum(0, dtype=dots.dtype)[:, : len(directions)]
-    if splits == 1:
-        return grad
-    summed = grad.sum(0)
-    return summed.to(a.dtype) if into is None else into.add_(summed)
+    return grad, partial
 
 
-def tile(
-    features_out: int, features_in: int, dtype: torch.dtype, two_accumulators: bool
-) -> tuple[int, int, int]:
-    """Block sizes (out, in, tokens) for a weight of this shape.
-
-    128 x 128 with one accumulator takes 250 of a Hopper processor's 255 registers per thread and spills none; a second
-    accumulator of that size would.
-    """
-    if dtype == torch.float32:  # no tensor cores in full precision: registers are the limit
-        return 64, 64, 16
-    if features_out * features_in < 64 * 128 * 128:  # fewer than 64 large tiles would leave processors idle
-        return 64, 64, 64
+def tile(two_accumulators: bool) -> tuple[int, int, int]:
+    """Block sizes (out, in, tokens)."""
     return (128, 64, 64) if two_accumulators else (128, 128, 64)
-
-
-def _splits(tiles: int, device: torch.device) -> int:
-    """Programs per tile that fill the device's processors."""
-    if device.type != "cuda":
-        return 1
-    return max(1, torch.cuda.get_device_properties(device).multi_processor_count // tiles)

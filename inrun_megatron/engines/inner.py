@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,8 +49,83 @@ def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
     return type(optimizer).__name__ == "AdamW" if mode is None else bool(mode)
 
 
+@dataclass
+class _Seen:
+    """A counter as it was when it was last known to say ``steps``."""
+
+    counter: Tensor
+    version: int
+    steps: int
+
+    def holds(self, counter: Any) -> bool:
+        return counter is self.counter and self.version == self.counter._version
+
+
+class StepCounters:
+    """How many steps an optimizer has taken on its tensors, without waiting for a device that counts them.
+
+    torch counts on the GPU where Adam is fused or capturable. Such a counter is read when it is first seen; from then
+    on the steps are counted here. It is read again where it is another tensor (load_state_dict makes new ones), or
+    where it was written to between two steps, which torch's version of a tensor shows. A write through ``.data`` would
+    not show. DeepSpeed 0.19 writes optimizer states in this way from elastic checkpoints only, which it refuses where
+    steps are not counted in the parameter groups, as FusedAdam's are.
+
+    Args:
+        optimizer: the inner optimizer; ZeRO may show it one group at a time.
+        always: also count for counters on the CPU, which are otherwise read each time.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, always: bool = False) -> None:
+        self.always = always
+        self._seen: dict[Tensor, _Seen] = {}
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def done(self, tensor: Tensor, counter: Any) -> int:
+        """Steps taken on ``tensor``, which ``counter`` counts: a number or a tensor."""
+        if not isinstance(counter, Tensor) or (counter.device.type == "cpu" and not self.always):
+            return int(counter)
+        seen = self._seen.get(tensor)
+        if seen is None or not seen.holds(counter):
+            seen = self._seen[tensor] = _Seen(counter, counter._version, int(counter))
+        return seen.steps
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._seen.clear()
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # What the step then does to a version is its own affair: one or more, for all that is known here.
+        for tensor, seen in self._shown(optimizer):
+            if not seen.holds(optimizer.state.get(tensor, {}).get("step")):
+                del self._seen[tensor]
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        on_device = (
+            getattr(optimizer, "found_inf", None) is not None
+        )  # a GradScaler's: may have undone the step
+        for tensor, seen in self._shown(optimizer):
+            if on_device:
+                del self._seen[tensor]
+            elif tensor.grad is not None:
+                seen.version, seen.steps = seen.counter._version, seen.steps + 1
+
+    def _shown(self, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, _Seen]]:
+        if not self._seen:
+            return []
+        shown = (tensor for group in optimizer.param_groups for tensor in group["params"])
+        return [(tensor, self._seen[tensor]) for tensor in shown if tensor in self._seen]
+
+
 def coming_step(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: Tensor, proxy: bool = False
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    tensor: Tensor,
+    proxy: bool = False,
+    counters: StepCounters | None = None,
 ) -> Step:
     """The step that the inner optimizer will take on ``tensor`` (a flat fp32 shard or a parameter).
 
@@ -58,6 +134,7 @@ def coming_step(
         group: the parameter group that holds the hyperparameters of ``tensor``.
         tensor: the key of the optimizer's state.
         proxy: the paper's SGD proxy instead of what the optimizer does.
+        counters: of the optimizer; None: ask the device.
     """
     lr = float(group["lr"])
     weights = tensor.detach().reshape(-1)
@@ -87,7 +164,7 @@ def coming_step(
         weight_decay=float(group.get("weight_decay", 0.0)),
         decoupled=_decoupled(optimizer, group),
         bias_correction=bool(group.get("bias_correction", True)),
-        t=int(done) + 1,
+        t=1 + (int(done) if counters is None else counters.done(tensor, done)),
         weights=weights,
         exp_avg=_moment(state, "exp_avg", weights),
         exp_avg_sq=_moment(state, "exp_avg_sq", weights),
@@ -119,7 +196,9 @@ def set_steps(
         if kind == "FusedAdam":
             group["step"] = steps[number]
             continue
-        counted: Any = steps[number] if kind == "DeepSpeedCPUAdam" else torch.tensor(float(steps[number]))
+        done = steps[number]
         for parameter in group["params"]:
             if states.get(parameter):
+                # A tensor for each: load_state_dict keeps them, and a common one would count every parameter's step.
+                counted = done if kind == "DeepSpeedCPUAdam" else torch.tensor(float(done))
                 states[parameter] = {"step": counted, **states[parameter]}

@@ -58,9 +58,15 @@ class EmbeddingTap(torch.autograd.Function):
             call.emit(output_grad, activation=ids)
         grad = None
         if ctx.needs_input_grad[0]:
-            grad = torch.zeros(ctx.shape, dtype=output_grad.dtype, device=output_grad.device)
-            grad.index_add_(0, ids.flatten(), output_grad.flatten(0, -2))
+            grad = _gradient(output_grad, ids, ctx.shape)
         return grad, None, None, None, None
+
+
+def _gradient(output_grad: Tensor, ids: Tensor, shape: torch.Size) -> Tensor:
+    if output_grad.is_cuda:  # adds up a token's gradients in fp32, where index_add_ would round each sum
+        return torch.ops.aten.embedding_dense_backward(output_grad, ids, shape[0], -1, False)
+    grad = torch.zeros(shape, dtype=output_grad.dtype)
+    return grad.index_add_(0, ids.flatten(), output_grad.flatten(0, -2))
 
 
 def embedding(ids: Tensor, foreign: Tensor | None, call: EmbeddingCall) -> Tensor:

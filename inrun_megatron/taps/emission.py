@@ -11,10 +11,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from ..dots.precision import widened
 
 
 class Sharding(Enum):
@@ -88,9 +91,10 @@ class Emission:
         run: the pass that the forward belonged to (captured at forward time).
         weight: the parameter (its ``.data`` is gathered here under ZeRO-3); for ``norm`` the scale, for ``bias`` the bias.
         output_grad: gradient of the loss with respect to the layer's output, ``[s, b, out]`` or ``[b, s, h]``.
-        activation: ``linear``: the input ``[s, b, in]``; ``norm``: the normalised input ``[s, b, h]``;
-            ``embedding``: local row ids, int64 ``[b, s]``; ``bias``: None.
+        activation: ``linear``, ``norm``: the input ``[s, b, in]``; ``embedding``: local row ids, int64 ``[b, s]``;
+            ``bias``: None.
         bias: ``norm``: the shift, if there is one.
+        mean, rstd: ``norm``: the tokens' statistics ``[s, b, 1]``; no mean: RMSNorm.
         weight_grad: set by a consumer that computed the weight's or bias's gradient on its way (``linear`` and ``bias``);
             the tap computes it otherwise.
     """
@@ -101,7 +105,18 @@ class Emission:
     output_grad: Tensor
     activation: Tensor | None = None
     bias: Parameter | None = None
+    mean: Tensor | None = None
+    rstd: Tensor | None = None
     weight_grad: Tensor | None = None
+    _normalised: Tensor | None = field(default=None, repr=False)
+
+    def normalised(self) -> Tensor:
+        """A norm's normalised input ``[s, b, h]``, in fp32 or wider."""
+        if self._normalised is None:
+            assert self.activation is not None and self.rstd is not None
+            wide = widened(self.activation)
+            self._normalised = (wide if self.mean is None else wide - self.mean) * self.rstd
+        return self._normalised
 
 
 Consumer = Callable[[Emission], None]
@@ -170,11 +185,10 @@ class Call:
     def anchor(self, like: Tensor) -> Tensor | None:
         return None if self.run is None else self.run.anchor_on(like.device)
 
-    def emit(
-        self, output_grad: Tensor, activation: Tensor | None = None, bias: Parameter | None = None
-    ) -> Emission:
+    def emit(self, output_grad: Tensor, activation: Tensor | None = None, **more: Any) -> Emission:
+        """Show an emission, whose further fields are ``more``, to the pass's consumers."""
         assert self.run is not None
-        emission = Emission(self.site, self.run, self.weight, output_grad, activation, bias)
+        emission = Emission(self.site, self.run, self.weight, output_grad, activation, **more)
         for consumer in self.run.consumers:
             consumer(emission)
         return emission

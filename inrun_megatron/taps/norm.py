@@ -3,8 +3,8 @@
     LayerNorm:  y = w * xhat + c,   xhat = (x - mean) * rstd
     RMSNorm:    y = w * xhat,       xhat = x * rstd
 
-Only x and the per-token statistics are saved, as torch does; xhat is recomputed in backward, where the
-per-row gradients ``sum_t B_t * xhat_t`` need it.
+Only x and the per-token statistics are saved, as torch does. On a GPU both norms are torch's fused kernels, those of the
+plain modules; on a CPU torch has none for RMSNorm.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dots.precision import widened
 from .emission import Call
 
 
@@ -35,8 +36,12 @@ class NormTap(torch.autograd.Function):
     ) -> Tensor:
         ctx.call = call
         scale = call.weight.data
+        if call.rms and _has_fused_rms(x):
+            output, rstd = torch.ops.aten._fused_rms_norm(x, list(scale.shape), scale, call.eps)
+            ctx.save_for_backward(x, rstd)
+            return output
         if call.rms:
-            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            wide = widened(x)
             rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + call.eps)
             ctx.save_for_backward(x, rstd)
             return (wide * rstd * scale).to(x.dtype)
@@ -54,14 +59,13 @@ class NormTap(torch.autograd.Function):
         scale = call.weight.data
         weight_grad: Tensor | None = None
         bias_grad: Tensor | None = None
-
         normalised: Tensor | None = None
-        if call.rms or call.emits:
-            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            normalised = (wide - mean[0]) * rstd if mean else wide * rstd
-
-        if call.rms:
-            assert normalised is not None
+        if call.rms and _has_fused_rms(x):
+            input_grad, weight_grad = torch.ops.aten._fused_rms_norm_backward(
+                output_grad.contiguous(), x, list(scale.shape), rstd, scale, [True, needs_weight]
+            )
+        elif call.rms:
+            normalised = widened(x) * rstd
             upstream = output_grad.to(normalised.dtype)
             scaled = upstream * scale
             projection = (scaled * normalised).mean(-1, keepdim=True)
@@ -81,7 +85,14 @@ class NormTap(torch.autograd.Function):
                 [True, needs_weight, needs_bias],
             )
         if call.emits:
-            call.emit(output_grad, activation=normalised, bias=call.bias)
+            call.emit(
+                output_grad,
+                x,
+                bias=call.bias,
+                mean=mean[0] if mean else None,
+                rstd=rstd,
+                _normalised=normalised,
+            )
         return (
             input_grad,
             weight_grad if needs_weight else None,
@@ -89,6 +100,10 @@ class NormTap(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _has_fused_rms(x: Tensor) -> bool:
+    return x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm_backward")
 
 
 def norm(x: Tensor, call: NormCall) -> Tensor:

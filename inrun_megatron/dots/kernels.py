@@ -1,0 +1,63 @@
+"""Which way a linear layer is scored on a GPU, in bf16 or fp16.
+
+A single segment is scored from the weight gradient that training computes. Of several the cheapest form is taken
+(cost.py): all in one kernel (triton_linear.py), fp32 blocks of cuBLAS and a pass over them (triton_blocks.py), or a
+projection of every token (projection.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import cost, triton_blocks, triton_linear
+from .projection import token_dots
+from .segments import Segments
+
+
+def weight_gradient_and_dots(
+    activation: Tensor,
+    output_grad: Tensor,
+    directions: Sequence[Tensor],
+    batch_dim: int,
+    dots: Tensor,
+    segments: Segments | None,
+    parts: list[Tensor],
+) -> Tensor:
+    """As ``linear.weight_gradient_and_dots``, but the dots' sums may be left in ``parts`` (``triton_launch.add_parts``)."""
+    count = len(dots)
+    if count == 1:
+        only = output_grad.flatten(0, -2).t().matmul(activation.flatten(0, -2))
+        parts.append(triton_blocks.block_dots(only.unsqueeze(0), directions))
+        return only
+    if activation.dim() != 3:
+        activation, output_grad = (_by_rows(buffer, batch_dim) for buffer in (activation, output_grad))
+        batch_dim = 0
+    bounds = None if segments is None else segments.bounds
+    form = _form(activation, output_grad, directions, count)
+    if form == "projection":
+        products = token_dots(activation, output_grad, directions)
+        dots += products.sum(1 - batch_dim) if segments is None else segments.sums(products, batch_dim)
+        return output_grad.flatten(0, -2).t().matmul(activation.flatten(0, -2))
+    compute = triton_linear.weight_gradient_and_dots if form == "fused" else triton_blocks.blocks_and_dots
+    grad, own = compute(activation, output_grad, directions, batch_dim, bounds)
+    parts.append(own)
+    return grad
+
+
+def _by_rows(buffer: Tensor, batch_dim: int) -> Tensor:
+    rows = buffer.movedim(batch_dim, 0)
+    return rows.reshape(len(rows), -1, rows.shape[-1])
+
+
+def _form(activation: Tensor, output_grad: Tensor, directions: Sequence[Tensor], segments: int) -> cost.Form:
+    features_in, features_out = activation.shape[-1], output_grad.shape[-1]
+    shape = cost.Shape(
+        activation.numel() // features_in, segments, features_in, features_out, len(directions)
+    )
+    forms: tuple[cost.Form, ...] = ("blocks", "projection")
+    if triton_linear.fits(activation, output_grad, directions):
+        forms = ("fused", *forms)
+    narrow = directions[0].dtype == activation.dtype
+    return cost.cheapest(shape, cost.gpu if narrow else cost.gpu_wide, *forms)
