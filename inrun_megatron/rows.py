@@ -20,8 +20,8 @@ from .errors import UserError
 class MicrobatchRows:
     """Attributes:
     dataset, sample: identity of each row, ``[b]``.
-    tokens: loss tokens of each row ``[b]``, of each part ``[n]`` where rows are cut; of whole rows on the training
-        device, if the loss mask is there, until they are read (``StepRows.unread``).
+    tokens: loss tokens of each row ``[b]``, of each part ``[n]`` where rows are cut; on the training device, if the
+        loss mask is there, until they are read (``StepRows.unread``).
     dots: partial dots ``[b, K]`` or ``[n, K]``, fp64, on the training device.
     segments: the parts; None where rows are whole.
     """
@@ -67,9 +67,7 @@ class StepRows:
         """
         dataset, sample = _on_host(dataset), _on_host(sample)
         tokens = torch.as_tensor(tokens)
-        if segments is not None:
-            tokens = _on_host(tokens)  # where the parts are cut
-        elif not _is_on_host(tokens):
+        if not _is_on_host(tokens):
             tokens = tokens.to(self.device)
         cut = None if segments is None else Segments.of(torch.as_tensor(segments))
         wanted = "[b] or [b, s]" if cut is None else f"{[cut.rows, cut.positions]}, that of the segments"

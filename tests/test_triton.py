@@ -22,7 +22,9 @@ from tests.distributed import run_distributed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 S, ROWS, IN, OUT, VOCABULARY, TARGETS = 7, 3, 24, 40, 11, 3
-BLOCKS = (16, 16, 16)  # smaller than every dimension but the tokens: several tiles, all with a ragged edge
+TILE = triton_linear.Tile(
+    16, 16, 16, 4
+)  # smaller than every dimension but the tokens: several tiles, all with a ragged edge
 Bounds = list[tuple[int, int, int]]
 DOCUMENTS: Bounds = [(0, 0, 3), (0, 3, 7), (1, 0, 7), (2, 0, 1), (2, 1, 2), (2, 2, 7)]
 TOKENS: Bounds = [(row, t, t + 1) for row in range(ROWS) for t in range(S)]
@@ -84,7 +86,7 @@ def test_linear(
 
 
 def _in_one_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return triton_linear.weight_gradient_and_dots(*arguments, blocks=BLOCKS)
+    return triton_linear.weight_gradient_and_dots(*arguments, by=TILE)
 
 
 def test_blocks_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,14 +319,16 @@ def compiled(kernel, warps, types, constants):
     )
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
-for ragged in (False, True):
-    out, into, tokens = triton_linear.tile(False)
+for features, segments, ragged in ((2048, 4, False), (2048, 4, True), (8192, 4, False), (8192, 4, True), (2048, 40, True)):
+    two = segments > triton_linear.SEGMENTS_PER_ACCUMULATOR
+    tile = triton_linear.tile(features, features, two)
     linear = compiled(
-        triton_linear._kernel, triton_linear.WARPS,
-        {"a_desc": f"tensordesc<bf16[{tokens},1,{into}]>", "b_desc": f"tensordesc<bf16[{tokens},1,{out}]>",
-         "direction_desc": f"tensordesc<bf16[1,{out},{into}]>", "grad_ptr": "*bf16", "segments_ptr": "*i32"},
-        {"TARGETS": 2, "BATCH_FIRST": False, "RAGGED": ragged, "TWO_ACCUMULATORS": False, "WIDEN": False,
-         "BLOCK_OUT": out, "BLOCK_IN": into, "BLOCK_TOKENS": tokens, "TILE_ROWS": 8, "STAGES": triton_linear.STAGES},
+        triton_linear._kernel, tile.warps,
+        {"a_desc": f"tensordesc<bf16[{tile.tokens},1,{tile.into}]>", "b_desc": f"tensordesc<bf16[{tile.tokens},1,{tile.out}]>",
+         "direction_desc": f"tensordesc<bf16[1,{tile.out},{tile.into}]>", "grad_ptr": "*bf16", "segments_ptr": "*i32"},
+        {"TARGETS": 1, "BATCH_FIRST": False, "RAGGED": ragged, "TWO_ACCUMULATORS": two, "WIDEN": False,
+         "BLOCK_OUT": tile.out, "BLOCK_IN": tile.into, "BLOCK_TOKENS": tile.tokens, "TILE_ROWS": 8,
+         "STAGES": triton_linear.STAGES},
     )
     # The tensor cores multiply, the copy engine loads.
     print("wgmma" in linear.asm["ptx"] and "cp.async.bulk.tensor" in linear.asm["ptx"])
@@ -355,4 +359,4 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
     )
-    assert ran.stdout.split() == ["True"] * 8, ran.stderr
+    assert ran.stdout.split() == ["True"] * 11, ran.stderr

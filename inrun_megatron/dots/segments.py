@@ -16,6 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..host import to_device
+
 
 class Bounds(list[tuple[int, int, int]]):
     """(row, first token, token after the last) of every part.
@@ -109,7 +111,7 @@ class Segments:
             shard = self.positions // size
             begin = self.offsets[:-1] - self.row * self.positions - rank * shard
             end = self.offsets[1:] - self.row * self.positions - rank * shard
-            self._lengths[key] = (end.clamp(0, shard) - begin.clamp(0, shard)).to(device)
+            self._lengths[key] = to_device(end.clamp(0, shard) - begin.clamp(0, shard), device)
         return self._lengths[key]
 
     def sums(self, tokens: Tensor, batch_dim: int = 0, rank: int = 0, size: int = 1) -> Tensor:

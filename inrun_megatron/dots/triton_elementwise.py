@@ -22,7 +22,7 @@ from .triton_launch import Bounds, equally_spaced, features_together, longest, s
 
 BLOCK_TOKENS, BLOCK_FEATURES = 32, 128
 # Tokens of one program: few enough for a long row to keep all processors busy.
-STRETCH = 128
+STRETCH = 64
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..host import to_device
 from . import segments
 
 # Triton's interpreter runs kernels on the CPU, for tests. Its tl.dot takes bf16 numbers for the integers they are
@@ -43,8 +44,7 @@ def _whole_rows(rows: int, tokens: int, device: torch.device) -> Tensor:
 
 
 def _on(bounds: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
-    host = torch.tensor(bounds, dtype=torch.int32)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return to_device(torch.tensor(bounds, dtype=torch.int32), device)
 
 
 def longest(bounds: Bounds, tokens: int) -> int:

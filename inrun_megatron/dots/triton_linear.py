@@ -17,6 +17,7 @@ accumulator instead: a segment's own, added to the gradient at its end.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -30,9 +31,29 @@ from .triton_launch import INTERPRETED, Bounds, equally_spaced, segment_table
 SEGMENTS_PER_ACCUMULATOR = 8
 # Rows of tiles that are taken together, so that neighbours find activations in the second-level cache.
 TILE_ROWS = 8
-WARPS = 8
 # Steps of tokens that are fetched ahead: with three, two programs fit into a processor's shared memory.
 STAGES = 3
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes, and by how many warps."""
+
+    out: int
+    into: int
+    tokens: int
+    warps: int
+
+
+def tile(features_out: int, features_in: int, two_accumulators: bool) -> Tile:
+    """By shape, as measured on an H200 (docs/dots.md)."""
+    if two_accumulators:  # larger ones would spill registers
+        return Tile(128, 64, 64, 8)
+    # Half as many, larger tiles read activations less often, but leave processors idle where there are few.
+    return Tile(128, 256, 64, 8) if features_out * features_in >= LARGE else Tile(128, 128, 64, 4)
+
+
+LARGE = 2**24
 
 
 @triton.jit
@@ -152,7 +173,7 @@ def weight_gradient_and_dots(
     directions: Sequence[Tensor],
     batch_dim: int,
     bounds: Bounds = None,
-    blocks: tuple[int, int, int] | None = None,
+    by: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The batch's weight gradient, and every segment's dots on the way.
 
@@ -163,7 +184,7 @@ def weight_gradient_and_dots(
         batch_dim: dimension of A and B that counts the rows.
         bounds: (row, first token, token after the last) of every segment, which cover all tokens once; None: rows
             are the segments.
-        blocks: (out, in, tokens) of a tile; default: by shape.
+        by: the tile; default: by shape.
 
     Returns:
         dW ``[out, in]`` in the buffers' precision, from fp32 accumulation; and parts of the dots
@@ -175,8 +196,8 @@ def weight_gradient_and_dots(
     segments = segment_table(bounds, rows, tokens, activation.device)
     count, padded = len(segments), triton.next_power_of_2(len(directions))
     two = count > SEGMENTS_PER_ACCUMULATOR
-    block_out, block_in, block_tokens = blocks or tile(two)
-    tiles = triton.cdiv(features_in, block_in) * triton.cdiv(features_out, block_out)
+    by = by or tile(features_out, features_in, two)
+    tiles = triton.cdiv(features_in, by.into) * triton.cdiv(features_out, by.out)
     stacked = direction.as_strided(
         (len(directions), features_out, features_in), (gap or direction.numel(), features_in, 1)
     )
@@ -184,9 +205,9 @@ def weight_gradient_and_dots(
     partial = torch.empty(tiles, count, padded, dtype=torch.float32, device=activation.device)
     lengths = {tokens} if bounds is None else {stop - start for _, start, stop in bounds}
     _kernel[(tiles,)](
-        _describe(activation, batch_dim, block_tokens, block_in),
-        _describe(output_grad, batch_dim, block_tokens, block_out),
-        TensorDescriptor(stacked, list(stacked.shape), list(stacked.stride()), [1, block_out, block_in]),
+        _describe(activation, batch_dim, by.tokens, by.into),
+        _describe(output_grad, batch_dim, by.tokens, by.out),
+        TensorDescriptor(stacked, list(stacked.shape), list(stacked.stride()), [1, by.out, by.into]),
         segments,
         grad,
         partial,
@@ -196,19 +217,14 @@ def weight_gradient_and_dots(
         len(directions),
         TARGETS=padded,
         BATCH_FIRST=batch_dim == 0,
-        RAGGED=any(length % block_tokens for length in lengths),
+        RAGGED=any(length % by.tokens for length in lengths),
         TWO_ACCUMULATORS=two,
         WIDEN=INTERPRETED and activation.dtype == torch.bfloat16,
-        BLOCK_OUT=block_out,
-        BLOCK_IN=block_in,
-        BLOCK_TOKENS=block_tokens,
+        BLOCK_OUT=by.out,
+        BLOCK_IN=by.into,
+        BLOCK_TOKENS=by.tokens,
         TILE_ROWS=TILE_ROWS,
         STAGES=STAGES,
-        num_warps=WARPS,
+        num_warps=by.warps,
     )
     return grad, partial
-
-
-def tile(two_accumulators: bool) -> tuple[int, int, int]:
-    """Block sizes (out, in, tokens)."""
-    return (128, 64, 64) if two_accumulators else (128, 128, 64)

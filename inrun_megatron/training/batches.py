@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from inrun_megatron import host
 from inrun_megatron.training.deepspeed_config import Batch
 
 Microbatch = dict[str, torch.Tensor]
+# Columns that scoring reads and no layer: on a GPU the host would have to wait for them.
+ON_THE_HOST = ("dataset", "sample", "segments")
 Indices = Callable[[int, int, int, int], Sequence[int]]
 """(consumed samples, micro batch size, data-parallel rank, data-parallel size) -> sample numbers of one microbatch."""
 
@@ -21,10 +24,11 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> Microbatch:
 
 
 def to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
-    """The microbatch on `device`; itself on CPU."""
-    if device.type == "cpu":
-        return microbatch
-    return {key: tensor.pin_memory().to(device, non_blocking=True) for key, tensor in microbatch.items()}
+    """The microbatch with what the model reads on `device`; the host does not wait for the copies."""
+    return {
+        key: tensor if key in ON_THE_HOST else host.to_device(tensor, device)
+        for key, tensor in microbatch.items()
+    }
 
 
 class StepLoader:
