@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .directions import Directions
 from .dots.elementwise import (
@@ -35,25 +36,31 @@ class DirectionFiller:
         self.last = last
 
     def __call__(self, e: Emission) -> None:
-        def add(parameter, function) -> None:  # type: ignore[no-untyped-def]
-            self.directions.accumulate(self.target, parameter, function, last=self.last)
+        def add(parameter: Parameter, add_to: Callable[[Tensor, bool], None]) -> None:
+            self.directions.accumulate(self.target, parameter, add_to, last=self.last)
 
         b, a = e.output_grad, e.activation
         if e.site.kind == "linear":
             assert a is not None
-            add(e.weight, lambda out: weight_gradient_fp32(a, b, out))
+            add(e.weight, lambda out, fresh: weight_gradient_fp32(a, b, out, overwrite=fresh))
         elif e.site.kind == "bias":
-            add(e.weight, lambda out: out.add_(b.flatten(0, -2).sum(0, dtype=out.dtype)))
+            add(e.weight, lambda out, fresh: _add_tokens(b, out, fresh))
         elif e.site.kind == "embedding":
             assert a is not None
-            add(e.weight, lambda out: embedding_gradient(b, a, out))
+            add(e.weight, lambda out, fresh: embedding_gradient(b, a, out.zero_() if fresh else out))
         elif e.site.kind == "norm":
-            normalised = e.normalised()
-            add(e.weight, lambda out: out.add_((b * normalised).flatten(0, -2).sum(0, dtype=out.dtype)))
+            products = b * e.normalised()
+            add(e.weight, lambda out, fresh: _add_tokens(products, out, fresh))
             if e.bias is not None and e.bias.requires_grad:
-                add(e.bias, lambda out: out.add_(b.flatten(0, -2).sum(0, dtype=out.dtype)))
+                add(e.bias, lambda out, fresh: _add_tokens(b, out, fresh))
         else:
             raise AssertionError(f"no direction for sites of kind {e.site.kind}")
+
+
+def _add_tokens(tokens: Tensor, out: Tensor, fresh: bool) -> None:
+    """Add the sum of all tokens ``[s, b, h]`` to ``out [h]``, or write it there."""
+    total = tokens.flatten(0, -2).sum(0, dtype=out.dtype)
+    out.copy_(total) if fresh else out.add_(total)
 
 
 # Layers whose rows' gradients of vector parameters are kept until their dots are taken together.

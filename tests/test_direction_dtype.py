@@ -15,6 +15,7 @@ from tests.layout_engine import build_engine, forward_backward, share
 from tests.layout_runs import deviation, train
 from tests.layouts import LayoutCase
 from tests.test_exactness import TOLERANCE
+from tests.test_reductions import adding
 
 CASES = [
     LayoutCase(2, 1, False, 0, 1, "gpt2", "adamw", steps=2, direction_dtype="bf16"),
@@ -108,7 +109,7 @@ def _gathered(rank: int, world: int, dtype: str) -> list[Any]:
     for k in range(2):
         for weight in weights:
             add = torch.arange(weight.numel(), dtype=torch.float32).view(weight.shape)
-            directions.accumulate(k, weight, lambda out, add=add, k=k: out.add_(add + 10 * k + rank))
+            directions.accumulate(k, weight, adding(add + 10 * k + rank))
     directions.reduce()
     directions.publish()
     running = directions._flat.running

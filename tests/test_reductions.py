@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,6 +43,11 @@ def _groups(residence: Residence, size: int, rank: int) -> tuple[list[FlatGroup]
     return groups, weights
 
 
+def adding(value: torch.Tensor) -> Callable[[torch.Tensor, bool], object]:
+    """What ``Directions.accumulate`` is given."""
+    return lambda out, fresh: out.copy_(value) if fresh else out.add_(value)
+
+
 def _sums(rank: int, world: int, residence: Residence, stretch: int) -> list[Any]:
     """Three steps of two targets, whose last weight is used twice: (collectives at the end of each backward, whether all
     shards and what layers read is right, stretches waited for after each read) per step."""
@@ -70,9 +76,7 @@ def _sums(rank: int, world: int, residence: Residence, stretch: int) -> list[Any
                         + 10 * k
                         + step
                     )
-                    directions.accumulate(
-                        k, weight, lambda out, each=each: out.add_(each * (rank + 1)), last=last
-                    )
+                    directions.accumulate(k, weight, adding(each * (rank + 1)), last=last)
                     expected[id(weight)][k] += each.flatten() * sum(range(1, world + 1))
             running.append(directions._reductions.started)
         directions.reduce()
@@ -118,8 +122,37 @@ def _used_more_often(rank: int, world: int) -> None:
     for uses in (1, 2):
         directions.zero()
         for weight in weights * uses:
-            directions.accumulate(0, weight, lambda out: out.add_(1.0), last=True)
+            directions.accumulate(0, weight, adding(torch.ones_like(weight)), last=True)
         directions.reduce()
+
+
+def _untouched(rank: int, world: int, stored: torch.dtype) -> list[list[float]]:
+    """A step that adds to one of two weights only, after one that added to both; buffers hold NaN until written."""
+    from inrun_megatron.directions import Directions
+    from inrun_megatron.parallel import Layout
+
+    groups, weights = _groups(Residence.FLAT, world, rank)
+    empty = Directions._empty
+    Directions._empty = lambda *args: empty(*args).fill_(float("nan"))
+    try:
+        directions = Directions(groups, {}, Layout.data_parallel(), 1, stored=stored)
+        for touched in (weights, weights[:1]):
+            directions.zero()
+            for weight in touched:
+                directions.accumulate(0, weight, adding(torch.ones_like(weight)))
+            directions.reduce()
+        return [shard.flatten().tolist() for shard in directions.shards()]
+    finally:
+        Directions._empty = empty
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_what_nothing_was_added_to_is_zero(stored: torch.dtype) -> None:
+    """Sums are written, not added to what was there; what nobody writes, padding too, is zero."""
+    own = run_distributed(_untouched, 2, stored)
+    matrices = [value for shards in own for value in shards[1]]
+    assert matrices.count(2.0) == 7 * 3 and matrices.count(0.0) == len(matrices) - 7 * 3
+    assert {value for shards in own for value in shards[0]} == {0.0}
 
 
 def test_a_use_that_comes_too_late_is_an_error() -> None:

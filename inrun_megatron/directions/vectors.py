@@ -82,6 +82,8 @@ class Directions:
             self._sums = self._stored = self._allocate(dtype)
         self._places: dict[int, _Place] = {}
         self._views: dict[int, list[Tensor]] = {}  # of what is stored, by parameter
+        # What lies in the sums of these, by target, is this step's; of flat groups only.
+        self._begun: list[set[int]] = [set() for _ in range(targets)]
         for index, group in enumerate(groups):
             for span in group.spans:
                 shape = _full_shape(span.parameter)
@@ -153,41 +155,61 @@ class Directions:
         self._reductions.begin()
         if self._narrow != self._dtype:
             self._stored.clear()  # before the sums take their room
-            self._sums = self._allocate(self._dtype)
-            return
-        for buffer in self._sums:
-            buffer.zero_()
+            self._sums = [self._empty(group, self._dtype) for group in self.groups]
+        for begun in self._begun:
+            begun.clear()
+        for group, buffer in zip(self.groups, self._sums, strict=True):
+            if group.residence is Residence.PARTITIONED:
+                buffer.zero_()
+            elif self._narrow != self._dtype:
+                for lo, hi in group.gaps():
+                    buffer[:, lo:hi].zero_()
 
     def accumulate(
-        self, target: int, parameter: Parameter, add_to: Callable[[Tensor], None], *, last: bool = False
+        self, target: int, parameter: Parameter, add_to: Callable[[Tensor, bool], None], *, last: bool = False
     ) -> None:
-        """Let ``add_to(out)`` add a gradient to the parameter's direction; ``out`` has its (local) shape.
+        """Let ``add_to(out, fresh)`` add a gradient to the parameter's direction; ``out`` has its (local) shape.
 
+        ``fresh``: nothing has been added since ``zero()``, and what lies in ``out`` must be overwritten.
         ``last``: in the last backward that adds to the target, whose sums are sent as they are complete.
         """
-        place = self._places[id(parameter)]
+        key = id(parameter)
+        place = self._places[key]
         buffer = self._sums[place.group]
         own = buffer[target, place.start : place.start + place.numel]
         if self.groups[place.group].residence is not Residence.PARTITIONED:
-            add_to(own.view(place.shape))
+            fresh = key not in self._begun[target]
+            self._begun[target].add(key)
+            add_to(own.view(place.shape), fresh)
             if last:
                 self._reductions.added(target, parameter, self._sums)
             return
         # ZeRO-3: the whole gradient of this layer for a moment, then this rank's part of the sum over ranks.
         whole = torch.zeros(place.numel * self.layout.dp_size, dtype=buffer.dtype, device=buffer.device)
-        add_to(whole[: place.shape.numel()].view(place.shape))
+        add_to(whole[: place.shape.numel()].view(place.shape), False)
         self._reductions.add_layer(whole, own)
 
     def sums(self, parameter: Parameter) -> list[Tensor]:
         """Views of what has been added up for a parameter, in its shape; not under ZeRO-3."""
         place = self._places[id(parameter)]
         assert self.groups[place.group].residence is not Residence.PARTITIONED
+        self._begin_untouched([(id(parameter), place)])
         return [
             row[place.start : place.start + place.numel].view(place.shape) for row in self._sums[place.group]
         ]
 
+    def _begin_untouched(self, places: Iterable[tuple[int, _Place]]) -> None:
+        """Zero the sums of those parameters to which nothing has been added."""
+        for target, begun in enumerate(self._begun):
+            for key, place in places:
+                partitioned = self.groups[place.group].residence is Residence.PARTITIONED
+                if not partitioned and key not in begun:
+                    self._sums[place.group][target, place.start : place.start + place.numel].zero_()
+                    begun.add(key)
+
     def reduce(self) -> None:
         """Sum over ranks; afterwards this rank's shard holds ``grad L_k`` (times the loss scale)."""
+        self._begin_untouched(self._places.items())
         self._reductions.finish(self._sums)
         if self.layout.tp_size > 1 and any(self._sequence):
             pieces = [

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import cost
 from .precision import LOW_PRECISION, widened
-from .products import add_mm_fp32
+from .products import add_mm_fp32, mm_fp32
 from .projection import token_dots
 from .segments import Segments
 
@@ -42,13 +42,17 @@ def weight_gradient(activation: Tensor, output_grad: Tensor) -> Tensor:
     return output_grad.flatten(0, -2).t().matmul(activation.flatten(0, -2))
 
 
-def weight_gradient_fp32(activation: Tensor, output_grad: Tensor, out: Tensor) -> None:
-    """``out += B^T A`` with fp32 accumulation and output, whatever the buffers' precision."""
-    a, b = activation.flatten(0, -2), output_grad.flatten(0, -2)
+def weight_gradient_fp32(
+    activation: Tensor, output_grad: Tensor, out: Tensor, *, overwrite: bool = False
+) -> None:
+    """``out += B^T A`` (``out = `` with ``overwrite``), fp32 accumulation and output whatever the buffers' precision."""
+    a, b = activation.flatten(0, -2), output_grad.flatten(0, -2).t()
     if a.dtype == out.dtype:
-        out.addmm_(b.t(), a)
+        torch.mm(b, a, out=out) if overwrite else out.addmm_(b, a)
+    elif overwrite:
+        mm_fp32(b, a, out)
     else:
-        add_mm_fp32(out, b.t(), a)
+        add_mm_fp32(out, b, a)
 
 
 def weight_gradient_and_dots(

@@ -67,6 +67,11 @@ class FlatGroup:
             if lo < hi:
                 yield Span(span.parameter, lo - self.start, hi - lo)
 
+    def gaps(self) -> list[tuple[int, int]]:
+        """What lies between and behind the parameters."""
+        edges = [0, *(edge for stretch in merged(iter(self.spans)) for edge in stretch), self.numel]
+        return [(lo, hi) for lo, hi in zip(edges[::2], edges[1::2]) if lo < hi]
+
 
 def merged(spans: Iterator[Span]) -> list[tuple[int, int]]:
     """Adjacent spans as few ``(start, stop)`` stretches."""
