@@ -99,7 +99,7 @@ class RowScorer:
             if not e.site.replicated:
                 e.weight_grad = grad
             self._limit_parts()
-        elif self.fused and b.dim() == 3 and b.dtype != torch.float64:
+        elif self.fused and self._by_kernel(e):
             self._parts.append(self._score_fused(e, directions))
             self._limit_parts()
         elif e.site.kind == "bias":
@@ -119,6 +119,11 @@ class RowScorer:
                 self._add_vectors(e, b, self.directions.of(e.bias))
         else:
             raise AssertionError(f"no dots for sites of kind {e.site.kind}")
+
+    def _by_kernel(self, e: Emission) -> bool:
+        """Whole rows' biases are left to torch: their sums serve the bias's own gradient, too, and one call the dots of many."""
+        whole = e.site.kind == "bias" and self.segments is None
+        return not whole and e.output_grad.dim() == 3 and e.output_grad.dtype != torch.float64
 
     def _score_fused(self, e: Emission, directions: Sequence[Tensor]) -> Tensor:
         """Any layer but a linear one, by the kernels of dots/triton_elementwise.py; parts of the dots."""

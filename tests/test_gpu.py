@@ -95,11 +95,23 @@ def _waits(rank: int, world: int, case: Case) -> tuple[Counter[str], Counter[str
     return found[0], found[1]
 
 
-def test_the_host_waits_once_more_than_in_a_plain_step() -> None:
+@pytest.mark.parametrize(
+    "name", ["gpt2", "bf16, directions too, llama", "bf16, documents, 3 targets", "zero 3"]
+)
+def test_the_host_waits_once_more_than_in_a_plain_step(name: str) -> None:
+    case = CASES[name]
     on_gpu = {"CUDA_VISIBLE_DEVICES": "0", "DS_ACCELERATOR": "cuda"}
     with Workers(1, env=on_gpu, initialise=False) as gpu:
-        for name in ("gpt2", "bf16, directions too, llama", "bf16, documents, 3 targets", "zero 3"):
-            [(plain, scored)] = gpu.run(_waits, CASES[name])
-            added = scored - plain
-            print(name, "plain", dict(plain), "added", dict(added))
-            assert added.total() == 1 and "host.py" in next(iter(added)), f"{name}: {dict(added)}"
+        [(plain, scored)] = gpu.run(_waits, case)
+    added = scored - plain
+    own = {place: count for place, count in added.items() if "inrun_megatron" in place}
+    print(name, "plain", dict(plain), "added", dict(added))
+    assert list(own.values()) == [1] and "host.py" in next(iter(own)), f"{name}: {own}"
+    # At stage 3 DeepSpeed waits for its streams in every microbatch, one of validation included.
+    for place, count in added.items():
+        allowed = (
+            plain[place] * case.validation_microbatches / case.accumulation if case.zero_stage == 3 else 0
+        )
+        assert place in own or count <= allowed, (
+            f"{name}: {place} {count} times, {plain[place]} in a plain step"
+        )

@@ -33,7 +33,11 @@ def parameter_groups(module: torch.nn.Module, weight_decay: float) -> list[dict[
 def build_optimizer(
     module: torch.nn.Module, training: TrainingConfig, deepspeed_config: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD: DeepSpeed's CPUAdam where the optimizer is offloaded, its FusedAdam on a GPU, torch's elsewhere."""
+    """AdamW or SGD: DeepSpeed's CPUAdam where the optimizer is offloaded, torch's elsewhere, on a GPU its fused kernel.
+
+    DeepSpeed's FusedAdam would be compiled on first use: it needs the CUDA toolkit, and fails in builder.py (deepspeed
+    0.19.8) where TORCH_CUDA_ARCH_LIST names an architecture like 9.0a.
+    """
     groups = parameter_groups(module, training.weight_decay)
     if training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=training.lr, momentum=training.sgd_momentum)
@@ -48,16 +52,7 @@ def build_optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
-    if torch.cuda.is_available():
-        from deepspeed.ops.adam import FusedAdam
-        from deepspeed.ops.op_builder import FusedAdamBuilder
-        from torch.utils.cpp_extension import CUDA_HOME
-
-        # FusedAdam compiles on first use and so needs the CUDA toolkit; torch's fused AdamW needs nothing.
-        if CUDA_HOME is not None and FusedAdamBuilder().is_compatible(verbose=False):
-            return FusedAdam(groups, adam_w_mode=True, **arguments)
-        return torch.optim.AdamW(groups, fused=True, **arguments)
-    return torch.optim.AdamW(groups, **arguments)
+    return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **arguments)
 
 
 def build_schedule(
