@@ -56,14 +56,20 @@ LEDGER_ROW_BYTES, LEDGER_SAMPLE_BYTES = 9.0, 2.5
 """Of a Parquet part, zstd: per row (its value hardly compresses), and per sample for what its K rows share."""
 
 
+SLOWER_PRODUCT = 0.22
+"""Of a weight gradient's product, in bf16 or fp16 with several rows to a microbatch: how much longer than cuBLAS's the kernel
+takes that scores on the way (docs/dots.md)."""
+
+
 def dot_traffic_bytes(targets: int, low_precision: bool, rows: int, direction_bytes: int = 4) -> float:
     """Memory traffic of scoring one weight of a linear layer for one row, beyond training (docs/dots.md).
 
-    bf16 and fp16 on a GPU: the fused kernel reads each of the K directions (4 K, or 2 K). fp32: the product is read with
-    each of them (8 K), and with several rows in a microbatch the accumulator is read and written once more (8); bf16
+    bf16 and fp16 on a GPU: each of the K directions is read (4 K, or 2 K); for a microbatch of one row the product, too (2),
+    which with several rows stays in the kernel that computes it (`SLOWER_PRODUCT`). fp32: the product is read with each of
+    the directions (8 K), and with several rows in a microbatch the accumulator is read and written once more (8); bf16
     directions are written out in fp32 once per microbatch (6 K).
     """
     if low_precision:
-        return float(direction_bytes * targets)
+        return float(direction_bytes * targets + (2 if rows == 1 else 0))
     widening = 0 if direction_bytes == SUM_BYTES else direction_bytes + SUM_BYTES
     return 2 * SUM_BYTES * targets + (8 if rows > 1 else 0) + widening * targets / rows
