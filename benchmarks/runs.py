@@ -64,10 +64,12 @@ def start(tp: int, pp: int, threads: int) -> None:
     from megatron.core import parallel_state
 
     from inrun_megatron.models import cpu
+    from inrun_megatron.training.distributed import release_shared_memory
 
     torch.set_num_threads(threads)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    release_shared_memory()
     parallel_state.initialize_model_parallel(tp, pp)
     cpu.install()
     cpu.seed_everything(

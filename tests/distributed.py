@@ -179,6 +179,11 @@ class Workers:
             if process.is_alive():
                 process.kill()
                 process.join()
+        if (
+            self._store is not None
+        ):  # what DeepSpeed leaves: see training/distributed.py: release_shared_memory
+            for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self._store.port}_*"):
+                left.unlink(missing_ok=True)
         if self._logs is not None:
             shutil.rmtree(self._logs, ignore_errors=True)
         self._processes, self._pipes, self._logs, self._store = [], [], None, None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from inrun_megatron.training.batches import StepLoader, microbatch_loss
 from inrun_megatron.training.deepspeed_config import Batch, merge
 from inrun_megatron.training.optimizer import build_schedule, parameter_groups
 from inrun_megatron.training.progress import ProgressBar, StepFigures
-from tests.distributed import Workers
+from tests.distributed import Workers, run_distributed
 from tests.test_models import LLAMA, VOCABULARY
 
 SEQUENCE, STEPS = 16, 3
@@ -309,6 +311,30 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def _shared_memory(rank: int, world: int) -> tuple[int, int, float]:
+    """DeepSpeed's files in /dev/shm before and after they are released, and a sum afterwards."""
+    import deepspeed
+    import torch.distributed as dist
+
+    from inrun_megatron.training.distributed import release_shared_memory
+
+    def files() -> int:
+        dist.barrier()
+        return len(list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_*")))
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    before = files()
+    release_shared_memory()
+    after = files()
+    total = torch.full((64,), rank + 1.0)
+    deepspeed.comm.all_reduce(total)
+    return before, after, float(total.mean())
+
+
+def test_shared_memory_goes_with_the_ranks() -> None:
+    assert run_distributed(_shared_memory, 2) == [(2, 0, 3.0)] * 2
 
 
 def _agree(rank: int, world: int) -> list[Any]:

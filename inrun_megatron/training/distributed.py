@@ -11,6 +11,7 @@ import socket
 import subprocess
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -109,12 +110,27 @@ def initialise(config: ParallelConfig) -> None:
         raise UserError(
             f"the launcher started {promised} ranks but {dist.get_world_size()} met: check WORLD_SIZE and the hostfile"
         )
+    release_shared_memory()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
         create_gloo_process_groups=False,
     )
+
+
+def release_shared_memory() -> None:
+    """Take the name from DeepSpeed's shared memory for collectives on CPUs, so that it goes with the last rank, even a killed one.
+
+    DeepSpeed (csrc/cpu/comm/shm.cpp) leaves 66 MiB per rank and run in /dev/shm. All ranks have mapped each other's once they
+    are initialised; a collective over the world.
+    """
+    if torch.cuda.is_available() or dist.get_world_size() == 1:
+        return
+    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    dist.barrier()
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def shut_down() -> None:
