@@ -122,7 +122,7 @@ def initialise(config: ParallelConfig) -> None:
 def release_shared_memory() -> None:
     """Take the name from DeepSpeed's shared memory for collectives on CPUs, so that it goes with the last rank, even a killed one.
 
-    DeepSpeed (csrc/cpu/comm/shm.cpp) leaves 66 MiB per rank and run in /dev/shm. All ranks have mapped each other's once they
+    DeepSpeed (csrc/cpu/comm/shm.cpp) leaves 66 MiB per rank and run in /dev/shm, where its launcher started them. All ranks have mapped each other's once they
     are initialised; a collective over the world.
     """
     if torch.cuda.is_available() or dist.get_world_size() == 1:
