@@ -71,8 +71,8 @@ def _device_seconds(work: Callable[[], object], repetitions: int) -> float:
     return statistics.median(start.elapsed_time(stop) for start, stop in events) / 1e3
 
 
-def rates(rows: list[Row], tokens: int) -> tuple[float, float]:
-    """Operations and bytes per second that the forms reached beside the product: medians over the rows.
+def rates(rows: list[Row], tokens: int) -> dict[str, float]:
+    """Operations and bytes per second that a CPU's forms reached beside the product: medians over the rows.
 
     Accumulator and directions of one layer stay in a cache between segments, so that the bytes are no memory's.
     """
@@ -83,7 +83,7 @@ def rates(rows: list[Row], tokens: int) -> tuple[float, float]:
         operations.append(2 * tokens * k * weights / ((row.times["projection"] - 1.0) * row.plain_s))
         if row.tokens_per_segment <= 64:  # with few segments the difference to the plain product is noise
             moved.append(4 * (2 + 2 * k) * weights * segments / ((row.times["blocks"] - 1.0) * row.plain_s))
-    return statistics.median(operations), statistics.median(moved)
+    return {"operations": statistics.median(operations), "bytes": statistics.median(moved)}
 
 
 def measure(
@@ -179,7 +179,9 @@ def main(
     hidden: Annotated[list[int] | None, typer.Option(help="hidden sizes; weights are [4 h, h]")] = None,
     targets: Annotated[list[int] | None, typer.Option(help="numbers of targets")] = None,
     tokens: Annotated[int | None, typer.Option(help="tokens of the microbatch; 1024, 8192 on a GPU")] = None,
-    repetitions: Annotated[int, typer.Option(help="repetitions; the fastest counts")] = 5,
+    repetitions: Annotated[
+        int, typer.Option(help="repetitions; the fastest counts, on a GPU the median")
+    ] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Measure the forms of linear dots. Example: python -m benchmarks.dots --hidden 256 --targets 1"""
@@ -195,13 +197,13 @@ def main(
         for length in (GPU_LENGTHS if cuda else LENGTHS)
         if length <= tokens
     ]
-    operations, moved = rates(rows, tokens)
+    found = {} if cuda else rates(rows, tokens)
     if as_json:
-        print(json.dumps({"operations": operations, "moved": moved, "rows": [asdict(row) for row in rows]}))
+        print(json.dumps({**found, "rows": [asdict(row) for row in rows]}))
         return
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, 1 thread"
+    name = torch.cuda.get_device_name() if cuda else "CPU, 1 thread"
     console = Console(width=max(120, Console().width))
-    console.print(f"{name}: {operations:.2g} operations/s, {moved:.2g} bytes/s")
+    console.print(", ".join([name, *(f"{rate:.2g} {unit}/s" for unit, rate in found.items())]))
     console.print(_table(rows, f"Gradient and dots over the plain weight gradient, {tokens} tokens"))
 
 

@@ -21,9 +21,10 @@ from torch.nn import Parameter
 
 from .directions import Directions
 from .engines import ZeroAdapter, rng
-from .engines.inner import StepCounters, coming_step, is_adam
+from .engines.inner import coming_step, is_adam
 from .engines.lookahead import Lookahead
 from .engines.shards import Piece
+from .engines.step_counters import StepCounters
 from .errors import UserError
 from .estimators import Estimator, Node, condition, place
 from .optimizers import Step

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from inrun_megatron.engines.inner import StepCounters, coming_step, set_steps
+from inrun_megatron.engines.inner import coming_step, set_steps
+from inrun_megatron.engines.step_counters import StepCounters
 from tests.counting import HostReads, HostWaits
 from tests.distributed import assert_cases, run_cases
 from tests.layout_engine import build_engine, forward_backward, share

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import cost, triton_blocks, triton_linear
+from .linear import weight_gradient
 from .projection import token_dots
 from .segments import Segments
 
@@ -28,7 +29,7 @@ def weight_gradient_and_dots(
     """As ``linear.weight_gradient_and_dots``, but the dots' sums may be left in ``parts`` (``triton_launch.add_parts``)."""
     count = len(dots)
     if count == 1:
-        only = output_grad.flatten(0, -2).t().matmul(activation.flatten(0, -2))
+        only = weight_gradient(activation, output_grad)
         parts.append(triton_blocks.block_dots(only.unsqueeze(0), directions))
         return only
     if activation.dim() != 3:
@@ -39,7 +40,7 @@ def weight_gradient_and_dots(
     if form == "projection":
         products = token_dots(activation, output_grad, directions)
         dots += products.sum(1 - batch_dim) if segments is None else segments.sums(products, batch_dim)
-        return output_grad.flatten(0, -2).t().matmul(activation.flatten(0, -2))
+        return weight_gradient(activation, output_grad)
     compute = triton_linear.weight_gradient_and_dots if form == "fused" else triton_blocks.blocks_and_dots
     grad, own = compute(activation, output_grad, directions, batch_dim, bounds)
     parts.append(own)
