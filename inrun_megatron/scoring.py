@@ -121,7 +121,7 @@ class RowScorer:
             raise AssertionError(f"no dots for sites of kind {e.site.kind}")
 
     def _by_kernel(self, e: Emission) -> bool:
-        """Whole rows' biases are left to torch: their sums serve the bias's own gradient, too, and one call the dots of many."""
+        """Whole rows' biases are left to torch: their sums also make the bias's gradient, and one call takes the dots of many."""
         whole = e.site.kind == "bias" and self.segments is None
         return not whole and e.output_grad.dim() == 3 and e.output_grad.dtype != torch.float64
 

@@ -21,7 +21,7 @@ from inrun_megatron.config import (
     TrainingConfig,
 )
 from inrun_megatron.errors import UserError
-from inrun_megatron.training.batches import StepLoader, microbatch_loss
+from inrun_megatron.training.batches import StepLoader, microbatch_loss, to_device
 from inrun_megatron.training.deepspeed_config import Batch, merge
 from inrun_megatron.training.optimizer import build_schedule, parameter_groups
 from inrun_megatron.training.progress import ProgressBar, StepFigures
@@ -311,6 +311,17 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_layers_read_goes_to_the_device() -> None:
+    """On a GPU the host would wait for the rest to come back."""
+    columns = ("tokens", "labels", "loss_mask", "position_ids", "documents", "dataset", "sample", "segments")
+    moved = to_device({name: torch.zeros(2) for name in columns}, torch.device("meta"))
+    assert {name for name, column in moved.items() if column.device.type == "cpu"} == {
+        "dataset",
+        "sample",
+        "segments",
+    }
 
 
 def _shared_memory(rank: int, world: int) -> tuple[int, int, float]:

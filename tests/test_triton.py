@@ -89,6 +89,15 @@ def _in_one_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     return triton_linear.weight_gradient_and_dots(*arguments, by=TILE)
 
 
+def test_parts_are_added_in_fp64() -> None:
+    """One after another in fp32, ones would not move a sum of 2^24."""
+    parts = torch.ones(1000, 1, 2, device=DEVICE)
+    parts[0] = 2.0**24
+    dots = torch.zeros(1, 1, dtype=torch.float64, device=DEVICE)
+    add_parts(dots, [parts, parts])  # padded to two targets
+    assert dots.item() == 2 * (2**24 + 999)
+
+
 def test_blocks_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large weight only some segments' blocks are there at a time."""
     a, b = _tokens(1, IN, torch.bfloat16), _tokens(1, OUT, torch.bfloat16, seed=1)
@@ -182,6 +191,13 @@ def test_linear_default_tile() -> None:
         _close(dots, expected, 2e-6)
 
 
+@pytest.fixture
+def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs share the tokens of a segment."""
+    monkeypatch.setattr(triton_elementwise, "STRETCH", 3)
+
+
+@pytest.mark.usefixtures("short_stretches")
 @pytest.mark.parametrize("bounds", [None, DOCUMENTS])
 @pytest.mark.parametrize("batch_dim", [0, 1])
 @pytest.mark.parametrize("kind", ["layer", "rms", "normalised"])
@@ -222,6 +238,7 @@ def test_norm(kind: str, batch_dim: int, bounds: Bounds | None) -> None:
     _close(dots, expected, 3e-6)
 
 
+@pytest.mark.usefixtures("short_stretches")
 @pytest.mark.parametrize("bounds", [None, DOCUMENTS])
 @pytest.mark.parametrize("batch_dim", [0, 1])
 def test_bias(batch_dim: int, bounds: Bounds | None) -> None:
@@ -234,6 +251,7 @@ def test_bias(batch_dim: int, bounds: Bounds | None) -> None:
     _close(dots, expected, 2e-6)
 
 
+@pytest.mark.usefixtures("short_stretches")
 @pytest.mark.parametrize("bounds", [None, DOCUMENTS])
 @pytest.mark.parametrize("batch_dim", [0, 1])
 def test_embedding(batch_dim: int, bounds: Bounds | None) -> None:
@@ -301,7 +319,10 @@ def test_a_model_scored_by_the_kernels_has_the_values_of_torch() -> None:
 
 
 COMPILE = """
-import sys
+import os
+import subprocess
+from pathlib import Path
+
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -309,6 +330,8 @@ from inrun_megatron import triton_adam
 from inrun_megatron.dots import cost, kernels, triton_blocks, triton_elementwise, triton_linear
 from inrun_megatron.dots.segments import Segments
 from inrun_megatron.dots.triton_launch import add_parts
+
+cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 def compiled(kernel, warps, types, constants):
     names = kernel.arg_names
@@ -330,8 +353,11 @@ for features, segments, ragged in ((2048, 4, False), (2048, 4, True), (8192, 4, 
          "BLOCK_OUT": tile.out, "BLOCK_IN": tile.into, "BLOCK_TOKENS": tile.tokens, "TILE_ROWS": 8,
          "STAGES": triton_linear.STAGES},
     )
-    # The tensor cores multiply, the copy engine loads.
-    print("wgmma" in linear.asm["ptx"] and "cp.async.bulk.tensor" in linear.asm["ptx"])
+    # The tensor cores multiply, the copy engine loads, and no register is spilled to the stack.
+    cubin = Path(os.environ["TRITON_CACHE_DIR"], "kernel.cubin")
+    cubin.write_bytes(linear.asm["cubin"])
+    used = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    print("wgmma" in linear.asm["ptx"] and "cp.async.bulk.tensor" in linear.asm["ptx"] and "STACK:0" in used)
 blocks = {"STRETCH": 128, "BLOCK_TOKENS": 32, "BLOCK_FEATURES": 128}
 for kernel, types, constants in [
     (triton_elementwise._vector_kernel, {"b_ptr": "*bf16", "x_ptr": "*bf16", "segments_ptr": "*i32"},

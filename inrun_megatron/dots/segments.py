@@ -30,6 +30,11 @@ class Bounds(list[tuple[int, int, int]]):
         super().__init__(parts)
         self.on: dict[torch.device, Tensor] = {}
 
+    @cached_property
+    def lengths(self) -> frozenset[int]:
+        """Which lengths there are."""
+        return frozenset(stop - start for _, start, stop in self)
+
 
 @dataclass(frozen=True, eq=False)
 class Segments:

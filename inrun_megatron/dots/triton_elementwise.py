@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import Bounds, equally_spaced, features_together, longest, segment_table
+from .triton_launch import Bounds, equally_spaced, features_together, lengths, segment_table
 
 BLOCK_TOKENS, BLOCK_FEATURES = 32, 128
 # Tokens of one program: few enough for a long row to keep all processors busy.
@@ -235,7 +235,7 @@ def _programs(
     grid = (
         len(segments),
         triton.cdiv(b.shape[-1], BLOCK_FEATURES),
-        triton.cdiv(longest(bounds, tokens), STRETCH),
+        triton.cdiv(max(1, *lengths(bounds, tokens)), STRETCH),
     )
     partial = torch.empty(grid[1] * grid[2], grid[0], targets, dtype=torch.float32, device=b.device)
     return grid, segments, partial

@@ -7,7 +7,7 @@ order follows (``add_parts``), without atomics: two runs give the same bits. The
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 import torch
@@ -47,9 +47,13 @@ def _on(bounds: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
     return to_device(torch.tensor(bounds, dtype=torch.int32), device)
 
 
-def longest(bounds: Bounds, tokens: int) -> int:
-    """Tokens of the longest segment."""
-    return tokens if bounds is None else max(1, *(stop - start for _, start, stop in bounds))
+def lengths(bounds: Bounds, tokens: int) -> Collection[int]:
+    """Which lengths segments have."""
+    if bounds is None:
+        return (tokens,)
+    return (
+        bounds.lengths if isinstance(bounds, segments.Bounds) else {stop - start for _, start, stop in bounds}
+    )
 
 
 def add_parts(dots: Tensor, parts: Sequence[Tensor]) -> None:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .triton_launch import INTERPRETED, Bounds, equally_spaced, segment_table
+from .triton_launch import INTERPRETED, Bounds, equally_spaced, lengths, segment_table
 
 # Segments whose dots may be differences of running ones; the same bound as the torch form's.
 SEGMENTS_PER_ACCUMULATOR = 8
@@ -203,7 +203,6 @@ def weight_gradient_and_dots(
     )
     grad = torch.empty(features_out, features_in, dtype=activation.dtype, device=activation.device)
     partial = torch.empty(tiles, count, padded, dtype=torch.float32, device=activation.device)
-    lengths = {tokens} if bounds is None else {stop - start for _, start, stop in bounds}
     _kernel[(tiles,)](
         _describe(activation, batch_dim, by.tokens, by.into),
         _describe(output_grad, batch_dim, by.tokens, by.out),
@@ -217,7 +216,7 @@ def weight_gradient_and_dots(
         len(directions),
         TARGETS=padded,
         BATCH_FIRST=batch_dim == 0,
-        RAGGED=any(length % by.tokens for length in lengths),
+        RAGGED=any(length % by.tokens for length in lengths(bounds, tokens)),
         TWO_ACCUMULATORS=two,
         WIDEN=INTERPRETED and activation.dtype == torch.bfloat16,
         BLOCK_OUT=by.out,
