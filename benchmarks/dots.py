@@ -124,12 +124,15 @@ def measure(
     forms: dict[str, Callable[[], object]] = {"projection": projection, "gram": gram}
     if cuda:
         from inrun_megatron.dots import triton_blocks, triton_linear
-        from inrun_megatron.dots.triton_launch import add_parts
+        from inrun_megatron.dots.triton_launch import Parts
 
-        forms["blocks"] = lambda: add_parts(dots, [triton_blocks.blocks_and_dots(a, b, directions, 1)[1]])
-        forms["fused"] = lambda: add_parts(
-            dots, [triton_linear.weight_gradient_and_dots(a, b, directions, 1)[1]]
-        )
+        def scored(form: Callable[..., tuple[Tensor, Tensor]]) -> None:
+            parts = Parts(dots)
+            parts.append(form(a, b, directions, 1)[1])
+            parts.settle()
+
+        forms["blocks"] = lambda: scored(triton_blocks.blocks_and_dots)
+        forms["fused"] = lambda: scored(triton_linear.weight_gradient_and_dots)
     else:
         forms["blocks"] = lambda: blocks_and_dots(a, b, directions, 1, dots)
     plain = _seconds(lambda: weight_gradient(a, b), repetitions, cuda)

@@ -20,6 +20,7 @@ from .dots.elementwise import (
 from .dots.linear import HAS_TRITON, weight_gradient_and_dots, weight_gradient_fp32
 from .dots.precision import wide
 from .dots.segments import Segments
+from .dots.triton_launch import Parts
 from .errors import UserError
 from .taps import Emission
 
@@ -65,8 +66,6 @@ def _add_tokens(tokens: Tensor, out: Tensor, fresh: bool) -> None:
 
 # Layers whose rows' gradients of vector parameters are kept until their dots are taken together.
 VECTORS_TOGETHER = 64
-# Numbers that kernels' parts of the dots may hold until they are added up.
-PARTS_TOGETHER = 2**23
 
 
 class RowScorer:
@@ -80,9 +79,7 @@ class RowScorer:
         # Vectors and embeddings in one Triton pass; on CPUs, and in fp64, by torch's operations.
         self.fused = dots.is_cuda and HAS_TRITON
         self._vectors: list[tuple[Tensor, Sequence[Tensor]]] = []
-        self._parts: list[Tensor] = []  # of kernels: sums of their programs, added up together
-        self._parts_since = 0  # the first part that `_limit_parts` has not seen
-        self._parts_size = 0
+        self._parts = Parts(dots)  # of kernels
 
     def __call__(self, e: Emission) -> None:
         # Under ZeRO-3 reading a direction is a collective, and every rank of the data-parallel group (same
@@ -98,10 +95,8 @@ class RowScorer:
             grad = weight_gradient_and_dots(a, b, directions, dim, self.dots, self.segments, self._parts)
             if not e.site.replicated:
                 e.weight_grad = grad
-            self._limit_parts()
         elif self.fused and self._by_kernel(e):
             self._parts.append(self._score_fused(e, directions))
-            self._limit_parts()
         elif e.site.kind == "bias":
             rows = self._add_vectors(e, b, directions)
             # Of one row it is left to be bitwise that without scoring.
@@ -140,23 +135,9 @@ class RowScorer:
         shifts = self.directions.of(e.bias) if e.bias is not None and e.bias.requires_grad else None
         return kernels.norm_dots(b, a, dim, directions, shifts, bounds, e.mean, e.rstd)
 
-    def _limit_parts(self) -> None:
-        self._parts_size += sum(part.numel() for part in self._parts[self._parts_since :])
-        self._parts_since = len(self._parts)
-        if self._parts_size > PARTS_TOGETHER:
-            self._add_parts()
-
-    def _add_parts(self) -> None:
-        from .dots.triton_launch import add_parts
-
-        add_parts(self.dots, [part[..., : self.dots.shape[1]] for part in self._parts])
-        self._parts.clear()
-        self._parts_since = self._parts_size = 0
-
     def settle(self) -> None:
         """Add what layers have left to be added: one call for many layers, whose own would be all calls."""
-        if self._parts:
-            self._add_parts()
+        self._parts.settle()
         if not self._vectors:
             return
         gradients = torch.cat([rows for rows, _ in self._vectors], dim=1)

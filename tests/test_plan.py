@@ -17,7 +17,7 @@ from inrun_megatron import cli
 from inrun_megatron.config import ModelConfig
 from inrun_megatron.defaults import STRETCH
 from inrun_megatron.ledger import LedgerWriter, RunDescription, create_ledger
-from inrun_megatron.plan import predict, times
+from inrun_megatron.plan import costs, predict, times
 from inrun_megatron.plan.costs import ESTIMATORS
 from inrun_megatron.plan.job import Job, count
 from inrun_megatron.plan.presets import PRESETS
@@ -317,6 +317,21 @@ def test_what_passes_hide_at_best() -> None:
     assert times.time(sharded, slow).hidden == pytest.approx(seconds(sharded, predict.READ, predict.FILL))
     taken = times.time(job, times.Hardware())
     assert taken.overlapped_overhead == pytest.approx(taken.scored_overhead - taken.hidden / taken.training)
+
+
+def test_dots_of_several_rows_cost_a_slower_product() -> None:
+    """In bf16 with infinitely fast memory a single row's dots are free, and several rows' are what the kernel loses."""
+    job = replace(_case(2, 1).job(), parameter_bytes=2, zero_stage=1)
+    fast = times.Hardware(memory=1e60)
+    linear = sum(p.numel for p in job.parameters if p.linear)
+    tokens = job.seq_length * job.microbatches * job.micro_batch_size
+    assert job.micro_batch_size > 1
+    lost = (
+        costs.SLOWER_PRODUCT * linear * tokens / fast.flops
+    )  # 2 operations, at twice the rate of a whole step
+    assert times.time(job, fast).dots == pytest.approx(lost)
+    assert times.time(replace(job, micro_batch_size=1), fast).dots == pytest.approx(0.0, abs=1e-30)
+    assert costs.dot_traffic_bytes(3, True, 1, 2) == 2 + costs.dot_traffic_bytes(3, True, 2, 2) == 2 + 3 * 2
 
 
 def test_other_targets_change_the_prediction() -> None:

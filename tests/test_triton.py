@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from inrun_megatron.dots import cost, kernels, triton_blocks, triton_elementwise, triton_linear
+from inrun_megatron.dots import cost, kernels, triton_blocks, triton_elementwise, triton_launch, triton_linear
 from inrun_megatron.dots.segments import Segments
-from inrun_megatron.dots.triton_launch import add_parts
+from inrun_megatron.dots.triton_launch import Parts
 from tests.distributed import run_distributed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,6 +37,13 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
 
 def _tokens(batch_dim: int, features: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return _tensor(*((S, ROWS) if batch_dim == 1 else (ROWS, S)), features, dtype=dtype, seed=seed)
+
+
+def add_parts(dots: Tensor, parts: list[Tensor]) -> None:
+    together = Parts(dots)
+    for part in parts:
+        together.append(part)
+    together.settle()
 
 
 def _cut(buffer: Tensor, batch_dim: int, bounds: Bounds | None) -> list[Tensor]:
@@ -98,6 +105,18 @@ def test_parts_are_added_in_fp64() -> None:
     assert dots.item() == 2 * (2**24 + 999)
 
 
+def test_parts_are_added_before_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "TOGETHER", 5)
+    dots = torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
+    parts = Parts(dots)
+    seen = []
+    for _ in range(4):
+        parts.append(torch.ones(1, 2, 1, device=DEVICE))
+        seen.append(dots.sum().item())
+    parts.settle()
+    assert seen == [0.0, 0.0, 6.0, 6.0] and dots.tolist() == [[4.0], [4.0]]
+
+
 def test_blocks_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large weight only some segments' blocks are there at a time."""
     a, b = _tokens(1, IN, torch.bfloat16), _tokens(1, OUT, torch.bfloat16, seed=1)
@@ -145,9 +164,10 @@ def test_a_layer_by_every_form(form: str, monkeypatch: pytest.MonkeyPatch) -> No
         rows = a.shape[dim]
         cut = [(i, 0, S) for i in range(rows)] if bounds is None else bounds
         grad, expected = _linear_reference(a, b, directions, dim, cut)
-        dots, parts = torch.zeros_like(expected), []
+        dots = torch.zeros_like(expected)
+        parts = Parts(dots)
         found = kernels.weight_gradient_and_dots(a, b, directions, dim, dots, segments, parts)
-        add_parts(dots, parts)
+        parts.settle()
         # bf16 blocks of a single row are rounded before their dots, as the weight gradient is
         _close(dots, expected, 4e-3 if form == "one row" else 2e-6)
         _close(found.double(), grad, 4e-3)
@@ -162,9 +182,10 @@ def test_rows_of_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         flat = [x.reshape(ROWS, -1, x.shape[-1]) for x in (a, b)]
         blocks = torch.einsum("bso,bsi->boi", flat[1].double(), flat[0].double())
         expected = torch.stack([(blocks * d.double()).sum((1, 2)) for d in directions], dim=1)
-        dots, parts = torch.zeros_like(expected), []
+        dots = torch.zeros_like(expected)
+        parts = Parts(dots)
         kernels.weight_gradient_and_dots(a, b, directions, 0, dots, None, parts)
-        add_parts(dots, parts)
+        parts.settle()
         _close(dots, expected, 2e-6)
 
 
@@ -327,9 +348,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from inrun_megatron import triton_adam
-from inrun_megatron.dots import cost, kernels, triton_blocks, triton_elementwise, triton_linear
-from inrun_megatron.dots.segments import Segments
-from inrun_megatron.dots.triton_launch import add_parts
+from inrun_megatron.dots import triton_blocks, triton_elementwise, triton_linear
 
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 

@@ -15,6 +15,7 @@ from . import cost, triton_blocks, triton_linear
 from .linear import weight_gradient
 from .projection import token_dots
 from .segments import Segments
+from .triton_launch import Parts
 
 
 def weight_gradient_and_dots(
@@ -24,9 +25,9 @@ def weight_gradient_and_dots(
     batch_dim: int,
     dots: Tensor,
     segments: Segments | None,
-    parts: list[Tensor],
+    parts: Parts,
 ) -> Tensor:
-    """As ``linear.weight_gradient_and_dots``, but the dots' sums may be left in ``parts`` (``triton_launch.add_parts``)."""
+    """As ``linear.weight_gradient_and_dots``, but kernels leave their parts of the dots in ``parts``."""
     count = len(dots)
     if count == 1:
         only = weight_gradient(activation, output_grad)

@@ -26,6 +26,7 @@ from .precision import LOW_PRECISION, widened
 from .products import add_mm_fp32, mm_fp32
 from .projection import token_dots
 from .segments import Segments
+from .triton_launch import Parts
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -62,7 +63,7 @@ def weight_gradient_and_dots(
     batch_dim: int,
     dots: Tensor,
     segments: Segments | None = None,
-    parts: list[Tensor] | None = None,
+    parts: Parts | None = None,
 ) -> Tensor:
     """The batch's weight gradient, and the dots of every row (of every part, with segments) on the way.
 
@@ -73,8 +74,7 @@ def weight_gradient_and_dots(
         batch_dim: dimension of A and B that counts the rows.
         dots: ``[b, K]``, ``[n, K]`` with segments; the dots are added to it.
         segments: n parts of the rows, with A ``[s, b, in]`` or ``[b, s, in]``.
-        parts: on a GPU kernels may leave their parts of the dots here, for one sum over many layers
-            (``triton_launch.add_parts``); default: they are added at once.
+        parts: of ``dots``, where a GPU's kernels leave theirs; default: they are added at once.
 
     Returns:
         dW ``[out, in]`` in the buffers' precision. With one row (or part), and where tokens are projected, it is
@@ -82,14 +82,14 @@ def weight_gradient_and_dots(
         fp32.
     """
     if activation.is_cuda and HAS_TRITON and activation.dtype in LOW_PRECISION:
-        from . import kernels, triton_launch  # where there is no GPU, Triton need not be installed
+        from . import kernels  # where there is no GPU, Triton need not be installed
 
-        own: list[Tensor] = [] if parts is None else parts
+        own = Parts(dots) if parts is None else parts
         grad = kernels.weight_gradient_and_dots(
             activation, output_grad, directions, batch_dim, dots, segments, own
         )
         if parts is None:
-            triton_launch.add_parts(dots, own)
+            own.settle()
         return grad
     if _form(activation, output_grad, len(dots), len(directions)) == "projection":
         products = token_dots(activation, output_grad, [widened(direction) for direction in directions])

@@ -1,7 +1,7 @@
 """What the Triton kernels have in common: how buffers, directions and segments are handed to them, and their sums.
 
 A kernel's programs write their parts of the dots side by side, ``[programs, segments, K]``; a sum over programs in a fixed
-order follows (``add_parts``), without atomics: two runs give the same bits. The parts of many layers are summed together.
+order follows (``Parts``), without atomics: two runs give the same bits. The parts of many layers are summed together.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from . import segments
 # Triton's interpreter runs kernels on the CPU, for tests. Its tl.dot takes bf16 numbers for the integers they are
 # stored as (triton 3.9, runtime/interpreter.py: create_dot), so kernels widen them there: exact, only slower.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+# Numbers that parts may hold until they are added up.
+TOGETHER = 2**23
 
 Bounds = Sequence[tuple[int, int, int]] | None
 """(row, first token, token after the last) of every segment; None: every row is one segment."""
@@ -56,10 +59,30 @@ def lengths(bounds: Bounds, tokens: int) -> Collection[int]:
     )
 
 
-def add_parts(dots: Tensor, parts: Sequence[Tensor]) -> None:
-    """``dots [n, K] += `` the sums of kernels' parts, each ``[programs, n, K or more]``, in fp64."""
-    if parts:
-        dots += torch.cat(list(parts)).sum(0, dtype=dots.dtype)[:, : dots.shape[1]]
+class Parts:
+    """Parts of the dots that many layers' kernels left, added up together: one call instead of one per layer.
+
+    Args:
+        dots: ``[n, K]`` fp64; parts are added to it, in fp64, by ``settle()`` or when there are too many.
+    """
+
+    def __init__(self, dots: Tensor) -> None:
+        self._dots = dots
+        self._parts: list[Tensor] = []
+        self._size = 0
+
+    def append(self, part: Tensor) -> None:
+        """A further one, ``[programs, n, K or more]``."""
+        self._parts.append(part[..., : self._dots.shape[1]])
+        self._size += part.numel()
+        if self._size > TOGETHER:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add those that are left."""
+        if self._parts:
+            self._dots += torch.cat(self._parts).sum(0, dtype=self._dots.dtype)
+        self._parts, self._size = [], 0
 
 
 def features_together(buffer: Tensor) -> Tensor:

@@ -57,6 +57,23 @@ LARGE = 2**24
 
 
 @triton.jit
+def _load(
+    buffer,
+    row,
+    token,
+    feature,
+    BATCH_FIRST: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEATURES: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Tile ``[TOKENS, FEATURES]`` of a buffer; zero beyond its edges."""
+    tile = buffer.load([row, token, feature]) if BATCH_FIRST else buffer.load([token, row, feature])
+    tile = tile.reshape(TOKENS, FEATURES)
+    return tile.to(tl.float32) if WIDEN else tile
+
+
+@triton.jit
 def _kernel(
     a_desc,
     b_desc,
@@ -97,30 +114,15 @@ def _kernel(
         whole = start + (stop - start) // BLOCK_TOKENS * BLOCK_TOKENS
         acc = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32) if TWO_ACCUMULATORS else total
         for token in tl.range(start, whole, BLOCK_TOKENS, num_stages=STAGES):
-            if BATCH_FIRST:
-                a = a_desc.load([row, token, into])
-                b = b_desc.load([row, token, out])
-            else:
-                a = a_desc.load([token, row, into])
-                b = b_desc.load([token, row, out])
-            a, b = a.reshape(BLOCK_TOKENS, BLOCK_IN), b.reshape(BLOCK_TOKENS, BLOCK_OUT)
-            if WIDEN:
-                a, b = a.to(tl.float32), b.to(tl.float32)
+            a = _load(a_desc, row, token, into, BATCH_FIRST, BLOCK_TOKENS, BLOCK_IN, WIDEN)
+            b = _load(b_desc, row, token, out, BATCH_FIRST, BLOCK_TOKENS, BLOCK_OUT, WIDEN)
             acc = tl.dot(tl.trans(b), a, acc)
         if RAGGED:  # noqa: SIM102  (known when compiled, unlike the next one)
             if whole < stop:  # the rest of the segment; what follows it is another's
-                if BATCH_FIRST:
-                    a = a_desc.load([row, whole, into])
-                    b = b_desc.load([row, whole, out])
-                else:
-                    a = a_desc.load([whole, row, into])
-                    b = b_desc.load([whole, row, out])
                 there = (whole + tl.arange(0, BLOCK_TOKENS) < stop)[:, None]
-                a = tl.where(there, a.reshape(BLOCK_TOKENS, BLOCK_IN), 0.0)
-                b = tl.where(there, b.reshape(BLOCK_TOKENS, BLOCK_OUT), 0.0)
-                if WIDEN:
-                    a, b = a.to(tl.float32), b.to(tl.float32)
-                acc = tl.dot(tl.trans(b), a, acc)
+                a = _load(a_desc, row, whole, into, BATCH_FIRST, BLOCK_TOKENS, BLOCK_IN, WIDEN)
+                b = _load(b_desc, row, whole, out, BATCH_FIRST, BLOCK_TOKENS, BLOCK_OUT, WIDEN)
+                acc = tl.dot(tl.trans(tl.where(there, b, 0.0)), tl.where(there, a, 0.0), acc)
         now = tl.zeros((TARGETS,), dtype=tl.float32)
         for k in range(num_targets):
             direction = direction_desc.load([k, out, into]).reshape(BLOCK_OUT, BLOCK_IN)
@@ -188,7 +190,7 @@ def weight_gradient_and_dots(
 
     Returns:
         dW ``[out, in]`` in the buffers' precision, from fp32 accumulation; and parts of the dots
-        ``[tiles, segments, K or more]`` (``triton_launch.add_parts``).
+        ``[tiles, segments, K or more]`` (``triton_launch.Parts``).
     """
     rows, tokens = activation.shape[batch_dim], activation.shape[1 - batch_dim]
     features_in, features_out = activation.shape[-1], output_grad.shape[-1]
