@@ -1,0 +1,192 @@
+"""The Triton kernels of linear layers, and the choice between them, against a loop over segments in fp64.
+
+Where there is no GPU they run in Triton's interpreter, which executes the kernel's own program block by block on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from inrun_megatron.dots import cost, kernels, triton_blocks, triton_launch, triton_linear
+from inrun_megatron.dots.segments import Segments
+from inrun_megatron.dots.triton_launch import Parts
+from tests.kernel_cases import (
+    DEVICE,
+    DOCUMENTS,
+    IN,
+    OUT,
+    ROWS,
+    TARGETS,
+    TOKENS,
+    Bounds,
+    S,
+    add_parts,
+    close,
+    cut,
+    tensor,
+    tokens_of,
+)
+
+# Smaller than every dimension but the tokens: several tiles, all with a ragged edge.
+TILE = triton_linear.Tile(16, 16, 16, 4)
+
+
+def _linear_reference(
+    a: Tensor, b: Tensor, directions: list[Tensor], batch_dim: int, bounds: Bounds | None
+) -> tuple[Tensor, Tensor]:
+    blocks = [y.t() @ x for x, y in zip(cut(a, batch_dim, bounds), cut(b, batch_dim, bounds), strict=True)]
+    dots = torch.stack([torch.stack([(w * d.double()).sum() for d in directions]) for w in blocks])
+    return torch.stack(blocks).sum(0), dots
+
+
+@pytest.mark.parametrize("targets", [1, TARGETS])
+@pytest.mark.parametrize("precise", [False, True], ids=["bf16 directions", "fp32 directions"])
+@pytest.mark.parametrize(
+    ("batch_dim", "bounds", "dtype"),
+    [
+        (1, None, torch.bfloat16),
+        (0, None, torch.float16),
+        (1, DOCUMENTS, torch.bfloat16),
+        (0, DOCUMENTS, torch.bfloat16),
+        (1, TOKENS, torch.bfloat16),  # more segments than share an accumulator
+        (0, TOKENS, torch.float16),
+    ],
+)
+def test_linear(
+    batch_dim: int, bounds: Bounds | None, dtype: torch.dtype, precise: bool, targets: int
+) -> None:
+    a, b = tokens_of(batch_dim, IN, dtype), tokens_of(batch_dim, OUT, dtype, seed=1)
+    directions = list(tensor(targets, OUT, IN, dtype=torch.float32 if precise else torch.bfloat16))
+    assert triton_linear.fits(a, b, directions)
+    grad, expected = _linear_reference(a, b, directions, batch_dim, bounds)
+    for compute in (_in_one_kernel, triton_blocks.blocks_and_dots):
+        dots = torch.zeros_like(expected)
+        found, parts = compute(a, b, directions, batch_dim, bounds)
+        add_parts(dots, [parts])
+        close(dots, expected, 2e-6)  # fp32 accumulation, whatever the buffers' precision
+        assert found.dtype == dtype
+        close(found.double(), grad, {torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype])
+
+
+def _in_one_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return triton_linear.weight_gradient_and_dots(*arguments, by=TILE)
+
+
+def test_parts_are_added_in_fp64() -> None:
+    """One after another in fp32, ones would not move a sum of 2^24."""
+    parts = torch.ones(1000, 1, 2, device=DEVICE)
+    parts[0] = 2.0**24
+    dots = torch.zeros(1, 1, dtype=torch.float64, device=DEVICE)
+    add_parts(dots, [parts, parts])  # padded to two targets
+    assert dots.item() == 2 * (2**24 + 999)
+
+
+def test_parts_are_added_before_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "TOGETHER", 5)
+    dots = torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
+    parts = Parts(dots)
+    seen = []
+    for _ in range(4):
+        parts.append(torch.ones(1, 2, 1, device=DEVICE))
+        seen.append(dots.sum().item())
+    parts.settle()
+    assert seen == [0.0, 0.0, 6.0, 6.0] and dots.tolist() == [[4.0], [4.0]]
+
+
+def test_blocks_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large weight only some segments' blocks are there at a time."""
+    a, b = tokens_of(1, IN, torch.bfloat16), tokens_of(1, OUT, torch.bfloat16, seed=1)
+    directions = list(tensor(TARGETS, OUT, IN))
+    for bounds in (None, DOCUMENTS):
+        grad, expected = _linear_reference(a, b, directions, 1, bounds)
+        for blocks in (1, 2):
+            monkeypatch.setattr(triton_blocks, "CHUNK", blocks * OUT * IN)
+            found, parts = triton_blocks.blocks_and_dots(a, b, directions, 1, bounds)
+            dots = torch.zeros_like(expected)
+            add_parts(dots, [parts])
+            close(dots, expected, 2e-6)
+            close(found.double(), grad, 4e-3)
+
+
+def test_unaligned_buffers_are_not_for_the_copy_engine() -> None:
+    a, b = tokens_of(1, IN, torch.bfloat16), tokens_of(1, OUT, torch.bfloat16)
+    directions = list(tensor(2, OUT, IN))
+    assert triton_linear.fits(a, b, directions)
+    storage = tensor(S * ROWS * IN + 8, dtype=torch.bfloat16)
+    assert not triton_linear.fits(storage[1 : 1 + a.numel()].view_as(a), b, directions)  # 2 bytes off
+    assert not triton_linear.fits(tokens_of(1, IN + 1, torch.bfloat16), b, directions)  # rows 2 bytes off
+    assert not triton_linear.fits(a.transpose(0, 2).contiguous().transpose(0, 2), b, directions)
+    shifted = tensor(2 * OUT * IN + 1)
+    assert not triton_linear.fits(
+        a, b, [shifted[: OUT * IN].view(OUT, IN), shifted[-OUT * IN :].view(OUT, IN)]
+    )
+
+
+@pytest.mark.parametrize("form", ["fused", "blocks", "projection", "one row"])
+def test_a_layer_by_every_form(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer's backward calls: dots and weight gradient, whichever form the rule picks."""
+    for dim, bounds in ((1, None), (0, None), (1, DOCUMENTS)):
+        a, b = tokens_of(dim, IN, torch.bfloat16), tokens_of(dim, OUT, torch.bfloat16, seed=1)
+        if form == "one row":
+            a, b, bounds = a.narrow(dim, 0, 1), b.narrow(dim, 0, 1), None
+        directions = list(tensor(TARGETS, OUT, IN, dtype=torch.bfloat16))
+        monkeypatch.setattr(cost, "cheapest", lambda shape, rule, *forms: form)
+        segments = None
+        if bounds is not None:
+            ids = torch.zeros(ROWS, S, dtype=torch.long)
+            for number, (row, start, stop) in enumerate(bounds):
+                ids[row, start:stop] = number
+            segments = Segments.of(ids)
+        rows = a.shape[dim]
+        cut = [(i, 0, S) for i in range(rows)] if bounds is None else bounds
+        grad, expected = _linear_reference(a, b, directions, dim, cut)
+        dots = torch.zeros_like(expected)
+        parts = Parts(dots)
+        found = kernels.weight_gradient_and_dots(a, b, directions, dim, dots, segments, parts)
+        parts.settle()
+        # bf16 blocks of a single row are rounded before their dots, as the weight gradient is
+        close(dots, expected, 4e-3 if form == "one row" else 2e-6)
+        close(found.double(), grad, 4e-3)
+
+
+def test_rows_of_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of plain models see [b, h], or more dimensions than two before the features."""
+    monkeypatch.setattr(cost, "cheapest", lambda shape, rule, *forms: "blocks")
+    directions = list(tensor(TARGETS, OUT, IN))
+    for shape in ((ROWS,), (ROWS, 2, 3)):
+        a, b = tensor(*shape, IN, dtype=torch.bfloat16), tensor(*shape, OUT, dtype=torch.bfloat16)
+        flat = [x.reshape(ROWS, -1, x.shape[-1]) for x in (a, b)]
+        blocks = torch.einsum("bso,bsi->boi", flat[1].double(), flat[0].double())
+        expected = torch.stack([(blocks * d.double()).sum((1, 2)) for d in directions], dim=1)
+        dots = torch.zeros_like(expected)
+        parts = Parts(dots)
+        kernels.weight_gradient_and_dots(a, b, directions, 0, dots, None, parts)
+        parts.settle()
+        close(dots, expected, 2e-6)
+
+
+def test_linear_is_deterministic() -> None:
+    a, b = tokens_of(1, IN, torch.bfloat16), tokens_of(1, OUT, torch.bfloat16, seed=1)
+    directions = list(tensor(TARGETS, OUT, IN))
+    runs = []
+    for _ in range(2):
+        dots = torch.zeros(len(DOCUMENTS), TARGETS, dtype=torch.float64, device=DEVICE)
+        grad, parts = _in_one_kernel(a, b, directions, 1, DOCUMENTS)
+        add_parts(dots, [parts])
+        runs.append((dots, grad))
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][1], runs[1][1])
+
+
+def test_linear_default_tile() -> None:
+    """The tile that is chosen without one given, larger than the whole weight."""
+    a, b = tokens_of(1, IN, torch.bfloat16), tokens_of(1, OUT, torch.bfloat16, seed=1)
+    directions = list(tensor(1, OUT, IN))
+    for bounds in (None, TOKENS):
+        _, expected = _linear_reference(a, b, directions, 1, bounds)
+        dots = torch.zeros_like(expected)
+        add_parts(dots, [triton_linear.weight_gradient_and_dots(a, b, directions, 1, bounds)[1]])
+        close(dots, expected, 2e-6)
