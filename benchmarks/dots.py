@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -132,12 +133,16 @@ def measure(
             parts.settle()
 
         forms["blocks"] = lambda: scored(triton_blocks.blocks_and_dots)
-        forms["fused"] = lambda: scored(triton_linear.weight_gradient_and_dots)
+        fused = triton_linear.weight_gradient_and_dots
+        forms["fused"] = lambda: scored(fused)
+        # The kernel's tiles, one of which it takes by itself.
+        forms["large tiles"] = lambda: scored(partial(fused, by=triton_linear.LARGE))
+        forms["small tiles"] = lambda: scored(partial(fused, by=triton_linear.SMALL))
     else:
         forms["blocks"] = lambda: blocks_and_dots(a, b, directions, 1, dots)
     plain = _seconds(lambda: weight_gradient(a, b), repetitions, cuda)
     times = {name: _seconds(work, repetitions, cuda) / plain for name, work in forms.items()}
-    eligible = [name for name in times if name != "gram"]
+    eligible = [name for name in times if name in ("blocks", "projection", "fused")]
     shape = cost.Shape(tokens, segments, features_in, features_out, targets)
     return Row(
         features_in,

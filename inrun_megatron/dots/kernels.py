@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import cost, triton_blocks, triton_linear
+from . import copy_engine, cost, triton_blocks, triton_linear
 from .linear import weight_gradient
 from .projection import token_dots
 from .segments import Segments
@@ -37,7 +37,7 @@ def weight_gradient_and_dots(
         activation, output_grad = (_by_rows(buffer, batch_dim) for buffer in (activation, output_grad))
         batch_dim = 0
     bounds = None if segments is None else segments.bounds
-    form = _form(activation, output_grad, directions, count)
+    form = _form(activation, output_grad, directions, batch_dim, count)
     if form == "projection":
         products = token_dots(activation, output_grad, directions)
         dots += products.sum(1 - batch_dim) if segments is None else segments.sums(products, batch_dim)
@@ -53,13 +53,15 @@ def _by_rows(buffer: Tensor, batch_dim: int) -> Tensor:
     return rows.reshape(len(rows), -1, rows.shape[-1])
 
 
-def _form(activation: Tensor, output_grad: Tensor, directions: Sequence[Tensor], segments: int) -> cost.Form:
+def _form(
+    activation: Tensor, output_grad: Tensor, directions: Sequence[Tensor], batch_dim: int, segments: int
+) -> cost.Form:
     features_in, features_out = activation.shape[-1], output_grad.shape[-1]
     shape = cost.Shape(
         activation.numel() // features_in, segments, features_in, features_out, len(directions)
     )
     forms: tuple[cost.Form, ...] = ("blocks", "projection")
-    if triton_linear.fits(activation, output_grad, directions):
+    if copy_engine.fits(activation, output_grad, directions, batch_dim):
         forms = ("fused", *forms)
     narrow = directions[0].dtype == activation.dtype
     return cost.cheapest(shape, cost.gpu if narrow else cost.gpu_wide, *forms)

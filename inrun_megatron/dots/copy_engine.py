@@ -1,0 +1,49 @@
+"""What a GPU's copy engine (tensor descriptors) reads: matrices with addresses and steps of 16 bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+ALIGNMENT = 16
+
+
+def fits(activation: Tensor, output_grad: Tensor, directions: Sequence[Tensor], batch_dim: int) -> bool:
+    """Whether it reads all that the kernel of triton_linear.py needs (arguments as there)."""
+    first = directions[0]
+    width = first.shape[-1] * first.element_size()
+    gap = directions[1].data_ptr() - first.data_ptr() if len(directions) > 1 else 0
+    return (
+        first.is_contiguous()
+        and not (first.data_ptr() % ALIGNMENT or width % ALIGNMENT or gap % ALIGNMENT)
+        and all(as_matrix(buffer, batch_dim) is not None for buffer in (activation, output_grad))
+    )
+
+
+def as_matrix(buffer: Tensor, batch_dim: int) -> tuple[Tensor, int] | None:
+    """A buffer's rows in one matrix, without a copy.
+
+    Two dimensions, because a tile of three that is reshaped goes through registers before it is multiplied.
+
+    Args:
+        buffer: ``[s, b, h]``, or with the b rows along another ``batch_dim``.
+        batch_dim: dimension that counts the rows.
+
+    Returns:
+        With rows first ``[b s, h]``, else ``[s, b h]`` (larger where rows lie apart), and how many matrix rows, else columns,
+        one row is after the other; None if the copy engine cannot read it.
+    """
+    if buffer.dim() != 3 or buffer.stride(-1) != 1 or buffer.data_ptr() % ALIGNMENT:
+        return None
+    rows, tokens, features = buffer.shape[batch_dim], buffer.shape[1 - batch_dim], buffer.shape[-1]
+    pitch, step = buffer.stride(1 - batch_dim), buffer.stride(batch_dim) if rows > 1 else 0
+    if pitch < features or pitch * buffer.element_size() % ALIGNMENT:
+        return None
+    if batch_dim == 0:
+        if step % pitch:
+            return None
+        height = (rows - 1) * step // pitch + tokens
+        return buffer.as_strided((height, features), (pitch, 1)), step // pitch
+    width = (rows - 1) * step + features
+    return (buffer.as_strided((tokens, width), (pitch, 1)), step) if width <= pitch else None
