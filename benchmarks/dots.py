@@ -125,7 +125,7 @@ def measure(
     forms: dict[str, Callable[[], object]] = {"projection": projection, "gram": gram}
     if cuda:
         from inrun_megatron.dots import triton_blocks, triton_linear
-        from inrun_megatron.dots.triton_launch import Parts
+        from inrun_megatron.dots.parts import Parts
 
         def scored(form: Callable[..., tuple[Tensor, Tensor]]) -> None:
             parts = Parts(dots)

@@ -18,9 +18,9 @@ from .dots.elementwise import (
     vector_dots,
 )
 from .dots.linear import HAS_TRITON, weight_gradient_and_dots, weight_gradient_fp32
+from .dots.parts import Parts
 from .dots.precision import wide
 from .dots.segments import Segments
-from .dots.triton_launch import Parts
 from .errors import UserError
 from .taps import Emission
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dots.triton_launch import equally_spaced
+from .dots.triton_launch import equally_spaced, of_target
 from .optimizers import AdamStep
 
 BLOCK = 2048
@@ -55,7 +55,7 @@ def _condition_kernel(
         by_momentum = tl.load(exp_avg_ptr + places, mask=inside, other=0.0) * momentum / still
         by_decay = tl.load(weights_ptr + places, mask=inside, other=0.0) * decay
     for k in range(num_targets):
-        own = gradient_ptr + k * gradient_target + places
+        own = of_target(gradient_ptr, k, gradient_target) + places
         g = tl.load(own, mask=inside, other=0.0)
         if TERMS:
             out = partial_ptr + (program * num_targets + k) * 2
@@ -102,7 +102,9 @@ def _inner_kernel(
     inside = places < stop
     vector = tl.load(vector_ptr + places, mask=inside, other=0.0).to(tl.float32)
     for k in range(num_targets):
-        d = tl.load(direction_ptr + k * direction_target + places, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(of_target(direction_ptr, k, direction_target) + places, mask=inside, other=0.0).to(
+            tl.float32
+        )
         tl.store(partial_ptr + program * num_targets + k, tl.sum(d * vector, axis=0))
 
 

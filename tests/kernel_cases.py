@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inrun_megatron.dots.triton_launch import Parts
+from inrun_megatron.dots.parts import Parts
+from inrun_megatron.dots.segments import Bounds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 S, ROWS, IN, OUT, VOCABULARY, TARGETS = 7, 3, 24, 40, 11, 3
-Bounds = list[tuple[int, int, int]]
-DOCUMENTS: Bounds = [(0, 0, 3), (0, 3, 7), (1, 0, 7), (2, 0, 1), (2, 1, 2), (2, 2, 7)]
-TOKENS: Bounds = [(row, t, t + 1) for row in range(ROWS) for t in range(S)]
+DOCUMENTS = Bounds.of([(0, 0, 3), (0, 3, 7), (1, 0, 7), (2, 0, 1), (2, 1, 2), (2, 2, 7)])
+TOKENS = Bounds.of((row, t, t + 1) for row in range(ROWS) for t in range(S))
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -31,7 +31,7 @@ BOUNDS = [
 
 def test_rows_are_cut_where_neighbours_differ() -> None:
     cut = Segments.of(PARTS)
-    assert cut.bounds == BOUNDS and len(cut) == len(BOUNDS)
+    assert list(cut.bounds) == BOUNDS and len(cut) == len(BOUNDS)
     assert cut.row.tolist() == [row for row, _, _ in BOUNDS]
     assert cut.ordinal.tolist() == [0, 1, 2, 3, 0, 0, 1, *range(12)]
 

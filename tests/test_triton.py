@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from inrun_megatron.dots import triton_elementwise
-from inrun_megatron.dots.segments import Segments
+from inrun_megatron.dots import triton_blocks, triton_elementwise, triton_launch
+from inrun_megatron.dots.segments import Bounds, Segments
 from tests.distributed import run_distributed
 from tests.kernel_cases import (
     DEVICE,
@@ -25,7 +25,6 @@ from tests.kernel_cases import (
     ROWS,
     TARGETS,
     VOCABULARY,
-    Bounds,
     S,
     add_parts,
     close,
@@ -165,8 +164,9 @@ def test_a_model_scored_by_the_kernels_has_the_values_of_torch() -> None:
         close(by_kernels, by_torch, 2e-6)
 
 
-COMPILE = """
+COMPILE = r"""
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -185,7 +185,11 @@ def compiled(kernel, warps, types, constants):
         kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")},
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    # Directions lie a model's parameters apart, and with several targets further than int32 counts.
+    found = re.findall(r".*muli .*%\w+_target\b.* : i32.*", made.asm["ttir"])
+    assert not found, f"an offset to a direction in int32: {found}"
+    return made
 
 for weights, segments, even, targets, precise in (
     (2**22, 4, True, 1, False), (2**26, 4, True, 1, False), (2**22, 4, True, 4, False), (2**26, 4, True, 4, False),
@@ -241,3 +245,39 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
     )
     assert ran.stdout.split() == ["True"] * 15, ran.stderr
+
+
+def test_directions_lie_further_apart_than_int32_counts() -> None:
+    """With many targets of a large model: offsets to a target's direction are taken in int64."""
+    features, far = 16, 2**29 + 2**7
+    storage = torch.empty(
+        4 * far, dtype=torch.bfloat16, device=DEVICE
+    )  # pages that nobody touches cost nothing
+    directions = [storage[k * far :][:features] for k in range(5) if k * far < 4 * far]
+    for k, direction in enumerate(directions):
+        direction.copy_(tensor(features, seed=k))
+    b = tokens_of(1, features, torch.bfloat16)
+    expected = torch.stack([(b.double().sum(0) * d.double()).sum(-1) for d in directions], dim=1)
+    assert triton_launch.equally_spaced(directions)[1] == far and 4 * far > 2**31
+    dots = torch.zeros_like(expected)
+    add_parts(dots, [triton_elementwise.bias_dots(b, 1, directions)])
+    close(dots, expected, 2e-6)
+    ids = torch.zeros(b.shape[:2], dtype=torch.long, device=DEVICE)
+    dots = torch.zeros_like(expected)
+    tables = [d.view(1, -1) for d in directions]
+    add_parts(dots, [triton_elementwise.embedding_dots(b, ids, 1, tables)])
+    close(dots, expected, 2e-6)
+    blocks = b.sum(0).view(ROWS, 1, features)
+    dots = torch.zeros_like(expected)
+    add_parts(dots, [triton_blocks.block_dots(blocks, tables)])
+    close(dots, (blocks.double().flatten(1) @ torch.stack(directions).double().t()), 2e-6)
+
+
+def test_directions_of_several_storages_are_not_reached_from_the_first() -> None:
+    """Equal gaps between addresses prove nothing; two storages of one size always have one."""
+    storage = torch.arange(8.0, device=DEVICE)
+    first, gap = triton_launch.equally_spaced([storage[0:2], storage[4:6]])
+    assert first.data_ptr() == storage.data_ptr() and gap == 4
+    for pair in ([storage[0:2], storage.clone()[4:6]], [storage[4:6], storage[0:2]]):
+        first, gap = triton_launch.equally_spaced(pair)
+        assert torch.equal(first, torch.stack(pair)) and gap == 2

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from inrun_megatron.dots import copy_engine, cost, kernels, triton_blocks, triton_launch, triton_linear
-from inrun_megatron.dots.segments import Segments
-from inrun_megatron.dots.triton_launch import Parts
+from inrun_megatron.dots import copy_engine, cost, kernels, triton_blocks, triton_linear
+from inrun_megatron.dots import parts as parts_of_kernels
+from inrun_megatron.dots.parts import Parts
+from inrun_megatron.dots.segments import Bounds, Segments, whole_rows
 from tests.kernel_cases import (
     DEVICE,
     DOCUMENTS,
@@ -22,7 +23,6 @@ from tests.kernel_cases import (
     ROWS,
     TARGETS,
     TOKENS,
-    Bounds,
     S,
     add_parts,
     close,
@@ -87,7 +87,7 @@ def test_parts_are_added_in_fp64() -> None:
 
 
 def test_parts_are_added_before_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_launch, "TOGETHER", 5)
+    monkeypatch.setattr(parts_of_kernels, "TOGETHER", 5)
     dots = torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
     parts = Parts(dots)
     seen = []
@@ -126,9 +126,9 @@ def test_whole_steps_of_tokens(batch_dim: int, rows: int, targets: int) -> None:
 
     a, b = buffer(IN, 0), buffer(OUT, 1)
     directions = list(tensor(targets, OUT, IN, dtype=torch.bfloat16))
-    rests = [(row, *part) for row in range(rows) for part in ((0, 5), (5, steps))]
-    mixed = [(0, 0, 20), (0, 20, steps), *((row, 0, steps) for row in range(1, rows))]
-    for bounds in (None, [(row, 0, steps) for row in range(rows)], rests, mixed):
+    rests = Bounds.of((row, *part) for row in range(rows) for part in ((0, 5), (5, steps)))
+    mixed = Bounds.of([(0, 0, 20), (0, 20, steps), *((row, 0, steps) for row in range(1, rows))])
+    for bounds in (None, whole_rows(rows, steps), rests, mixed):
         grad, expected = _linear_reference(a, b, directions, batch_dim, bounds)
         dots = torch.zeros_like(expected)
         found, parts = _in_one_kernel(a, b, directions, batch_dim, bounds)
@@ -148,7 +148,7 @@ def test_buffers_that_are_parts_of_larger_ones(batch_dim: int) -> None:
     a, b = (buffer[..., :features] for buffer in whole)
     directions = list(tensor(1, features, features, dtype=torch.bfloat16))
     assert copy_engine.fits(a, b, directions, batch_dim)
-    for bounds in (None, [(row, *part) for row in range(ROWS) for part in ((0, 5), (5, steps))]):
+    for bounds in (None, Bounds.of((row, *part) for row in range(ROWS) for part in ((0, 5), (5, steps)))):
         grad, expected = _linear_reference(a, b, directions, batch_dim, bounds)
         dots = torch.zeros_like(expected)
         found, parts = _in_one_kernel(a, b, directions, batch_dim, bounds)
@@ -198,7 +198,7 @@ def test_a_layer_by_every_form(form: str, monkeypatch: pytest.MonkeyPatch) -> No
                 ids[row, start:stop] = number
             segments = Segments.of(ids)
         rows = a.shape[dim]
-        cut = [(i, 0, S) for i in range(rows)] if bounds is None else bounds
+        cut = whole_rows(rows, S) if bounds is None else bounds
         grad, expected = _linear_reference(a, b, directions, dim, cut)
         dots = torch.zeros_like(expected)
         parts = Parts(dots)

@@ -261,9 +261,9 @@ class Directions:
         if self.groups[place.group].residence is not Residence.PARTITIONED:
             self._views[key] = [row.view(place.shape) for row in self._own(place)]
             return self._views[key]
-        gathered = self._layers.read(id(parameter))
-        parts = gathered.view(self.layout.dp_size, self.targets, place.numel)
-        return [parts[:, k].reshape(-1)[: place.shape.numel()].view(place.shape) for k in range(self.targets)]
+        parts = self._layers.read(key).view(self.layout.dp_size, self.targets, place.numel)
+        whole = parts.transpose(0, 1).reshape(self.targets, -1)[:, : place.shape.numel()]
+        return [row.view(place.shape) for row in whole]
 
     def rewind(self) -> None:
         """The backward of another microbatch is to read them."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from . import copy_engine, cost, triton_blocks, triton_linear
 from .linear import weight_gradient
+from .parts import Parts
 from .projection import token_dots
 from .segments import Segments
-from .triton_launch import Parts
 
 
 def weight_gradient_and_dots(
@@ -36,14 +36,15 @@ def weight_gradient_and_dots(
     if activation.dim() != 3:
         activation, output_grad = (_by_rows(buffer, batch_dim) for buffer in (activation, output_grad))
         batch_dim = 0
-    bounds = None if segments is None else segments.bounds
     form = _form(activation, output_grad, directions, batch_dim, count)
     if form == "projection":
         products = token_dots(activation, output_grad, directions)
         dots += products.sum(1 - batch_dim) if segments is None else segments.sums(products, batch_dim)
         return weight_gradient(activation, output_grad)
     compute = triton_linear.weight_gradient_and_dots if form == "fused" else triton_blocks.blocks_and_dots
-    grad, own = compute(activation, output_grad, directions, batch_dim, bounds)
+    grad, own = compute(
+        activation, output_grad, directions, batch_dim, None if segments is None else segments.bounds
+    )
     parts.append(own)
     return grad
 

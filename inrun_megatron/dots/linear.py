@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from . import cost
+from .parts import Parts
 from .precision import LOW_PRECISION, widened
 from .products import add_mm_fp32, mm_fp32
 from .projection import token_dots
 from .segments import Segments
-from .triton_launch import Parts
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 

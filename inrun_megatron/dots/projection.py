@@ -23,14 +23,12 @@ def token_dots(activation: Tensor, output_grad: Tensor, directions: Sequence[Ten
     directions of one low precision are multiplied in it and added up in fp32; else all are widened to the directions'.
     """
     dtype = wide(directions[0].dtype)
-    a, b = activation.to(dtype), output_grad.to(dtype)
-    narrow_in = a.shape[-1] < b.shape[-1]
-    columns = [
-        torch.linalg.vecdot(_product(output_grad, d), a)
-        if narrow_in
-        else torch.linalg.vecdot(_product(activation, d.t()), b)
-        for d in directions
-    ]
+    if activation.shape[-1] < output_grad.shape[-1]:
+        kept = activation.to(dtype)
+        columns = [torch.linalg.vecdot(_product(output_grad, d), kept) for d in directions]
+    else:
+        kept = output_grad.to(dtype)
+        columns = [torch.linalg.vecdot(_product(activation, d.t()), kept) for d in directions]
     return torch.stack(columns, dim=-1).double()
 
 

@@ -9,9 +9,9 @@ Shape legend: b rows, s positions of a whole row (s/tp in a shard of sequence pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -19,21 +19,48 @@ from torch import Tensor
 from ..host import to_device
 
 
-class Bounds(list[tuple[int, int, int]]):
-    """(row, first token, token after the last) of every part.
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """(row, first token, token after the last) of every part, int32 ``[n, 3]`` on the CPU; iterates over them as tuples.
 
-    Attributes:
-        on: the same as int32 ``[n, 3]``, by device; filled by who needs it there.
+    Kernels read the table, so that tens of thousands of parts cost the host no loop.
     """
 
-    def __init__(self, parts: Iterable[tuple[int, int, int]]) -> None:
-        super().__init__(parts)
-        self.on: dict[torch.device, Tensor] = {}
+    table: Tensor
+    _on: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[int, int, int]]) -> Bounds:
+        """Of parts that are counted out."""
+        return cls(torch.tensor(list(parts), dtype=torch.int32).view(-1, 3))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        return iter(self.tuples)
+
+    @cached_property
+    def tuples(self) -> list[tuple[int, int, int]]:
+        """The table as a list."""
+        return [(row, start, stop) for row, start, stop in self.table.tolist()]
 
     @cached_property
     def lengths(self) -> frozenset[int]:
         """Which lengths there are."""
-        return frozenset(stop - start for _, start, stop in self)
+        return frozenset((self.table[:, 2] - self.table[:, 1]).unique().tolist())
+
+    def on(self, device: torch.device) -> Tensor:
+        """The table there, in a copy that the host does not wait for; all layers of a microbatch get the same one."""
+        if device not in self._on:
+            self._on[device] = to_device(self.table, device)
+        return self._on[device]
+
+
+@lru_cache(maxsize=16)
+def whole_rows(rows: int, tokens: int) -> Bounds:
+    """Every row is one part."""
+    return Bounds.of((row, 0, tokens) for row in range(rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,26 +112,16 @@ class Segments:
     @cached_property
     def bounds(self) -> Bounds:
         """(row, first position, position after the last) of every part."""
-        begin = self.offsets[:-1] - self.row * self.positions
-        end = self.offsets[1:] - self.row * self.positions
-        return Bounds(zip(self.row.tolist(), begin.tolist(), end.tolist(), strict=True))
+        return self.shard_bounds(0, 1)
 
     def shard_bounds(self, rank: int, size: int) -> Bounds:
         """``bounds`` within sequence shard ``rank`` of ``size``; parts that lie elsewhere are empty."""
-        if size == 1:
-            return self.bounds
         if (rank, size) not in self._shards:
-            self._shards[rank, size] = self._within(rank, size)
+            shard = self.positions // size
+            first = self.row * self.positions + rank * shard
+            edges = ((edge - first).clamp(0, shard) for edge in (self.offsets[:-1], self.offsets[1:]))
+            self._shards[rank, size] = Bounds(torch.stack((self.row, *edges), dim=1).int())
         return self._shards[rank, size]
-
-    def _within(self, rank: int, size: int) -> Bounds:
-        shard = self.positions // size
-        first = rank * shard
-
-        def within(position: int) -> int:
-            return min(max(position - first, 0), shard)
-
-        return Bounds((row, within(begin), within(end)) for row, begin, end in self.bounds)
 
     def lengths(self, device: torch.device, rank: int = 0, size: int = 1) -> Tensor:
         """How many of every part's positions lie in sequence shard ``rank`` of ``size``, int64 ``[n]``.
@@ -113,10 +130,8 @@ class Segments:
         """
         key = (device, rank, size)
         if key not in self._lengths:
-            shard = self.positions // size
-            begin = self.offsets[:-1] - self.row * self.positions - rank * shard
-            end = self.offsets[1:] - self.row * self.positions - rank * shard
-            self._lengths[key] = to_device(end.clamp(0, shard) - begin.clamp(0, shard), device)
+            table = self.shard_bounds(rank, size).table
+            self._lengths[key] = to_device((table[:, 2] - table[:, 1]).long(), device)
         return self._lengths[key]
 
     def sums(self, tokens: Tensor, batch_dim: int = 0, rank: int = 0, size: int = 1) -> Tensor:

@@ -14,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .products import bmm_fp32, mm_fp32
-from .triton_launch import Bounds, equally_spaced
+from .segments import Bounds
+from .triton_launch import equally_spaced, of_target
 
 BLOCK = 4096
 CHUNK = 2**24
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])  # documents: another number in every microbatch
 def _kernel(
     block_ptr,
     direction_ptr,
@@ -42,11 +43,15 @@ def _kernel(
     if ADD:
         total += tl.load(grad_ptr + places, mask=inside, other=0.0)
     for block in range(num_blocks):
-        own = tl.load(block_ptr + block * size.to(tl.int64) + places, mask=inside, other=0.0).to(tl.float32)
+        own = tl.load(block_ptr + tl.cast(block, tl.int64) * size + places, mask=inside, other=0.0).to(
+            tl.float32
+        )
         if SUM:
             total += own
         for k in range(num_targets):
-            direction = tl.load(direction_ptr + k * direction_target + places, mask=inside, other=0.0)
+            direction = tl.load(
+                of_target(direction_ptr, k, direction_target) + places, mask=inside, other=0.0
+            )
             dot = tl.sum(own * direction.to(tl.float32), axis=0)
             tl.store(partial_ptr + (program * num_blocks + block) * TARGETS + k, dot)
     if SUM:
@@ -56,7 +61,7 @@ def _kernel(
 def block_dots(
     blocks: Tensor, directions: Sequence[Tensor], sum_into: Tensor | None = None, add: bool = False
 ) -> Tensor:
-    """``<D_k, W_g>`` of every block and target, as parts ``[programs, G, K or more]`` (``triton_launch.Parts``).
+    """``<D_k, W_g>`` of every block and target, as parts ``[programs, G, K or more]`` (``parts.Parts``).
 
     Args:
         blocks: ``[G, out, in]``, contiguous.
@@ -90,7 +95,7 @@ def blocks_and_dots(
     output_grad: Tensor,
     directions: Sequence[Tensor],
     batch_dim: int,
-    bounds: Bounds = None,
+    bounds: Bounds | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weight gradient ``[out, in]`` in the buffers' precision, and the dots' parts; as ``triton_linear``'s."""
     shape = output_grad.shape[-1], activation.shape[-1]
@@ -111,7 +116,7 @@ def _side_by_side(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _products(a: Tensor, b: Tensor, batch_dim: int, bounds: Bounds, at_once: int) -> Iterator[Tensor]:
+def _products(a: Tensor, b: Tensor, batch_dim: int, bounds: Bounds | None, at_once: int) -> Iterator[Tensor]:
     """``B_g^T A_g`` in fp32, ``[at_once or fewer, out, in]``."""
     a, b = a.movedim(batch_dim, 0), b.movedim(batch_dim, 0).mT
     if bounds is None:
@@ -119,7 +124,7 @@ def _products(a: Tensor, b: Tensor, batch_dim: int, bounds: Bounds, at_once: int
             yield bmm_fp32(b_rows, a_rows)
         return
     for first in range(0, len(bounds), at_once):
-        own = bounds[first : first + at_once]
+        own = bounds.tuples[first : first + at_once]
         blocks = torch.empty(len(own), b.shape[1], a.shape[2], dtype=torch.float32, device=a.device)
         for block, (row, start, stop) in zip(blocks, own, strict=True):
             mm_fp32(b[row, :, start:stop], a[row, start:stop], out=block)

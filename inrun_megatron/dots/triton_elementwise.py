@@ -6,7 +6,7 @@
 
 Shape legend: B ``[s, b, h]`` or ``[b, s, h]`` (rows along ``batch_dim``), D_k ``[h]`` or ``[vocabulary, h]``. A program sums
 a block of features over ``STRETCH`` of a segment's tokens in fp32; neither the products nor xhat are ever written.
-Every function returns parts of the dots, ``[programs, segments, K]`` (``triton_launch.Parts``).
+Every function returns parts of the dots, ``[programs, segments, K]`` (``parts.Parts``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import Bounds, equally_spaced, features_together, lengths, segment_table
+from .segments import Bounds, whole_rows
+from .triton_launch import equally_spaced, features_together, of_target
 
 BLOCK_TOKENS, BLOCK_FEATURES = 32, 128
 # Tokens of one program: few enough for a long row to keep all processors busy.
@@ -93,13 +94,13 @@ def _vector_kernel(
     for k in range(num_targets):
         total = tl.zeros((BLOCK_FEATURES,), dtype=tl.float32)
         if SCALE:
-            total += scaled * tl.load(scale_ptr + k * scale_target + columns, mask=inside, other=0.0).to(
-                tl.float32
-            )
+            total += scaled * tl.load(
+                of_target(scale_ptr, k, scale_target) + columns, mask=inside, other=0.0
+            ).to(tl.float32)
         if SHIFT:
-            total += shifted * tl.load(shift_ptr + k * shift_target + columns, mask=inside, other=0.0).to(
-                tl.float32
-            )
+            total += shifted * tl.load(
+                of_target(shift_ptr, k, shift_target) + columns, mask=inside, other=0.0
+            ).to(tl.float32)
         tl.store(out + k, tl.sum(total, axis=0))
 
 
@@ -139,7 +140,7 @@ def _embedding_kernel(
                 b_ptr + row * b_row + tokens[:, None] * b_token + columns[None, :], mask=mask, other=0.0
             ).to(tl.float32)
             d = tl.load(
-                direction_ptr + k * direction_target + ids[:, None] * features + columns[None, :],
+                of_target(direction_ptr, k, direction_target) + ids[:, None] * features + columns[None, :],
                 mask=mask,
                 other=0.0,
             ).to(tl.float32)
@@ -148,7 +149,7 @@ def _embedding_kernel(
 
 
 def bias_dots(
-    output_grad: Tensor, batch_dim: int, directions: Sequence[Tensor], bounds: Bounds = None
+    output_grad: Tensor, batch_dim: int, directions: Sequence[Tensor], bounds: Bounds | None = None
 ) -> Tensor:
     """``sum_{t in g} B_t . D_k``; ``bounds`` as in ``triton_linear``."""
     return _vector_dots(output_grad, None, None, None, batch_dim, None, directions, bounds)
@@ -160,7 +161,7 @@ def norm_dots(
     batch_dim: int,
     directions: Sequence[Tensor],
     shifts: Sequence[Tensor] | None,
-    bounds: Bounds = None,
+    bounds: Bounds | None = None,
     mean: Tensor | None = None,
     rstd: Tensor | None = None,
 ) -> Tensor:
@@ -185,7 +186,7 @@ def _vector_dots(
     batch_dim: int,
     scales: Sequence[Tensor] | None,
     shifts: Sequence[Tensor] | None,
-    bounds: Bounds,
+    bounds: Bounds | None,
 ) -> Tensor:
     b = features_together(output_grad)
     a = b if x is None else features_together(x)
@@ -227,18 +228,17 @@ def _vector_dots(
 
 
 def _programs(
-    b: Tensor, batch_dim: int, bounds: Bounds, targets: int
+    b: Tensor, batch_dim: int, bounds: Bounds | None, targets: int
 ) -> tuple[tuple[int, int, int], Tensor, Tensor]:
     """The grid (segments, feature blocks, stretches), the segments, and room for the programs' sums."""
-    tokens = b.shape[1 - batch_dim]
-    segments = segment_table(bounds, b.shape[batch_dim], tokens, b.device)
+    parts = whole_rows(b.shape[batch_dim], b.shape[1 - batch_dim]) if bounds is None else bounds
     grid = (
-        len(segments),
+        len(parts),
         triton.cdiv(b.shape[-1], BLOCK_FEATURES),
-        triton.cdiv(max(1, *lengths(bounds, tokens)), STRETCH),
+        triton.cdiv(max(1, *parts.lengths), STRETCH),
     )
     partial = torch.empty(grid[1] * grid[2], grid[0], targets, dtype=torch.float32, device=b.device)
-    return grid, segments, partial
+    return grid, parts.on(b.device), partial
 
 
 def embedding_dots(
@@ -246,7 +246,7 @@ def embedding_dots(
     ids: Tensor,
     batch_dim: int,
     directions: Sequence[Tensor],
-    bounds: Bounds = None,
+    bounds: Bounds | None = None,
 ) -> Tensor:
     """``sum_{t in g} B_t . D_k[id_t]``; ids shaped like B without its features."""
     b, token_dim = features_together(output_grad), 1 - batch_dim

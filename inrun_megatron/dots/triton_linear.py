@@ -26,7 +26,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .copy_engine import as_matrix
-from .triton_launch import INTERPRETED, Bounds, equally_spaced, lengths, segment_table
+from .segments import Bounds, whole_rows
+from .triton_launch import INTERPRETED, equally_spaced
 
 # Segments whose dots may be differences of running ones; the same bound as the torch form's.
 SEGMENTS_PER_ACCUMULATOR = 8
@@ -95,7 +96,7 @@ def _dots(
     return dots
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_segments"])  # documents: another number in every microbatch
 def _kernel(
     a_desc,
     b_desc,
@@ -191,7 +192,7 @@ def weight_gradient_and_dots(
     output_grad: Tensor,
     directions: Sequence[Tensor],
     batch_dim: int,
-    bounds: Bounds = None,
+    bounds: Bounds | None = None,
     by: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The batch's weight gradient, and every segment's dots on the way.
@@ -207,7 +208,7 @@ def weight_gradient_and_dots(
 
     Returns:
         dW ``[out, in]`` in the buffers' precision, from fp32 accumulation; and parts of the dots
-        ``[tiles, segments, K or more]`` (``triton_launch.Parts``).
+        ``[tiles, segments, K or more]`` (``parts.Parts``).
 
     Raises:
         ValueError: a buffer that the copy engine cannot read (``copy_engine.fits``).
@@ -215,7 +216,7 @@ def weight_gradient_and_dots(
     rows, tokens = activation.shape[batch_dim], activation.shape[1 - batch_dim]
     features_in, features_out = activation.shape[-1], output_grad.shape[-1]
     direction, gap = equally_spaced(directions)
-    segments = segment_table(bounds, rows, tokens, activation.device)
+    segments = whole_rows(rows, tokens) if bounds is None else bounds
     count, padded = len(segments), triton.next_power_of_2(len(directions))
     by = by or tile(features_out * features_in, count, direction.element_size())
     tiles = triton.cdiv(features_in, by.into) * triton.cdiv(features_out, by.out)
@@ -232,7 +233,7 @@ def weight_gradient_and_dots(
         TensorDescriptor(a, list(a.shape), list(a.stride()), [by.tokens, by.into]),
         TensorDescriptor(b, list(b.shape), list(b.stride()), [by.tokens, by.out]),
         TensorDescriptor(stacked, list(stacked.shape), list(stacked.stride()), [1, by.out, by.into]),
-        segments,
+        segments.on(activation.device),
         grad,
         partial,
         a_step,
@@ -243,9 +244,7 @@ def weight_gradient_and_dots(
         tokens,
         TARGETS=padded,
         BATCH_FIRST=batch_dim == 0,
-        EVEN=count == rows
-        and all(length == tokens for length in lengths(bounds, tokens))
-        and not tokens % by.tokens,
+        EVEN=count == rows and segments.lengths == {tokens} and not tokens % by.tokens,
         TWO_ACCUMULATORS=count > SEGMENTS_PER_ACCUMULATOR,
         EDGES=bool(features_in % by.into or features_out % by.out),
         WIDEN=INTERPRETED and activation.dtype == torch.bfloat16,
