@@ -98,7 +98,9 @@ class ModulePasses:
         for task in tasks:
             with self._taps.during(Pass(consumers=(task.consumer,), detached=True, arriving=arriving)):
                 losses = self._loss_fn(self._module, task.microbatch).float()
-                (task.loss(losses) * scale).backward()
+                loss = task.loss(losses)
+                with self._taps.untouched():
+                    (loss if scale == 1.0 else loss * scale).backward()
 
     def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self._adapter.groups[0].device)

@@ -36,7 +36,7 @@ from .passes import Microbatch
 from .pipeline_passes import PipelinePasses, StageLoss
 from .result import ShapleyTarget
 from .scored_step import ScoredStep
-from .scoring import DirectionFiller
+from .scoring import DirectionFiller, RowScorer
 from .shapley import InRunShapley
 from .taps import Pass
 
@@ -172,11 +172,13 @@ class ScoringStream:
             Pass(consumers=(DirectionFiller(owner.directions, k, last=index == last[k]),), detached=True)
             for index, (k, _) in enumerate(self.validation)
         ]
+        self._scorers: list[RowScorer] = []
         for index, microbatch in enumerate(microbatches):
             consumers = owner.consumers
             if step.result.scored:
                 identity = (microbatch["dataset"], microbatch["sample"], microbatch["loss_mask"])
-                consumers = (step.scorer(*identity, microbatch.get("segments")), *consumers)
+                self._scorers.append(step.scorer(*identity, microbatch.get("segments")))
+                consumers = (self._scorers[-1], *consumers)
             self._passes.append(Pass(consumers=consumers, microbatch=index))
         self._tied: list[tuple[list[Tensor], Tensor, dist.Work]] = []
         self._reduced = False
@@ -202,9 +204,12 @@ class ScoringStream:
                 with self._timed():
                     self._finish_directions()
             yield
+            if self._scorers:
+                self._scorers[index - self.prepended].settle()
             return
         with self._timed():
-            yield
+            with self.owner.taps.untouched():
+                yield
             if index == self.prepended - 1:
                 self._start_directions()
 

@@ -77,7 +77,9 @@ class StepRows:
                 f"tokens of shape {list(tokens.shape)} for {len(sample)} samples: pass the loss mask with shape {wanted}"
             )
         if tokens.dim() == 2:
-            tokens = (tokens.double().sum(1) if cut is None else cut.sums(tokens.double())).round().long()
+            tokens = tokens.sum(1, dtype=torch.float64) if cut is None else cut.sums(tokens.double())
+            if _is_on_host(tokens):
+                tokens = tokens.round().long()
         count = len(sample) if cut is None else len(cut)
         dots = torch.zeros(count, self.targets, dtype=torch.float64, device=self.device)
         self.microbatches.append(MicrobatchRows(dataset, sample, tokens, dots, cut))
@@ -90,14 +92,14 @@ class StepRows:
     def unread(self) -> Tensor:
         """Loss tokens that are on the device: to be read together with a step's other figures."""
         found = [rows.tokens for rows in self.microbatches if not _is_on_host(rows.tokens)]
-        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=self.device)
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.float64, device=self.device)
 
     def read(self, tokens: np.ndarray[Any, np.dtype[np.float64]]) -> None:
         """Put the tokens of ``unread``, which have come to the host, in their places."""
         first = 0
         for index, rows in enumerate(self.microbatches):
             if not _is_on_host(rows.tokens):
-                own = torch.from_numpy(tokens[first : first + len(rows.tokens)]).to(rows.tokens.dtype)
+                own = torch.from_numpy(tokens[first : first + len(rows.tokens)]).round().long()
                 self.microbatches[index] = replace(rows, tokens=own)
                 first += len(own)
         assert first == len(tokens), "these are not the tokens that were unread"

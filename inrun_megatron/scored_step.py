@@ -52,7 +52,7 @@ class ScoredStep:
         self.consumed_samples: int | None = None
         self._started = time.perf_counter()
         self._rows = StepRows(len(owner.targets), owner.device)
-        self._scorers: list[RowScorer] = []
+        self._microbatches = 0
         self._target_losses: Tensor | None = None  # [K], on the device until the step is settled
         self._terms: tuple[Tensor, Tensor] | None = None
         self._loss_scale = 1.0
@@ -106,18 +106,21 @@ class ScoredStep:
         """
         owner = self.owner
         consumers: tuple[Consumer, ...] = owner.consumers
-        if self.result.scored:
-            consumers = (self.scorer(dataset, sample, tokens, segments), *consumers)
-        run = Pass(consumers=consumers, microbatch=len(self._rows) - 1) if consumers else None
+        scorer = self.scorer(dataset, sample, tokens, segments) if self.result.scored else None
+        if scorer is not None:
+            consumers = (scorer, *consumers)
+        run = Pass(consumers=consumers, microbatch=self._microbatches) if consumers else None
+        self._microbatches += 1
         with owner.taps.during(run):
             yield
+        if scorer is not None:
+            scorer.settle()
 
     def scorer(self, dataset: Any, sample: Any, tokens: Any, segments: Any = None) -> RowScorer:
-        """What takes the dots of a further microbatch (arguments as of ``samples``)."""
+        """What takes the dots of a further microbatch (arguments as of ``samples``); to be settled after its backward."""
         self.owner.directions.rewind()
         rows = self._rows.add(dataset, sample, tokens, segments)
-        self._scorers.append(RowScorer(self.owner.directions, rows.dots, rows.segments))
-        return self._scorers[-1]
+        return RowScorer(self.owner.directions, rows.dots, rows.segments)
 
     def settle(self) -> None:
         """Steps 4 to 6, after ``engine.step()``."""
@@ -158,8 +161,6 @@ class ScoredStep:
                 f"step {self.iteration} saw {len(self._rows)} microbatches, but the engine accumulates {expected}; "
                 f"put all microbatches of one optimizer step inside one `with shapley.step(...)`"
             )
-        for scorer in self._scorers:
-            scorer.settle()
         scores = self._rows.dots()
         terms = self._terms or (torch.zeros_like(scores[0]), torch.zeros_like(scores[0]))
         if layout.mp_size > 1:

@@ -13,6 +13,7 @@ from .dots.elementwise import (
     embedding_dots,
     embedding_gradient,
     row_gradients,
+    sum_of_tokens,
     token_embedding_dots,
     token_vector_dots,
     vector_dots,
@@ -37,31 +38,41 @@ class DirectionFiller:
         self.last = last
 
     def __call__(self, e: Emission) -> None:
-        def add(parameter: Parameter, add_to: Callable[[Tensor, bool], None]) -> None:
-            self.directions.accumulate(self.target, parameter, add_to, last=self.last)
-
         b, a = e.output_grad, e.activation
         if e.site.kind == "linear":
             assert a is not None
-            add(e.weight, lambda out, fresh: weight_gradient_fp32(a, b, out, overwrite=fresh))
+            self._add(e.weight, lambda out, fresh: weight_gradient_fp32(a, b, out, overwrite=fresh))
         elif e.site.kind == "bias":
-            add(e.weight, lambda out, fresh: _add_tokens(b, out, fresh))
+            self._add_sum(e.weight, sum_of_tokens(b))
         elif e.site.kind == "embedding":
             assert a is not None
-            add(e.weight, lambda out, fresh: embedding_gradient(b, a, out.zero_() if fresh else out))
+            self._add(e.weight, lambda out, fresh: embedding_gradient(b, a, out.zero_() if fresh else out))
         elif e.site.kind == "norm":
-            products = b * e.normalised()
-            add(e.weight, lambda out, fresh: _add_tokens(products, out, fresh))
+            scale, shift = norm_gradients(e, fused=b.is_cuda and HAS_TRITON and b.dtype != torch.float64)
+            self._add_sum(e.weight, scale)
             if e.bias is not None and e.bias.requires_grad:
-                add(e.bias, lambda out, fresh: _add_tokens(b, out, fresh))
+                self._add_sum(e.bias, shift)
         else:
             raise AssertionError(f"no direction for sites of kind {e.site.kind}")
 
+    def _add(self, parameter: Parameter, add_to: Callable[[Tensor, bool], None]) -> None:
+        self.directions.accumulate(self.target, parameter, add_to, last=self.last)
 
-def _add_tokens(tokens: Tensor, out: Tensor, fresh: bool) -> None:
-    """Add the sum of all tokens ``[s, b, h]`` to ``out [h]``, or write it there."""
-    total = tokens.flatten(0, -2).sum(0, dtype=out.dtype)
-    out.copy_(total) if fresh else out.add_(total)
+    def _add_sum(self, parameter: Parameter, total: Tensor) -> None:
+        def add_to(out: Tensor, fresh: bool) -> None:
+            out.copy_(total) if fresh else out.add_(total)
+
+        self._add(parameter, add_to)
+
+
+def norm_gradients(e: Emission, *, fused: bool) -> tuple[Tensor, Tensor]:
+    """Of a norm's scale and shift over all tokens, each ``[h]`` in fp32 or wider; ``fused``: by the Triton kernel."""
+    if fused and e.rstd is not None and e.rstd.dtype == torch.float32:
+        from .dots import triton_norms  # where there is no GPU, Triton need not be installed
+
+        assert e.activation is not None
+        return triton_norms.gradients(e.output_grad, e.activation, e.mean, e.rstd)
+    return sum_of_tokens(e.output_grad * e.normalised()), sum_of_tokens(e.output_grad)
 
 
 # Layers whose rows' gradients of vector parameters are kept until their dots are taken together.
@@ -86,8 +97,7 @@ class RowScorer:
         # tensor-parallel rank, so same answer here) makes the same choice.
         if not e.site.counts_here:
             return
-        if self.segments is not None:
-            _require_positions(e, self.segments)
+        _require_rows(e, len(self.dots), self.segments)
         b, a, dim = e.output_grad, e.activation, e.site.batch_dim
         directions = self.directions.of(e.weight)
         if e.site.kind == "linear":
@@ -162,9 +172,16 @@ class RowScorer:
         self.dots += self.segments.sums(products, e.site.batch_dim, *e.site.sequence_shard)
 
 
-def _require_positions(e: Emission, segments: Segments) -> None:
-    """The layer's tokens must be the ones that are cut."""
+def _require_rows(e: Emission, rows: int, segments: Segments | None) -> None:
+    """The layer must see all rows of the microbatch; where they are cut, the tokens that are cut."""
     shape, dim = list(e.output_grad.shape[:-1]), e.site.batch_dim
+    if segments is None:
+        if len(shape) <= dim or shape[dim] != rows:
+            raise UserError(
+                f"layer {e.site.name} sees tokens of shape {shape} with rows along dimension {dim}, but the microbatch has "
+                f"{rows} rows: values of samples need layers that see each of them (expand a broadcast input first)"
+            )
+        return
     expected = [segments.positions // e.site.sequence_shard[1]]
     expected.insert(dim, segments.rows)
     if shape != expected:

@@ -34,11 +34,7 @@ def test_a_mask_on_the_device_is_not_read() -> None:
     waiting = rows.unread()
     assert waiting.device == NOWHERE and waiting.shape == (2 * B,)
     rows.read(np.concatenate([first.sum(1).numpy(), third.sum(1).numpy()]).astype(np.float64))
-    assert [microbatch.tokens.dtype for microbatch in rows.microbatches] == [
-        torch.int64,
-        torch.int64,
-        torch.int32,
-    ]
+    assert {microbatch.tokens.dtype for microbatch in rows.microbatches} == {torch.int64}
     dataset, identities, tokens = rows.joined()
     assert identities.tolist() == list(range(3 * B)) and len(dataset) == 3 * B
     assert tokens.tolist() == torch.cat((first, second, third)).sum(1).tolist()
@@ -95,6 +91,8 @@ class _Ledger:
 def _step(rank: int, world: int, elsewhere: bool) -> tuple[list[Any], list[Any], list[Any], int]:
     """Tokens of a step in the ledger, of its masks and as they came from the device, and reads.
 
+    A microbatch's dots are complete when its ``samples`` block ends: nothing of it waits for the end of the step.
+
     The masks are taken to be on a device where ``elsewhere``.
     """
     from inrun_megatron import InRunShapley, Layout, ShapleyTarget
@@ -107,7 +105,7 @@ def _step(rank: int, world: int, elsewhere: bool) -> tuple[list[Any], list[Any],
         ShapleyTarget(t.name, share(t, layout, 2, pipeline=False), t.num_tokens) for t in case.targets()
     ]
     shapley = InRunShapley(engine, targets, token_losses, layout=layout, ledger=ledger)
-    original, arrived = rows_module._is_on_host, []
+    original, arrived, dots = rows_module._is_on_host, [], []
     place = StepRows.read
 
     def read(rows: StepRows, tokens: Any) -> None:
@@ -126,8 +124,10 @@ def _step(rank: int, world: int, elsewhere: bool) -> tuple[list[Any], list[Any],
                 expected.append(mask.sum(1).long())
                 with step.samples(*identity, mask):
                     forward_backward(engine, {**microbatch, "loss_mask": mask})
+                dots.append(step._rows.microbatches[-1].dots.clone())
     finally:
         rows_module._is_on_host, StepRows.read = original, place  # type: ignore[method-assign]
+    assert torch.equal(torch.cat(dots), step._rows.dots()) and all(d.abs().max() > 0 for d in dots)
     (tokens,) = ledger.tokens
     assert tokens.dtype == np.int64 and step.result.scored
     return tokens.tolist(), torch.cat(expected).tolist(), arrived, sum(reads.counts.values())

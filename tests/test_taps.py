@@ -1,9 +1,17 @@
-"""Which rank of a tensor-parallel group counts a layer's dots."""
+"""Taps: which rank counts a layer, and what a tap must not change or leave out."""
 
 from __future__ import annotations
 
 from collections import Counter
 
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inrun_megatron.errors import UserError
+from inrun_megatron.scoring import RowScorer
+from inrun_megatron.taps import Emission, Pass, attach_taps
 from inrun_megatron.taps.emission import Sharding, Site
 
 
@@ -26,3 +34,84 @@ def test_a_replicated_layer_counts_on_one_rank_and_ranks_share_them() -> None:
 def test_shards_count_on_every_rank() -> None:
     for sharding in set(Sharding) - {Sharding.REPLICATED}:
         assert all(site.counts_here for rank in range(4) for site in _sites(rank, 4, sharding))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [nn.RMSNorm, nn.LayerNorm, lambda h: nn.RMSNorm(h, eps=1e-3)])
+def test_a_tapped_norm_is_the_plain_one(make: type[nn.Module], dtype: torch.dtype) -> None:
+    """torch's own epsilons, too: RMSNorm's default is that of the type it computes in, whatever the weights'."""
+    norm = make(16).to(dtype)
+    x = (0.02 * torch.randn(4, 3, 16)).to(dtype)
+    plain = norm(x)
+    attach_taps(norm)
+    torch.testing.assert_close(norm(x), plain, rtol=2 * torch.finfo(dtype).eps, atol=0.0)
+
+
+class _Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * super().forward(x)
+
+
+class _Named(nn.Linear):
+    pass
+
+
+def test_a_forward_of_its_own_is_not_replaced() -> None:
+    with pytest.raises(UserError, match="layer 1 is a _Scaled, which overrides the forward of Linear"):
+        attach_taps(nn.Sequential(nn.Linear(4, 4), _Scaled(4, 4)))
+    assert attach_taps(nn.Sequential(_Named(4, 4))).coverage().tapped == 2
+    frozen = _Scaled(4, 4).requires_grad_(False)
+    x = torch.randn(2, 4)
+    plain = frozen(x)
+    attach_taps(nn.Sequential(nn.Linear(4, 4), frozen))
+    assert torch.equal(frozen(x), plain)
+
+
+class _Tied(nn.Module):
+    """An output layer on the embedding's weight, through a module of its own or past all modules."""
+
+    def __init__(self, through_module: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embedding.weight
+        self.through_module = through_module
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        return self.head(x) if self.through_module else F.linear(x, self.embedding.weight)
+
+
+def test_a_weight_that_is_used_past_its_tap_is_named() -> None:
+    """Its part of the validation gradient would reach the optimizer, and its samples' values lack a part."""
+    for through_module in (True, False):
+        model, seen = _Tied(through_module), []
+        taps = attach_taps(model)
+
+        def validate() -> None:
+            with taps.during(Pass(consumers=(seen.append,), detached=True)):  # noqa: B023
+                loss = model(torch.tensor([[1, 2, 3]])).square().sum()  # noqa: B023
+                with taps.untouched():  # noqa: B023
+                    loss.backward()
+
+        if through_module:
+            validate()
+            validate()  # from the second one on nobody watches
+            assert len(seen) == 4
+        else:
+            with pytest.raises(
+                UserError, match=r"parameter embedding\.weight is used outside its own module"
+            ):
+                validate()
+        assert model.embedding.weight.grad is None
+        assert not model.embedding.weight._backward_hooks
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 8), (5, 4, 8), (8,)])
+def test_a_layer_must_see_every_row(shape: tuple[int, ...]) -> None:
+    """A broadcast input has one gradient for all rows: no row's value can be told from it."""
+    weight = nn.Parameter(torch.ones(8))
+    emission = Emission(Site("wpe", "bias", Sharding.REPLICATED, 1), Pass(), weight, torch.ones(shape))
+    scorer = RowScorer(None, torch.zeros(3, 1))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"layer wpe sees tokens of shape .* but the microbatch has 3 rows"):
+        scorer(emission)

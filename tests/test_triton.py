@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from inrun_megatron.dots import triton_blocks, triton_elementwise, triton_launch
+from inrun_megatron.dots import triton_blocks, triton_elementwise, triton_launch, triton_norms
 from inrun_megatron.dots.segments import Bounds, Segments
+from inrun_megatron.scoring import norm_gradients
+from inrun_megatron.taps import Emission, Pass, Sharding, Site
 from tests.distributed import run_distributed
 from tests.kernel_cases import (
     DEVICE,
@@ -82,6 +84,35 @@ def test_norm(kind: str, batch_dim: int, bounds: Bounds | None) -> None:
     )
     add_parts(dots, [parts])
     close(dots, expected, 3e-6)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_norms(kind: str, dtype: torch.dtype) -> None:
+    """What directions are filled with; several programs share the tokens, the last ones are not full."""
+    shape = (triton_norms.STRETCH + 1, ROWS, triton_norms.BLOCK_FEATURES + 8)
+    b, x = tensor(*shape, dtype=dtype), tensor(*shape, dtype=dtype, seed=1)
+    wide = x.double()
+    mean = wide.mean(-1, keepdim=True) if kind == "layer" else torch.zeros_like(wide[..., :1])
+    rstd = (wide - mean).square().mean(-1, keepdim=True).rsqrt()
+    expected = (b.double() * (wide - mean) * rstd).sum((0, 1)), b.double().sum((0, 1))
+    given = mean.float() if kind == "layer" else None
+    emission = Emission(
+        Site("norm", "norm", Sharding.REPLICATED, 1),
+        Pass(),
+        torch.nn.Parameter(tensor(shape[-1])),
+        b,
+        x,
+        mean=given,
+        rstd=rstd.float(),
+    )
+    for fused in (True, False):
+        for found, right in zip(norm_gradients(emission, fused=fused), expected, strict=True):
+            assert found.dtype == torch.float32
+            close(found, right, 1e-6)
+    turned = [buffer.transpose(0, 1).contiguous().transpose(0, 1) for buffer in (b, x)]  # not contiguous
+    for found, right in zip(triton_norms.gradients(*turned, given, rstd.float()), expected, strict=True):
+        close(found, right, 1e-6)
 
 
 @pytest.mark.usefixtures("short_stretches")
@@ -174,7 +205,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from inrun_megatron import triton_adam
-from inrun_megatron.dots import triton_blocks, triton_elementwise, triton_linear
+from inrun_megatron.dots import triton_blocks, triton_elementwise, triton_linear, triton_norms
 
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -221,6 +252,7 @@ blocks = {"STRETCH": 128, "BLOCK_TOKENS": 32, "BLOCK_FEATURES": 128}
 for kernel, types, constants in [
     (triton_elementwise._vector_kernel, {"b_ptr": "*bf16", "x_ptr": "*bf16", "segments_ptr": "*i32"},
      {"SCALE": True, "SHIFT": True, "MEAN": True, "STATISTICS": True}),
+    (triton_norms._kernel, {"b_ptr": "*bf16", "x_ptr": "*bf16"}, {"MEAN": True}),
     (triton_elementwise._embedding_kernel, {"b_ptr": "*bf16", "ids_ptr": "*i64", "segments_ptr": "*i32"}, {}),
 ]:
     print(len(compiled(kernel, 4, types, {**constants, **blocks}).asm["cubin"]) > 0)
@@ -244,7 +276,7 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
     )
-    assert ran.stdout.split() == ["True"] * 15, ran.stderr
+    assert ran.stdout.split() == ["True"] * 16, ran.stderr
 
 
 def test_directions_lie_further_apart_than_int32_counts() -> None:

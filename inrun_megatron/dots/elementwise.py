@@ -28,6 +28,11 @@ def row_gradients(tokens: Tensor, batch_dim: int, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype).flatten(1, -2).sum(1) if rows.dim() > 2 else rows.to(dtype)
 
 
+def sum_of_tokens(tokens: Tensor) -> Tensor:
+    """Sum over every dimension but the features: ``[*, h]`` -> ``[h]``, in fp32 or wider."""
+    return tokens.flatten(0, -2).sum(0, dtype=wide(tokens.dtype))
+
+
 def vector_dots(gradients: Tensor, directions: Sequence[Tensor], dots: Tensor) -> None:
     """``dots[i, k] += gradients_i . D_k`` for per-row gradients ``[b, h]``."""
     dots.addmm_(gradients.to(dots.dtype), torch.stack([d.to(dots.dtype) for d in directions], dim=1))

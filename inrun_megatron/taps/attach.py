@@ -73,6 +73,7 @@ class Taps:
     current: Pass | None = None
     sharding: dict[int, Sharding] = field(default_factory=dict)
     _attached: list[nn.Module] = field(default_factory=list)
+    _watched: bool = False
 
     def cover(self, sharding: Sharding, *parameters: nn.Parameter | None) -> None:
         """These parameters (those that train) now have a tap and are laid out like this."""
@@ -90,6 +91,36 @@ class Taps:
             yield
         finally:
             self.current = previous
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """The backward of a detached pass happens inside, which no parameter may see. The first one is watched.
+
+        Raises:
+            UserError: names a parameter that is used outside its tapped module too, for example by ``F.linear(x,
+                embedding.weight)``: it would train on the validation gradient, and lack a part of its samples' values.
+        """
+        if self._watched:
+            yield
+            return
+
+        def refuse(name: str) -> Callable[[object], None]:
+            def hook(_: object) -> None:
+                raise UserError(
+                    f"parameter {name} is used outside its own module, where no tap sees it: call the module that "
+                    f"holds it, tie weights through modules, or register a tap for the layer that uses it"
+                )
+
+            return hook
+
+        named = self.model.named_parameters()
+        hooks = [p.register_hook(refuse(n)) for n, p in named if p.requires_grad]  # before it is accumulated
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._watched = True
 
     def capture(self, function: Callable[..., object]) -> Callable[..., object]:
         """``function``, later called as if in the pass that is current now.
@@ -128,6 +159,19 @@ class Taps:
                 module.skip_bias_add = skip
         self._attached.clear()
         self.sharding.clear()
+
+
+def require_forward(module: nn.Module, kind: type[nn.Module], name: str) -> None:
+    """A tap that computes ``kind``'s forward itself must not be put on another one.
+
+    Raises:
+        UserError: a subclass that overrides ``forward``.
+    """
+    if type(module).forward is not kind.forward:
+        raise UserError(
+            f"layer {name} is a {type(module).__name__}, which overrides the forward of {kind.__name__}, and the tap would "
+            f"undo that: register a tap for the type, or freeze its parameters (requires_grad=False)"
+        )
 
 
 def _attacher(module: nn.Module) -> Attacher | None:

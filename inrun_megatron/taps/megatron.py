@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from ..errors import UserError
-from .attach import Taps, register
+from .attach import Taps, register, require_forward
 from .bias import bias as tapped_bias
 from .embedding import EmbeddingCall, embedding
 from .emission import Call, Sharding, Site
@@ -110,6 +110,7 @@ def _row(taps: Taps, module: RowParallelLinear, name: str) -> None:
 def _vocabulary(taps: Taps, module: VocabParallelEmbedding, name: str) -> None:
     if not module.weight.requires_grad:
         return
+    require_forward(module, VocabParallelEmbedding, name)
     group = module.tp_group
     site = Site(name, "embedding", Sharding.VOCABULARY, 0, dist.get_rank(group), dist.get_world_size(group))
 

@@ -21,9 +21,12 @@ from .emission import Call
 
 @dataclass
 class NormCall(Call):
-    """A norm over the last dimension; ``rms`` chooses RMSNorm. ``weight`` is the scale, ``bias`` the shift."""
+    """A norm over the last dimension; ``rms`` chooses RMSNorm. ``weight`` is the scale, ``bias`` the shift.
 
-    eps: float = 1e-5
+    ``eps``: None, as torch.nn.RMSNorm has it by default, is that of the type it is computed in.
+    """
+
+    eps: float | None = 1e-5
     rms: bool = False
 
 
@@ -36,16 +39,18 @@ class NormTap(torch.autograd.Function):
     ) -> Tensor:
         ctx.call = call
         scale = call.weight.data
-        if call.rms and _has_fused_rms(x):
+        if call.rms and _has_fused_rms(x, scale):
             output, rstd = torch.ops.aten._fused_rms_norm(x, list(scale.shape), scale, call.eps)
             ctx.save_for_backward(x, rstd)
             return output
         if call.rms:
             wide = widened(x)
-            rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + call.eps)
+            eps = torch.finfo(wide.dtype).eps if call.eps is None else call.eps
+            rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
             ctx.save_for_backward(x, rstd)
             return (wide * rstd * scale).to(x.dtype)
         shift = None if call.bias is None else call.bias.data
+        assert call.eps is not None
         output, mean, rstd = torch.native_layer_norm(x, scale.shape, scale, shift, call.eps)
         ctx.save_for_backward(x, rstd, mean)
         return output
@@ -60,7 +65,7 @@ class NormTap(torch.autograd.Function):
         weight_grad: Tensor | None = None
         bias_grad: Tensor | None = None
         normalised: Tensor | None = None
-        if call.rms and _has_fused_rms(x):
+        if call.rms and _has_fused_rms(x, scale):
             input_grad, weight_grad = torch.ops.aten._fused_rms_norm_backward(
                 output_grad.contiguous(), x, list(scale.shape), rstd, scale, [True, needs_weight]
             )
@@ -102,8 +107,8 @@ class NormTap(torch.autograd.Function):
         )
 
 
-def _has_fused_rms(x: Tensor) -> bool:
-    return x.is_cuda and hasattr(torch.ops.aten, "_fused_rms_norm_backward")
+def _has_fused_rms(x: Tensor, scale: Tensor) -> bool:
+    return x.is_cuda and x.dtype == scale.dtype and hasattr(torch.ops.aten, "_fused_rms_norm_backward")
 
 
 def norm(x: Tensor, call: NormCall) -> Tensor:

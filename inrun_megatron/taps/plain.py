@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .attach import Taps, register
+from .attach import Taps, register, require_forward
 from .bias import bias as tapped_bias
 from .embedding import EmbeddingCall, embedding
 from .emission import Call, Sharding, Site
@@ -39,6 +38,7 @@ def tensor_parallel_place() -> tuple[int, int]:
 def _linear(taps: Taps, module: Any, name: str) -> None:
     if not module.weight.requires_grad:
         return
+    require_forward(module, nn.Linear, name)
     rank, size = tensor_parallel_place()
     batch_dim = 1 if taps.sequence_first else 0
     weight_site = Site(name, "linear", place(module.weight), batch_dim, rank, size)
@@ -61,6 +61,7 @@ def _linear(taps: Taps, module: Any, name: str) -> None:
 def _embedding(taps: Taps, module: Any, name: str) -> None:
     if not module.weight.requires_grad:
         return
+    require_forward(module, nn.Embedding, name)
     if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
         raise UserError(
             f"embedding {name} uses max_norm, sparse or scale_grad_by_freq, which make gradients depend on "
@@ -79,18 +80,20 @@ def _embedding(taps: Taps, module: Any, name: str) -> None:
     taps.cover(site.sharding, module.weight)
 
 
-def _norm(taps: Taps, module: Any, name: str, eps: float, rms: bool) -> None:
+def _norm(taps: Taps, module: Any, name: str, kind: type[nn.Module]) -> None:
     weight: nn.Parameter | None = module.weight
     shift: nn.Parameter | None = getattr(module, "bias", None)
     if weight is None or not weight.requires_grad:
         return
+    require_forward(module, kind, name)
     if weight.dim() != 1:
         raise UserError(f"norm {name} is over {weight.dim()} dimensions; only the last one is supported")
     rank, size = tensor_parallel_place()
     site = Site(name, "norm", place(weight), 1 if taps.sequence_first else 0, rank, size)
 
     def forward(x: Tensor) -> Tensor:
-        return norm(x, NormCall(site, taps.current, weight, shift, eps=eps, rms=rms))
+        call = NormCall(site, taps.current, weight, shift, eps=module.eps, rms=kind is nn.RMSNorm)
+        return norm(x, call)
 
     module.forward = forward
     taps.cover(site.sharding, weight, shift)
@@ -98,11 +101,9 @@ def _norm(taps: Taps, module: Any, name: str, eps: float, rms: bool) -> None:
 
 @register(nn.LayerNorm)
 def _layer_norm(taps: Taps, module: Any, name: str) -> None:
-    _norm(taps, module, name, module.eps, rms=False)
+    _norm(taps, module, name, nn.LayerNorm)
 
 
 @register(nn.RMSNorm)
 def _rms_norm(taps: Taps, module: Any, name: str) -> None:
-    dtype = torch.float32 if module.weight is None else module.weight.dtype
-    eps = torch.finfo(dtype).eps if module.eps is None else module.eps
-    _norm(taps, module, name, eps, rms=True)
+    _norm(taps, module, name, nn.RMSNorm)
