@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 ALIGNMENT = 16
@@ -15,10 +17,17 @@ def fits(activation: Tensor, output_grad: Tensor, directions: Sequence[Tensor], 
     width = first.shape[-1] * first.element_size()
     gap = directions[1].data_ptr() - first.data_ptr() if len(directions) > 1 else 0
     return (
-        first.is_contiguous()
+        _has_one(activation.device)
+        and first.is_contiguous()
         and not (first.data_ptr() % ALIGNMENT or width % ALIGNMENT or gap % ALIGNMENT)
         and all(as_matrix(buffer, batch_dim) is not None for buffer in (activation, output_grad))
     )
+
+
+@lru_cache
+def _has_one(device: torch.device) -> bool:
+    """Since compute capability 9.0; on older GPUs tiles would go through registers, which do not suffice."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def as_matrix(buffer: Tensor, batch_dim: int) -> tuple[Tensor, int] | None:

@@ -62,4 +62,8 @@ def embedding_dots(
 
 def embedding_gradient(output_grad: Tensor, ids: Tensor, out: Tensor) -> None:
     """``out[id] += B`` summed over all tokens; out ``[vocabulary, h]``."""
-    out.index_add_(0, ids.flatten(), output_grad.flatten(0, -2).to(out.dtype))
+    rows, gradients = ids.flatten(), output_grad.flatten(0, -2).to(out.dtype)
+    if out.is_cuda:  # sorts, where index_add_ would add in another order in every run
+        out.index_put_((rows,), gradients, accumulate=True)
+    else:
+        out.index_add_(0, rows, gradients)
