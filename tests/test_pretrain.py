@@ -210,7 +210,13 @@ def test_bad_checkpoints_and_ledgers_are_refused_by_all_ranks(
     two_ranks.run(_run, argv)
     assert "holds the ledger of run" in refused(two_ranks, argv)
     assert "holds no checkpoint" in refused(two_ranks, [*argv, "--load", str(tmp_path / "none")])
-    (tmp_path / "run" / "checkpoints" / "iter_0000001" / "run_state.json").write_text("{")
+    # A longer run goes on, one that repeats the data more often does not, and leaves config.yaml alone.
+    longer = [*argv, "--load", run, "--train-iters"]
+    two_ranks.run(_run, [*longer, "2"])
+    assert {row["step"] for row in ledger(tmp_path / "run", "steps")} == {1, 2}
+    assert "--train-iters was 1, now 2000" in refused(two_ranks, [*longer, "2000"])
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["train_iters"] == 2
+    (tmp_path / "run" / "checkpoints" / "iter_0000002" / "run_state.json").write_text("{")
     assert "no complete checkpoint" in refused(two_ranks, [*argv, "--load", run])
 
 

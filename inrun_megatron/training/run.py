@@ -85,9 +85,6 @@ def _run(settled: Settled, watchdog: Watchdog) -> int:
         progress = checkpoint.load(config, trainer, resume)
         other = "" if resume.same_layout else ", written in another layout"
         _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
-    if config.checkpoint.save is not None and dist.get_rank() == 0:
-        write_yaml(config, Path(config.checkpoint.save) / "config.yaml")
-
     scoring = None
     if config.shapley.enabled:
         # Imported here so that training without scoring does not depend on it.
@@ -104,6 +101,9 @@ def _run(settled: Settled, watchdog: Watchdog) -> int:
         )
     elif config.training.recompute_granularity is not None:
         trainer.recompute(config.training.recompute_num_layers)
+    # Only now: a refused resume leaves the run's own as it was.
+    if config.checkpoint.save is not None and dist.get_rank() == 0:
+        write_yaml(config, Path(config.checkpoint.save) / "config.yaml")
 
     loop = Run(
         config=config,
