@@ -79,13 +79,11 @@ def _discover_slurm() -> None:
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
 
 
-def initialise(config: ParallelConfig) -> None:
-    """Start torch.distributed, DeepSpeed's view of it, and megatron-core's process groups.
+def meet(config: ParallelConfig) -> None:
+    """Start torch.distributed: from here on ranks can agree on errors. Nothing is compiled on the way.
 
     UserError when fewer ranks meet than were launched, or when nccl is asked for without a GPU.
     """
-    import deepspeed
-
     _, promised = launched()
     if all(name in os.environ for name in _RENDEZVOUS):
         pass
@@ -97,25 +95,46 @@ def initialise(config: ParallelConfig) -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     cuda = torch.cuda.is_available()
-    backend = config.distributed_backend
-    if backend == "auto":
-        backend = "nccl" if cuda else "gloo"
-    if backend == "nccl" and not cuda:
+    if _backend(config) == "nccl" and not cuda:
         raise UserError("--distributed-backend nccl needs a GPU and torch sees none: use gloo or auto")
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
+        _start_deepspeed(config)
+    elif not dist.is_initialized():
+        # On CPUs DeepSpeed compiles an operator before it starts torch.distributed; it takes what is there.
+        dist.init_process_group("gloo", timeout=timedelta(minutes=config.distributed_timeout_minutes))
     if dist.get_world_size() != promised:
         raise UserError(
             f"the launcher started {promised} ranks but {dist.get_world_size()} met: check WORLD_SIZE and the hostfile"
         )
+
+
+def initialise(config: ParallelConfig) -> None:
+    """`meet`, where that has not been done, then DeepSpeed's view of it and megatron-core's process groups."""
+    if not dist.is_initialized():
+        meet(config)
+    _start_deepspeed(config)
     release_shared_memory()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
         create_gloo_process_groups=False,
+    )
+
+
+def _backend(config: ParallelConfig) -> str:
+    if config.distributed_backend != "auto":
+        return config.distributed_backend
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _start_deepspeed(config: ParallelConfig) -> None:
+    import deepspeed
+
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    deepspeed.init_distributed(
+        dist_backend=_backend(config), timeout=timeout, auto_mpi_discovery=False, verbose=False
     )
 
 

@@ -64,7 +64,7 @@ def _check_precision(config: Config) -> None:
 def run(settled: Settled) -> int:
     """Train as configured, from a checkpoint where there is one; returns the exit code. Collective over the world."""
     parallel = settled.config.parallel
-    distributed.initialise(parallel)
+    distributed.meet(parallel)
     # Its own limit comes first: the collective's error would name no rank.
     stall = 0.9 * 60 * parallel.distributed_timeout_minutes
     with Watchdog(parallel.heartbeat_timeout, stall) as watchdog:
@@ -73,11 +73,13 @@ def run(settled: Settled) -> int:
 
 def _run(settled: Settled, watchdog: Watchdog) -> int:
     config, batch = settled.config, settled.batch
-    layout = Layout.from_megatron()
+    # Whatever may be wrong with the input comes before DeepSpeed, which may compile for a minute.
     vocabulary = all_ranks(lambda: datasets.vocabulary(config))
     targets = all_ranks(lambda: datasets.targets(config, vocabulary))
     resume = checkpoint.to_resume(config)
     data = datasets.build(config, batch, vocabulary)
+    distributed.initialise(config.parallel)
+    layout = Layout.from_megatron()
     trainer = build_trainer(config, settled.deepspeed, batch, vocabulary.vocab_size)
 
     progress = Progress()
