@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -121,6 +122,29 @@ def initialise(config: ParallelConfig) -> None:
         distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
         create_gloo_process_groups=False,
     )
+
+
+def share_cores() -> None:
+    """Limit torch's threads where ranks share a host's cores, of which each would take all. Collective over the world.
+
+    Nothing is done with a GPU, nor where OMP_NUM_THREADS or MKL_NUM_THREADS decides (torchrun sets the first to 1).
+    """
+    own = (socket.gethostname(), frozenset(os.sched_getaffinity(0)))
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    sharing = sum(host == own[0] and not cores.isdisjoint(own[1]) for host, cores in ranks)
+    threads = max(1, len(own[1]) // sharing)
+    decided = torch.cuda.is_available() or any(f"{name}_NUM_THREADS" in os.environ for name in ("OMP", "MKL"))
+    if decided or threads >= torch.get_num_threads():
+        return
+    torch.set_num_threads(threads)
+    if dist.get_rank() == 0:
+        print(
+            f"{sharing} ranks share {len(own[1])} cores of this host: torch threads per rank: {threads} "
+            "(OMP_NUM_THREADS decides otherwise)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _backend(config: ParallelConfig) -> str:

@@ -65,6 +65,7 @@ def run(settled: Settled) -> int:
     """Train as configured, from a checkpoint where there is one; returns the exit code. Collective over the world."""
     parallel = settled.config.parallel
     distributed.meet(parallel)
+    distributed.share_cores()
     # Its own limit comes first: the collective's error would name no rank.
     stall = 0.9 * 60 * parallel.distributed_timeout_minutes
     with Watchdog(parallel.heartbeat_timeout, stall) as watchdog:
