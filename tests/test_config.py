@@ -113,6 +113,13 @@ def test_mistakes_on_the_command_line_are_one_line(flags: list[str], message: st
     assert "\n" not in str(caught.value) and "│" not in str(caught.value)
 
 
+def test_help_states_defaults_in_words_or_as_values(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    assert "(default: adam)" in text and "Default: --train-iters." in text and "default: None" not in text
+
+
 def test_a_misspelt_required_flag_is_unknown_and_not_missing() -> None:
     misspelt = ["--hiden_size" if flag == "--hidden-size" else flag for flag in BASE]
     with pytest.raises(UserError, match=r"^unknown flag --hiden_size; did you mean --hidden-size\?"):
