@@ -9,6 +9,7 @@ import typer
 
 from inrun_megatron.commands.options import JsonOption
 from inrun_megatron.config import Config, ModelConfig
+from inrun_megatron.defaults import padded_vocabulary
 from inrun_megatron.errors import UserError
 from inrun_megatron.plan.job import Job
 from inrun_megatron.plan.presets import PRESETS
@@ -205,7 +206,6 @@ def _of_run(path: str, vocabulary: bool) -> tuple[dict[str, Any], dict[str, Any]
 
 def _embedding_rows(found: Config, path: str) -> int:
     """The run's vocabulary, from --vocab-size or the tokenizer of its data, with padding."""
-    from inrun_megatron.models.gpt import padded_vocabulary
     from inrun_megatron.training.datasets import vocabulary
 
     try:
