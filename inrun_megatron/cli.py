@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
@@ -18,6 +19,7 @@ from inrun_megatron.commands.show import show
 from inrun_megatron.commands.summary import summary
 from inrun_megatron.commands.top import top
 from inrun_megatron.commands.verify import verify
+from inrun_megatron.data.prepare import package_version
 from inrun_megatron.errors import UserError
 
 app = typer.Typer(
@@ -29,6 +31,21 @@ app = typer.Typer(
 )
 for _command in (prepare, summary, report, top, show, export, compare, curate, plan, verify):
     app.command()(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"inrun-megatron {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

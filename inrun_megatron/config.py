@@ -8,10 +8,13 @@ training/deepspeed_config.py. A field that is None is decided there, in the orde
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
+T = TypeVar("T")
+Unset = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
+"""A flag whose default is in its help, in words: `(default: None)` would contradict it."""
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
@@ -25,15 +28,15 @@ class ModelConfig:
     """Width of the residual stream."""
     num_attention_heads: int
     """Attention heads."""
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: Unset[int] = None
     """Width of the feed-forward layer. Default: 4 x hidden size; with --swiglu 8/3 x hidden size, in steps of 64."""
-    kv_channels: int | None = None
+    kv_channels: Unset[int] = None
     """Width of one attention head. Default: hidden size / attention heads."""
     group_query_attention: bool = False
     """(Llama) Share keys and values between the heads of a query group."""
     num_query_groups: int = 1
     """(Llama) Query groups; read with --group-query-attention only."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: Unset[int] = None
     """Rows of the learned position embedding. Default: the sequence length."""
     position_embedding_type: Literal["learned_absolute", "rope"] = "learned_absolute"
     """Positions: learned vectors, or (Llama) rotary."""
@@ -91,12 +94,12 @@ class DataConfig:
     seq_length: int
     """Tokens per sample."""
     split: str = "969,30,1"
-    """Shares of the documents for training, validation and test."""
+    """Shares of the documents for training, validation and test; those left out are 0."""
     tokenizer_type: str = "auto"
     """Tokenizer: auto (what the data was prepared with), bytes, or HuggingFaceTokenizer."""
-    tokenizer_model: str | None = None
+    tokenizer_model: Unset[str] = None
     """Path of the tokenizer.json of --tokenizer-type HuggingFaceTokenizer."""
-    vocab_size: int | None = None
+    vocab_size: Unset[int] = None
     """Vocabulary before padding. Default: the tokenizer's."""
     eod_mask_loss: bool = False
     """No loss on end-of-document tokens."""
@@ -104,7 +107,7 @@ class DataConfig:
     """Positions start at 0 after each end of document."""
     reset_attention_mask: bool = False
     """Attention limited to the own document (use it with --reset-position-ids unless positions are rotary)."""
-    data_cache_path: str | None = None
+    data_cache_path: Unset[str] = None
     """Directory of the document, sample and shuffle indices. Default: beside the data."""
 
 
@@ -118,23 +121,23 @@ class TrainingConfig:
     """Optimizer steps of the whole run."""
     lr: float
     """Peak learning rate."""
-    global_batch_size: int | None = None
+    global_batch_size: Unset[int] = None
     """Samples per optimizer step over all ranks. Default: micro batch size x data-parallel size."""
     min_lr: float = 0.0
     """Lowest learning rate of the schedule."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "linear"
     """Shape of the schedule after the warm-up."""
-    lr_decay_iters: int | None = None
+    lr_decay_iters: Unset[int] = None
     """Steps until --min-lr is reached. Default: --train-iters."""
     lr_warmup_iters: int = 0
     """Steps of linear warm-up. As in Megatron-LM the first step then has learning rate 0."""
-    lr_warmup_fraction: float | None = None
+    lr_warmup_fraction: Unset[float] = None
     """Warm-up as a share of --lr-decay-iters, instead of --lr-warmup-iters."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """adam is AdamW (decoupled weight decay)."""
     weight_decay: float = 0.01
     """Weight decay of matrices; biases, norms and other vectors have none."""
-    clip_grad: float | None = None
+    clip_grad: Unset[float] = None
     """Largest global gradient norm; 0 switches clipping off. Default: the DeepSpeed JSON's, else 1.0."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
@@ -148,19 +151,19 @@ class TrainingConfig:
     """Train in bfloat16 with fp32 master weights."""
     fp16: bool = False
     """Train in float16 with fp32 master weights and loss scaling."""
-    loss_scale: float | None = None
+    loss_scale: Unset[float] = None
     """Fixed loss scale of --fp16. Default: dynamic."""
-    initial_loss_scale: float | None = None
+    initial_loss_scale: Unset[float] = None
     """First dynamic loss scale, a power of 2. Default: 65536."""
-    min_loss_scale: float | None = None
+    min_loss_scale: Unset[float] = None
     """Smallest dynamic loss scale. Default: 1."""
-    loss_scale_window: int | None = None
+    loss_scale_window: Unset[int] = None
     """Steps without overflow after which the dynamic loss scale doubles. Default: 1000."""
-    hysteresis: int | None = None
+    hysteresis: Unset[int] = None
     """Overflows before the dynamic loss scale halves. Default: 2."""
     seed: int = 1234
     """Of parameters, dropout and the order of the data."""
-    recompute_granularity: Literal["full"] | None = None
+    recompute_granularity: Unset[Literal["full"]] = None
     """full: keep only the input of each chunk of layers and compute the rest again in the backward pass."""
     recompute_method: Literal["uniform"] = "uniform"
     """uniform: chunks of equal size; read with --recompute-granularity only."""
@@ -170,7 +173,7 @@ class TrainingConfig:
     """Steps between evaluations on the validation split; 0 switches them off."""
     eval_iters: int = 100
     """Global batches of the validation split per evaluation, the same ones each time; 0 switches it off."""
-    exit_interval: int | None = None
+    exit_interval: Unset[int] = None
     """Save and stop after the first step that is a multiple of this."""
 
 
@@ -184,7 +187,7 @@ class ParallelConfig:
     """Pipeline stages (PP), each with the same number of layers; with ZeRO stage 0 or 1."""
     sequence_parallel: bool = False
     """Shard the sequence over the tensor-parallel ranks outside the linear layers."""
-    zero_stage: int | None = None
+    zero_stage: Unset[int] = None
     """DeepSpeed ZeRO stage 0-3. Default: the DeepSpeed JSON's, else 0."""
     distributed_backend: Literal["auto", "gloo", "nccl"] = "auto"
     """auto: nccl with a GPU, gloo without."""
@@ -194,7 +197,7 @@ class ParallelConfig:
     """Seconds without a sign of life after which a rank counts as lost and the run ends on all hosts."""
     deepspeed: bool = False
     """Accepted for compatibility; DeepSpeed is always used."""
-    deepspeed_config: str | None = None
+    deepspeed_config: Unset[str] = None
     """DeepSpeed JSON. "auto" values are filled from the flags; a value that contradicts a flag is an error."""
     local_rank: int = -1
     """Set by the deepspeed launcher."""
@@ -204,11 +207,11 @@ class ParallelConfig:
 class CheckpointConfig:
     """The run directory and its checkpoints."""
 
-    save: str | None = None
+    save: Unset[str] = None
     """Run directory: config.yaml, checkpoints/, shapley/ (the ledger), monitor/."""
-    load: str | None = None
+    load: Unset[str] = None
     """Run directory to resume from. The same as --save: start there if it has no checkpoint yet."""
-    save_interval: int | None = None
+    save_interval: Unset[int] = None
     """Steps between checkpoints. Default: only at the end (none with 0)."""
 
 
@@ -218,13 +221,13 @@ class LoggingConfig:
 
     log_interval: int = 10
     """Steps between lines on a stderr that is no terminal, and between points in the monitors."""
-    tensorboard_dir: str | None = None
+    tensorboard_dir: Unset[str] = None
     """Write TensorBoard events there."""
-    csv_dir: str | None = None
+    csv_dir: Unset[str] = None
     """Write one CSV file per figure there."""
-    wandb_project: str | None = None
+    wandb_project: Unset[str] = None
     """Log to this project of Weights & Biases."""
-    wandb_exp_name: str | None = None
+    wandb_exp_name: Unset[str] = None
     """Name of the run in Weights & Biases."""
 
 
@@ -241,7 +244,9 @@ class ShapleyConfig:
     ] = "first_order"
     """first_order: the step linearised before the batch. midpoint, simpson: integrated along the step, with
     a second pass over the batch on scored steps (and three validation passes for simpson)."""
-    base: Annotated[Literal["current", "drift"] | None, tyro.conf.arg(name="shapley-base")] = None
+    base: Annotated[
+        Literal["current", "drift"] | None, tyro.conf.arg(name="shapley-base", help_behavior_hint="")
+    ] = None
     """Where first_order takes the validation gradient: at the current weights, or where momentum and weight decay alone
     would lead (the step's own starting point). Default: drift; under a pipeline current, where drift costs a flush."""
     credit: Annotated[Literal["step", "trajectory"], tyro.conf.arg(name="shapley-credit")] = "step"
@@ -263,9 +268,11 @@ class ShapleyConfig:
         "fp32"
     )
     """Storage of the directions: bf16 takes half the memory and rounds them once; sums are fp32 in both."""
-    dir: Annotated[str | None, tyro.conf.arg(name="shapley-dir")] = None
+    dir: Annotated[str | None, tyro.conf.arg(name="shapley-dir", help_behavior_hint="")] = None
     """Ledger directory. Default: shapley/ in the run directory (--save)."""
-    micro_batch_size: Annotated[int | None, tyro.conf.arg(name="shapley-micro-batch-size")] = None
+    micro_batch_size: Annotated[
+        int | None, tyro.conf.arg(name="shapley-micro-batch-size", help_behavior_hint="")
+    ] = None
     """Sequences per forward pass of the validation targets. Default: --micro-batch-size."""
     audit_interval: Annotated[int, tyro.conf.arg(name="shapley-audit-interval")] = 50
     """Steps between audits in the log and the monitors."""

@@ -19,3 +19,12 @@ CUDA_BLOCK = 1 << 26
 
 STRETCH = 1 << 25
 """Elements that one collective sums or gathers over data-parallel ranks, at most: 128 MiB of fp32. Chosen, not measured."""
+
+
+def padded_vocabulary(vocab_size: int, divisible_by: int, tensor_parallel: int) -> int:
+    """Rows of the embedding and output layer: the next multiple of `divisible_by` x `tensor_parallel`.
+
+    Megatron-LM's rule (`_vocab_size_with_padding`, megatron/training/tokenizer/tokenizer.py).
+    """
+    multiple = divisible_by * tensor_parallel
+    return (vocab_size + multiple - 1) // multiple * multiple

@@ -56,6 +56,11 @@ def test_help_has_an_example(inrun: Callable[..., Result], command: str) -> None
     assert result.code == 0 and f"Example: inrun {command} " in result.out
 
 
+def test_version(inrun: Callable[..., Result]) -> None:
+    result = inrun("--version")
+    assert result.code == 0 and re.fullmatch(r"inrun-megatron (\d+\.\d+\S*|unknown)\n", result.out)
+
+
 def test_no_command_is_help(inrun: Callable[..., Result]) -> None:
     result = inrun()
     assert result.code == 0 and all(command in result.out for command in COMMANDS)

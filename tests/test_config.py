@@ -59,12 +59,16 @@ def test_targets_are_repeatable_and_scoring_can_be_switched_off() -> None:
 
 
 def test_yaml_replays_a_run_and_flags_override_it(tmp_path: Path) -> None:
-    run = parse([*BASE, "--shapley-target", "code=c:32", "--sequence-parallel", "--local_rank=3"])
+    run = parse(
+        [*BASE, "--shapley-target", "code=c:32", "--sequence-parallel", "--local_rank=3", "--load", "r"]
+    )
     write_yaml(run, tmp_path / "run" / "config.yaml")
     path = str(tmp_path / "run" / "config.yaml")
     replayed = parse(["--config", path])
     assert to_mapping(replayed) == to_mapping(run)
     assert replayed.parallel.local_rank == -1  # the launcher's, not the run's
+    assert replayed.checkpoint.load is None  # it would go on from the end of the run
+    assert parse(["--config", path, "--load", "r"]).checkpoint.load == "r"
     changed = parse([f"--config={path}", "--lr", "0.5", "--no-sequence-parallel"])
     assert changed.training.lr == 0.5 and not changed.parallel.sequence_parallel
     assert dataclasses.replace(changed.training, lr=run.training.lr) == run.training
@@ -95,7 +99,10 @@ def test_yaml_may_be_partial_and_is_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num-layrs", "3"], "--num-layrs.*Perhaps you meant: --num-layers"),
+        (["--num-layrs", "3"], "^unknown flag --num-layrs; did you mean --num-layers[?] .see --help.$"),
+        (["--shapley-intervall=3"], "unknown flag --shapley-intervall; did you mean --shapley-interval[?]"),
+        (["--zzz"], "^unknown flag --zzz .see --help.$"),
+        (["--lr", "1", "2"], "Unrecognized options: 2"),
         (["--lr", "fast"], "--lr.*'fast'"),
         (["--normalization", "BatchNorm"], "'BatchNorm'.*LayerNorm.*RMSNorm"),
     ],
@@ -106,9 +113,26 @@ def test_mistakes_on_the_command_line_are_one_line(flags: list[str], message: st
     assert "\n" not in str(caught.value) and "│" not in str(caught.value)
 
 
+def test_help_states_defaults_in_words_or_as_values(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = capsys.readouterr().out
+    assert "(default: adam)" in text and "Default: --train-iters." in text and "default: None" not in text
+
+
+def test_a_misspelt_required_flag_is_unknown_and_not_missing() -> None:
+    misspelt = ["--hiden_size" if flag == "--hidden-size" else flag for flag in BASE]
+    with pytest.raises(UserError, match=r"^unknown flag --hiden_size; did you mean --hidden-size\?"):
+        parse(misspelt)
+    with pytest.raises(UserError, match=r"^required flags are missing: --num-layers, --hidden-size"):
+        parse(BASE[4:])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--seed -4", "--seed is -4: it must be from 0 to 4294967295"),
+        ("--seed 4294967296", "--seed is 4294967296"),
         ("--tensor-model-parallel-size 8 --hidden-size 48", "8 does not divide --num-attention-heads 4"),
         (
             "--tensor-model-parallel-size 8 --num-attention-heads 8 --hidden-size 44 --kv-channels 4",

@@ -311,11 +311,18 @@ class TestCommand:
         assert (figures["documents"], figures["tokens"], figures["tokenizer"]["vocab_size"]) == (2, 8, 257)
         assert rows(tmp_path / "c")[0]["url"] == "u"
         assert inrun(*command, "--overwrite") == 0
-        assert "2 documents, 8 tokens" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "2 documents, 8 tokens" in out and "from 1 file, " in out
 
     def test_errors_are_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert inrun("prepare", tmp_path / "no", "-o", tmp_path / "c") == 1
         assert capsys.readouterr().err == f"inrun prepare: the input {tmp_path / 'no'} does not exist\n"
+        path = jsonl(tmp_path / "a.jsonl", [{"text": "one"}])
+        assert inrun("prepare", path, "-o", f"{tmp_path}/d/") == 1
+        assert f"is a directory and no PREFIX of files: give a path such as {tmp_path}/d/corpus" in (
+            capsys.readouterr().err
+        )
+        assert not (tmp_path / "d").exists()
 
     def test_help_has_an_example(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert inrun("prepare", "--help") == 0

@@ -192,6 +192,8 @@ class TestRefusals:
         Path(f"{pair[1]}.json").unlink()
         with pytest.raises(UserError, match=r"b.json does not exist"):
             prepared_tokenizer(pair)
+        with pytest.raises(UserError, match=r"nowhere.idx does not exist"):
+            prepared_tokenizer([str(tmp_path / "nowhere")])
         build("1", pair[0], "1", pair[1])  # the tokens are the vocabulary's, so it is usable
 
     def test_a_split_without_documents(self, tmp_path: Path) -> None:

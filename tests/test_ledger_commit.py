@@ -19,6 +19,7 @@ from inrun_megatron.ledger import (
     Ledger,
     LedgerWriter,
     PartInfo,
+    RunDescription,
     commit,
     create_ledger,
     open_ledger,
@@ -27,6 +28,7 @@ from inrun_megatron.ledger import (
 from inrun_megatron.ledger import files as ledger_files
 from inrun_megatron.ledger import run as ledger_run
 from inrun_megatron.ledger.schema import SCHEMA_VERSION
+from tests.data_cases import build, write_pair
 from tests.synthetic_ledger import TARGETS, description, step_record
 from tests.test_ledger_write import sorted_values
 
@@ -208,6 +210,43 @@ def test_a_resume_needs_the_same_targets_and_datasets(tmp_path: Path) -> None:
         open_ledger(tmp_path, description())
     same = description([{"name": "code", "index": 0, "idx_sha256": "aa"}], training={"lr": 5})
     open_ledger(tmp_path, same).close()
+
+
+def test_a_longer_run_goes_on_while_samples_mean_the_same(tmp_path: Path) -> None:
+    """Megatron's description names the samples asked for; what a sample is depends on the index arrays alone."""
+    a, b = write_pair(tmp_path)
+
+    def table(samples: int, *data_path: str, **options: Any) -> RunDescription:
+        train, _ = build(*(data_path or (a,)), train_samples=samples, **options)
+        training = {"train_iters": samples // 10, "global_batch_size": 10}
+        return description([row.to_dict() for row in train.table], training=training)
+
+    def resume(name: str, described: RunDescription) -> None:
+        open_ledger(tmp_path / name, described).close()
+
+    create_ledger(tmp_path / "one", table(50)).close()
+    create_ledger(tmp_path / "blend", table(20, "0.7", a, "0.3", b)).close()
+    resume("one", table(50))
+    resume("one", table(100))
+    resume("blend", table(60, "0.7", a, "0.3", b))
+    # b has 25 samples an epoch: 31 of it are another shuffle, while a still needs one epoch
+    with pytest.raises(
+        UserError, match=r"dataset 1 \(.*b\) .*--train-iters was 2, now 10, .*for 31 samples"
+    ) as error:
+        resume("blend", table(100, "0.7", a, "0.3", b))
+    assert "--exit-interval" in str(error.value) and "--shapley-dir" in str(error.value)
+    with pytest.raises(UserError, match=r"dataset 0 .*--train-iters was 5, now 12, the data is repeated"):
+        resume("one", table(120))
+    with pytest.raises(UserError, match=r"other text than in the ledger: --seed was 7, now 8; resume with"):
+        resume("one", table(50, seed=8))
+    with pytest.raises(UserError, match=r"other text .*: --seq-length was 32, now 16;"):
+        resume("one", table(50, seq_length=16))
+    with pytest.raises(UserError, match=r"had weight 0\.7, the resumed run has 0\.6"):
+        resume("blend", table(20, "0.6", a, "0.4", b))
+    # Data that has moved is the same data.
+    moved = table(50)
+    moved.datasets[0]["description"]["dataset_path"] = moved.datasets[0]["path_prefix"] = "/elsewhere"
+    resume("one", moved)
 
 
 def test_schema_guards_and_damaged_records(tmp_path: Path) -> None:

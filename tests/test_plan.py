@@ -15,12 +15,14 @@ import torch
 
 from inrun_megatron import cli
 from inrun_megatron.config import ModelConfig
+from inrun_megatron.data.corpora import tiny_corpus
 from inrun_megatron.defaults import STRETCH
 from inrun_megatron.ledger import LedgerWriter, RunDescription, create_ledger
 from inrun_megatron.plan import costs, predict, times
 from inrun_megatron.plan.costs import ESTIMATORS
 from inrun_megatron.plan.job import Job, count
 from inrun_megatron.plan.presets import PRESETS
+from inrun_megatron.training.arguments import parse, write_yaml
 from tests.counting import standing_in
 from tests.distributed import assert_cases, run_cases
 from tests.layout_engine import build_engine
@@ -440,6 +442,22 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     plan = json.loads(run(capsys, "--config", str(config), "--world-size", "4", "--json")[1])
     assert plan["ledger"]["rows"] == 10 * 16 and plan["job"]["target_sequences"] == 24
     assert plan["job"]["parameter_bytes"] == 4 and plan["memory"]["batch_gradient"] > 0
+
+
+def test_the_vocabulary_of_a_run_is_that_of_its_data(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A run's config.yaml names no vocabulary size where the flag was not given."""
+    path, data = tmp_path / "config.yaml", tiny_corpus(tmp_path / "c", documents=3)
+    argv = f"--data-path {data} --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 128 --lr 1e-3"
+    rest = "--micro-batch-size 2 --global-batch-size 16 --train-iters 50 --tensor-model-parallel-size 2"
+    write_yaml(parse([*argv.split(), *rest.split()]), path)
+    arguments = ("--config", str(path), "--world-size", "4", "--json")
+    assert json.loads(run(capsys, *arguments)[1])["job"]["vocab_size"] == 512  # 257 in steps of 128 x 2
+    Path(f"{data}.json").unlink()
+    code, _, err = run(capsys, *arguments)
+    assert code == 1 and "give --vocab-size" in err and err.count("\n") == 1
+    assert json.loads(run(capsys, *arguments, "--vocab-size", "300")[1])["job"]["vocab_size"] == 300
 
 
 def test_the_table_of_the_documentation_is_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

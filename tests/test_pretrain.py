@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -192,10 +192,21 @@ def test_a_run_can_be_repeated_from_its_yaml(two_ranks: Workers, data: Path, tmp
 # --- bad input after the ranks have met ------------------------------------------------------------------------------
 
 
-def refused(two_ranks: Workers, argv: list[str]) -> str:
+def _run_until_deepspeed(rank: int, world: int, argv: list[str]) -> None:
+    from inrun_megatron.training import distributed
+
+    def initialise(parallel: Any) -> None:
+        raise distributed.AgreedError("DeepSpeed was started")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "initialise", initialise)
+        _run(rank, world, argv)
+
+
+def refused(two_ranks: Workers, argv: list[str], run: Callable[..., None] = _run) -> str:
     """The message that both ranks raise."""
     with pytest.raises(DistributedError) as caught:
-        two_ranks.run(_run, argv)
+        two_ranks.run(run, argv)
     assert caught.value.alive, "a rank did not answer"
     return str(caught.value)
 
@@ -210,24 +221,40 @@ def test_bad_checkpoints_and_ledgers_are_refused_by_all_ranks(
     two_ranks.run(_run, argv)
     assert "holds the ledger of run" in refused(two_ranks, argv)
     assert "holds no checkpoint" in refused(two_ranks, [*argv, "--load", str(tmp_path / "none")])
-    (tmp_path / "run" / "checkpoints" / "iter_0000001" / "run_state.json").write_text("{")
+    # A longer run goes on, one that repeats the data more often does not, and leaves config.yaml alone.
+    longer = [*argv, "--load", run, "--train-iters"]
+    two_ranks.run(_run, [*longer, "2"])
+    assert {row["step"] for row in ledger(tmp_path / "run", "steps")} == {1, 2}
+    assert "--train-iters was 1, now 2000" in refused(two_ranks, [*longer, "2000"])
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["train_iters"] == 2
+    (tmp_path / "run" / "checkpoints" / "iter_0000002" / "run_state.json").write_text("{")
     assert "no complete checkpoint" in refused(two_ranks, [*argv, "--load", run])
 
 
-def test_bad_data_is_refused_by_all_ranks(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
+def test_bad_data_is_refused_by_all_ranks_before_deepspeed_compiles(
+    two_ranks: Workers, data: Path, tmp_path: Path
+) -> None:
+    def refused_early(*argv: str) -> str:
+        return refused(two_ranks, list(argv), _run_until_deepspeed)
+
     argv = arguments(data, "--no-shapley")
-    assert "does not exist" in refused(two_ranks, [*argv, "--data-path", str(data / "none")])
-    assert "--vocab-size is 100" in refused(two_ranks, [*argv, "--vocab-size", "100"])
+    assert "none.idx does not exist" in refused_early(*argv, "--data-path", str(data / "none"))
+    assert "none.idx does not exist" in refused_early(
+        *argv, "--data-path", str(data / "none"), "--tokenizer-type", "bytes"
+    )
+    assert "--vocab-size is 100" in refused_early(*argv, "--vocab-size", "100")
+    assert "holds no checkpoint" in refused_early(*argv, "--load", str(tmp_path / "none"))
+    assert "DeepSpeed was started" in refused_early(*argv), "the control"
     broken = tmp_path / "broken"
     for suffix in (".idx", ".json"):
         shutil.copy(data / f"code{suffix}", f"{broken}{suffix}")
     Path(f"{broken}.bin").write_bytes((data / "code.bin").read_bytes()[:-100])
-    assert "truncated" in refused(two_ranks, [*argv, "--data-path", str(broken)])
+    assert "truncated" in refused_early(*argv, "--data-path", str(broken))
     short = ["--seq-length", "4096", "--max-position-embeddings", "4096"]
     target = arguments(
         data, "--shapley-target", f"code={data}/target", "--save", str(tmp_path / "run"), *short
     )
-    assert "fewer than one sequence" in refused(two_ranks, target)
+    assert "fewer than one sequence" in refused_early(*target)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------

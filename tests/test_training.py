@@ -370,3 +370,28 @@ def test_an_error_of_one_rank_is_raised_by_all(two_ranks: Workers) -> None:
     first, second = two_ranks.run(_agree)
     assert first == [0, "from 0", "rank 1 misses a file", "rank 0 misses a file"]
     assert second == [1, "from 0", "rank 1 misses a file", "rank 0 misses a file"]
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+def threads_of_a_rank(rank: int, world: int, decided: bool) -> int:
+    from inrun_megatron.training.distributed import share_cores
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            patch.delenv(name, raising=False)
+        if decided:
+            patch.setenv("OMP_NUM_THREADS", "64")
+        patch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+        torch.set_num_threads(6)
+        try:
+            share_cores()
+            return torch.get_num_threads()
+        finally:
+            torch.set_num_threads(1)
+
+
+def test_ranks_of_a_host_share_its_cores(two_ranks: Workers) -> None:
+    assert two_ranks.run(threads_of_a_rank, False) == [3, 3]
+    assert two_ranks.run(threads_of_a_rank, True) == [6, 6], "somebody decided otherwise"

@@ -231,7 +231,9 @@ def _print(
                 line.append(document["snippet"])
                 out.print(line, no_wrap=True, overflow="ellipsis")
     if left:
-        out.print(f"\nNot carried over (not one row per document): {', '.join(left)}")
+        out.print(
+            f"\nNot carried over (only .parquet files with one row per document are): {', '.join(left)}"
+        )
     heading = (
         "The next run"
         if directory is None

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from inrun_megatron.commands.options import JsonOption
-from inrun_megatron.config import ModelConfig
+from inrun_megatron.config import Config, ModelConfig
+from inrun_megatron.defaults import padded_vocabulary
 from inrun_megatron.errors import UserError
 from inrun_megatron.plan.job import Job
 from inrun_megatron.plan.presets import PRESETS
@@ -136,7 +137,7 @@ def plan(
         "direction_dtype": direction_dtype,
         "segments": segments,
     }
-    starts = _starts(preset or (), config)
+    starts = _starts(preset or (), config, vocab_size is None)
     plans = {
         name: record(_job(own_model | _given(model), own_job | _given(job)), hardware)
         for name, (own_model, own_job) in starts.items()
@@ -153,8 +154,10 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _starts(presets: Any, config: str | None) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Name -> (fields of ModelConfig, fields of Job) to start from."""
+def _starts(
+    presets: Any, config: str | None, vocabulary: bool
+) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Name -> (fields of ModelConfig, fields of Job) to start from; `vocabulary`: its size is wanted, too."""
     if presets and config is not None:
         raise UserError(
             f"--preset {presets[0]} and --config {config} both describe the job; give one of them"
@@ -164,16 +167,17 @@ def _starts(presets: Any, config: str | None) -> dict[str, tuple[dict[str, Any],
         raise UserError(f"--preset {unknown[0]!r} does not exist; use {', '.join(PRESETS)}")
     if presets:
         return {name: PRESETS[name] for name in presets}
-    return {"plan": ({}, {}) if config is None else _of_run(config)}
+    return {"plan": ({}, {}) if config is None else _of_run(config, vocabulary)}
 
 
-def _of_run(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _of_run(path: str, vocabulary: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     from inrun_megatron.training.arguments import parse
 
     found = parse(["--config", path])
+    rows = None if not vocabulary else _embedding_rows(found, path)
     training, parallel, shapley = found.training, found.parallel, found.shapley
     job: dict[str, Any] = {
-        "vocab_size": found.data.vocab_size,
+        "vocab_size": rows,
         "seq_length": found.data.seq_length,
         "micro_batch_size": training.micro_batch_size,
         "global_batch_size": training.global_batch_size,
@@ -198,6 +202,21 @@ def _of_run(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     if counts and all(text.isdecimal() for text in counts):
         job["target_sequences"] = max(map(int, counts))
     return dataclasses.asdict(found.model), _given(job)
+
+
+def _embedding_rows(found: Config, path: str) -> int:
+    """The run's vocabulary, from --vocab-size or the tokenizer of its data, with padding."""
+    from inrun_megatron.training.datasets import vocabulary
+
+    try:
+        size = found.data.vocab_size or vocabulary(found).vocab_size
+    except UserError as error:
+        raise UserError(
+            f"{path} names no vocabulary size and its data none ({error}): give --vocab-size"
+        ) from None
+    return padded_vocabulary(
+        size, found.model.make_vocab_size_divisible_by, found.parallel.tensor_model_parallel_size
+    )
 
 
 def _job(model: dict[str, Any], job: dict[str, Any]) -> Job:

@@ -11,6 +11,7 @@ import typer
 from inrun_megatron.data.prepare import PrepareSummary
 from inrun_megatron.data.prepare import prepare as prepare_dataset
 from inrun_megatron.data.readers import Format
+from inrun_megatron.report.tables import counted
 
 
 def prepare(
@@ -72,7 +73,7 @@ def prepare(
     Example: inrun prepare 'corpus/*.jsonl.gz' --keep source,url --output data/corpus --workers 8
 
     Documents keep their order, and PREFIX.documents.parquet leads each back to its file, line and metadata. A directory
-    is searched for .txt .text .md .rst .jsonl .ndjson .parquet; name other files by a glob.
+    is searched for .txt .text .md .rst .jsonl .ndjson .parquet .pq; name other files by a glob.
     """
     summary = prepare_dataset(
         inputs,
@@ -92,10 +93,10 @@ def prepare(
 
 
 def _in_words(summary: PrepareSummary) -> str:
-    left_out = f", {summary.empty:,} empty ones left out" if summary.empty else ""
+    left_out = f", {summary.empty:,} empty left out" if summary.empty else ""
     return (
-        f"{summary.prefix}.bin/.idx: {summary.documents:,} documents, {summary.tokens:,} tokens "
-        f"({summary.tokenizer['name']}, vocabulary {summary.tokenizer['vocab_size']:,}) from {summary.files:,} files"
+        f"{summary.prefix}.bin/.idx: {counted(summary.documents, 'document')}, {counted(summary.tokens, 'token')} "
+        f"({summary.tokenizer['name']}, vocabulary {summary.tokenizer['vocab_size']:,}) from {counted(summary.files, 'file')}"
         f"{left_out}, in {summary.seconds:.1f} s"
     )
 

@@ -27,7 +27,7 @@ def write_filtered(
     """Write `documents` (ascending numbers) of `source` as the dataset `prefix`; document n becomes its place in the list.
 
     record: added to PREFIX.json under `curated`, where the source has a PREFIX.json. Returns the names of files beside the
-    source that were not carried over, because they do not have one row per document.
+    source that were not carried over: all but tokenizers and .parquet files with one row per document.
     """
     _write_tokens(source, documents, str(prefix))
     summary = read_summary(source.prefix)

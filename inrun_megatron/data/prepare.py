@@ -153,8 +153,11 @@ def _checked_fields(keep: Sequence[str]) -> tuple[str, ...]:
 
 def _check_output(prefix: str, files: Sequence[str], overwrite: bool) -> dict[str, Path]:
     """The four output paths by their name in the work directory, in the order of their renames."""
-    if not Path(prefix).name:
-        raise UserError(f"--output {prefix!r} is no prefix: give a path such as data/corpus")
+    if not Path(prefix).name or prefix.endswith(os.sep):
+        example = os.path.join(prefix.rstrip(os.sep) or "data", "corpus")
+        raise UserError(
+            f"--output {prefix!r} is a directory and no PREFIX of files: give a path such as {example}"
+        )
     targets = {
         "bin": Path(f"{prefix}.bin"),
         "documents": documents_path(prefix),

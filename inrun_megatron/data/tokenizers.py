@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from inrun_megatron.data.indexed import normalise_prefix
+from inrun_megatron.data.indexed import IndexedFile, normalise_prefix
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import sha256_of
 
@@ -195,6 +195,7 @@ def prepared_tokenizer(prefixes: Sequence[str | Path]) -> Tokenizer:
     for prefix in map(normalise_prefix, prefixes):
         summary = read_summary(prefix)
         if summary is None:
+            IndexedFile(prefix)  # that the dataset does not exist is the better message
             raise UserError(
                 f"{prefix}.json does not exist, so the tokenizer of {prefix} is not known: name it "
                 "(--tokenizer-type, --vocab-size)"

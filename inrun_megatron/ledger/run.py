@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import fsync_directory, make_directory, read_json, write_json
 from inrun_megatron.ledger.lock import DirectoryLock
+from inrun_megatron.ledger.resume import check_resumable
 from inrun_megatron.ledger.schema import (
     COMMITS,
     RUN_FILE,
@@ -23,13 +24,8 @@ from inrun_megatron.ledger.schema import (
     RunDescription,
     check_version,
     commit_name,
-    granularity_of,
     now,
 )
-
-# What must be the same before and after a resume, because rows refer to it.
-_TARGET_IDENTITY = ("name", "idx_sha256", "sequences")
-_DATASET_IDENTITY = ("name", "index", "idx_sha256", "unique_description_hash")
 
 VISIBILITY_SECONDS = 10.0
 """How long `commit` waits for another node's part to appear on a network file system that caches names."""
@@ -96,8 +92,7 @@ def create_ledger(directory: Path | str, description: RunDescription) -> OpenLed
 def open_ledger(directory: Path | str, description: RunDescription | None = None) -> OpenLedger:
     """Open an existing ledger to continue its run, take the lock. Rank 0 only; call `rollback` next.
 
-    With `description` (of the resumed run) targets and datasets must be those of run.json, since rows refer
-    to them by name and index, and the granularity of the rows; layout, versions and other configuration may differ.
+    With `description` (of the resumed run) it must be one that can continue the rows (`check_resumable`).
 
     Raises UserError when there is no ledger, its schema is another, a run is writing it, or the description
     differs.
@@ -110,15 +105,7 @@ def open_ledger(directory: Path | str, description: RunDescription | None = None
         run = read_json(directory / RUN_FILE)
         check_version(run.get("schema_version"), directory / RUN_FILE)
         if description is not None:
-            resumed = description.to_dict()
-            _check_same("target", run["targets"], resumed["targets"], _TARGET_IDENTITY, run["run_id"])
-            _check_same("dataset", run["datasets"], resumed["datasets"], _DATASET_IDENTITY, run["run_id"])
-            before, after = granularity_of(run), granularity_of(resumed)
-            if before != after:
-                raise UserError(
-                    f"the ledger of run {run['run_id']} holds values by {before}, the resumed run's are by {after}; "
-                    f"resume with --shapley-granularity {before}, or choose another --shapley-dir"
-                )
+            check_resumable(run, description.to_dict())
     except BaseException:
         lock.close()
         raise
@@ -213,27 +200,6 @@ def _make_ledger_directory(directory: Path) -> None:
         raise UserError(
             f"cannot create the ledger directory {directory}: {error.strerror or error}"
         ) from error
-
-
-def _check_same(
-    what: str,
-    old: Sequence[dict[str, Any]],
-    new: Sequence[dict[str, Any]],
-    keys: tuple[str, ...],
-    run_id: str,
-) -> None:
-    if len(old) != len(new):
-        raise UserError(
-            f"the ledger of run {run_id} has {len(old)} {what}s, the resumed run {len(new)}; "
-            f"resume with the same {what}s, or choose another --shapley-dir"
-        )
-    for position, (before, after) in enumerate(zip(old, new, strict=True)):
-        for key in keys:
-            if key in before and key in after and before[key] != after[key]:
-                raise UserError(
-                    f"{what} {position} ({before.get('name')}) of run {run_id} had {key} {before[key]!r}, the resumed "
-                    f"run has {after[key]!r}; resume with the same {what}s, or choose another --shapley-dir"
-                )
 
 
 def _wait_for(path: Path, size: int) -> None:

@@ -18,6 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from inrun_megatron.defaults import padded_vocabulary
 from inrun_megatron.models import cpu
 from inrun_megatron.models.attention import SdpaCoreAttention, document_mask
 from inrun_megatron.models.initialise import Gather, initialise
@@ -25,15 +26,6 @@ from inrun_megatron.models.norm import Norm
 
 if TYPE_CHECKING:
     from inrun_megatron.config import ModelConfig
-
-
-def padded_vocabulary(vocab_size: int, divisible_by: int, tensor_parallel: int) -> int:
-    """Rows of the embedding and output layer: the next multiple of `divisible_by` x `tensor_parallel`.
-
-    Megatron-LM's rule (`_vocab_size_with_padding`, megatron/training/tokenizer/tokenizer.py).
-    """
-    multiple = divisible_by * tensor_parallel
-    return (vocab_size + multiple - 1) // multiple * multiple
 
 
 def transformer_config(

@@ -23,10 +23,11 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from megatron.core import parallel_state
 
+from inrun_megatron.defaults import padded_vocabulary
 from inrun_megatron.errors import UserError
 from inrun_megatron.models import cpu
 from inrun_megatron.models.attention import document_mask
-from inrun_megatron.models.gpt import padded_vocabulary, transformer_config
+from inrun_megatron.models.gpt import transformer_config
 from inrun_megatron.models.initialise import initialise
 from inrun_megatron.models.recompute import Wrap
 from inrun_megatron.models.stages import Block, FinalNorm, Output, PipelineLoss, Positions, WordEmbeddings

@@ -25,6 +25,11 @@ def console(file: Any = None) -> Console:
     return Console(file=stream, highlight=False, width=width)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 file`, `2,000 files`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def table(columns: Sequence[str | tuple[str, str]]) -> Table:
     """An empty table; a column is its heading, or (heading, justification: left, right)."""
     made = Table(

@@ -1,13 +1,14 @@
 """Command line and YAML to `Config` and back.
 
 `parse(argv)` reads `--config FILE.yaml` first (if given) and lets flags override it. A run writes the same YAML to its
-directory, so `pretrain.py --config RUN/config.yaml` repeats it.
+directory, so `pretrain.py --config RUN/config.yaml --save NEW` repeats it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import re
 import types
@@ -22,8 +23,9 @@ import yaml
 from inrun_megatron.config import Config
 from inrun_megatron.errors import UserError
 
-# Set by the launcher or by how the run was started: they do not describe the run.
-NOT_REPLAYED = {"parallel": ("local_rank", "deepspeed")}
+# Set by the launcher or by how the run was started: they do not describe the run. A replay that loaded would go on from the
+# end of the run instead of repeating it.
+NOT_REPLAYED = {"parallel": ("local_rank", "deepspeed"), "checkpoint": ("load",)}
 _BOX = re.compile(r"[─-╿]+")
 
 
@@ -65,11 +67,33 @@ def _one_line(box: str) -> str:
     """tyro's boxed message as one line: title and help of the flag are left out."""
     lines = [_BOX.sub(" ", line).strip() for line in box.splitlines()]
     title, *message = [line for line in lines if line]
+    text = " ".join(message).split("Argument helptext:")[0].split("For full helptext")[0]
+    _, _, unrecognised = text.partition("Unrecognized options:")
+    unknown = re.findall(r"(?<!\S)--[\w-]+", unrecognised.split("Perhaps you meant:")[0])
+    if unknown:
+        return f"unknown flag {unknown[0]}{_suggestion(unknown[0])} (see --help)"
     if title == "Required options":
         missing = [flag for line in message for flag in re.findall(r"^--[\w-]+", line)]
         return f"required flags are missing: {', '.join(missing)} (see --help)"
-    text = " ".join(message).split("Argument helptext:")[0].split("For full helptext")[0]
     return f"{re.sub(' +', ' ', text).strip()} (see --help)"
+
+
+def _suggestion(unknown: str) -> str:
+    flags = [_flag(kind, field) for kind in _groups().values() for field in dataclasses.fields(kind)]
+    close = difflib.get_close_matches(unknown.replace("_", "-"), flags, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _groups() -> dict[str, Any]:
+    """Name and dataclass of each group of flags."""
+    return typing.get_type_hints(Config)
+
+
+def _flag(kind: type, field: dataclasses.Field[Any]) -> str:
+    """A field's flag."""
+    hint = typing.get_type_hints(kind, include_extras=True)[field.name]
+    names = [setting.name for setting in getattr(hint, "__metadata__", ()) if getattr(setting, "name", None)]
+    return "--" + (names[0] if names else field.name.replace("_", "-"))
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -143,7 +167,7 @@ def write_yaml(config: Config, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(
-        "# Repeat this run: pretrain.py --config <this file>\n"
+        "# Repeat this run: pretrain.py --config <this file> --save <another directory>\n"
         + yaml.safe_dump(to_mapping(config), sort_keys=False),
         encoding="utf-8",
     )
@@ -158,10 +182,13 @@ def flags_markdown() -> str:
         "Written by `python -m inrun_megatron.training.arguments`; do not edit. Underscores and hyphens are the same; "
         "a switch `--name` has an opposite `--no-name`. `--config FILE.yaml` is read first, flags override it.",
         "",
+        "A run writes its settled flags to RUN/config.yaml, all but `--load`: `--config RUN/config.yaml --save NEW` repeats "
+        "it from the beginning, `--config RUN/config.yaml --load RUN` goes on from its last checkpoint.",
+        "",
     ]
     from tyro._docstrings import get_field_docstring
 
-    for group, kind in typing.get_type_hints(Config).items():
+    for group, kind in _groups().items():
         lines += [
             f"## {group}",
             "",
@@ -170,17 +197,13 @@ def flags_markdown() -> str:
             "| flag | default | meaning |",
             "|---|---|---|",
         ]
-        hints = typing.get_type_hints(kind, include_extras=True)
         for field in dataclasses.fields(kind):
-            settings = getattr(hints[field.name], "__metadata__", ())
-            names = [setting.name for setting in settings if getattr(setting, "name", None)]
-            flag = "--" + (names[0] if names else field.name.replace("_", "-"))
             required = field.default is dataclasses.MISSING
             default = (
                 "required" if required else f"`{field.default}`" if field.default not in (None, ()) else ""
             )
             meaning = " ".join((get_field_docstring(kind, field.name, ()) or "").split())
-            lines.append(f"| `{flag}` | {default} | {meaning} |")
+            lines.append(f"| `{_flag(kind, field)}` | {default} | {meaning} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -79,13 +80,11 @@ def _discover_slurm() -> None:
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
 
 
-def initialise(config: ParallelConfig) -> None:
-    """Start torch.distributed, DeepSpeed's view of it, and megatron-core's process groups.
+def meet(config: ParallelConfig) -> None:
+    """Start torch.distributed: from here on ranks can agree on errors. Nothing is compiled on the way.
 
     UserError when fewer ranks meet than were launched, or when nccl is asked for without a GPU.
     """
-    import deepspeed
-
     _, promised = launched()
     if all(name in os.environ for name in _RENDEZVOUS):
         pass
@@ -97,25 +96,69 @@ def initialise(config: ParallelConfig) -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
     cuda = torch.cuda.is_available()
-    backend = config.distributed_backend
-    if backend == "auto":
-        backend = "nccl" if cuda else "gloo"
-    if backend == "nccl" and not cuda:
+    if _backend(config) == "nccl" and not cuda:
         raise UserError("--distributed-backend nccl needs a GPU and torch sees none: use gloo or auto")
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    timeout = timedelta(minutes=config.distributed_timeout_minutes)
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, auto_mpi_discovery=False, verbose=False)
+        _start_deepspeed(config)
+    elif not dist.is_initialized():
+        # On CPUs DeepSpeed compiles an operator before it starts torch.distributed; it takes what is there.
+        dist.init_process_group("gloo", timeout=timedelta(minutes=config.distributed_timeout_minutes))
     if dist.get_world_size() != promised:
         raise UserError(
             f"the launcher started {promised} ranks but {dist.get_world_size()} met: check WORLD_SIZE and the hostfile"
         )
+
+
+def initialise(config: ParallelConfig) -> None:
+    """`meet`, where that has not been done, then DeepSpeed's view of it and megatron-core's process groups."""
+    if not dist.is_initialized():
+        meet(config)
+    _start_deepspeed(config)
     release_shared_memory()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
         create_gloo_process_groups=False,
+    )
+
+
+def share_cores() -> None:
+    """Limit torch's threads where ranks share a host's cores, of which each would take all. Collective over the world.
+
+    Nothing is done with a GPU, nor where OMP_NUM_THREADS or MKL_NUM_THREADS decides (torchrun sets the first to 1).
+    """
+    own = (socket.gethostname(), frozenset(os.sched_getaffinity(0)))
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    sharing = sum(host == own[0] and not cores.isdisjoint(own[1]) for host, cores in ranks)
+    threads = max(1, len(own[1]) // sharing)
+    decided = torch.cuda.is_available() or any(f"{name}_NUM_THREADS" in os.environ for name in ("OMP", "MKL"))
+    if decided or threads >= torch.get_num_threads():
+        return
+    torch.set_num_threads(threads)
+    if dist.get_rank() == 0:
+        print(
+            f"{sharing} ranks share {len(own[1])} cores of this host: torch threads per rank: {threads} "
+            "(OMP_NUM_THREADS decides otherwise)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _backend(config: ParallelConfig) -> str:
+    if config.distributed_backend != "auto":
+        return config.distributed_backend
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _start_deepspeed(config: ParallelConfig) -> None:
+    import deepspeed
+
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    deepspeed.init_distributed(
+        dist_backend=_backend(config), timeout=timeout, auto_mpi_discovery=False, verbose=False
     )
 
 

@@ -64,7 +64,8 @@ def _check_precision(config: Config) -> None:
 def run(settled: Settled) -> int:
     """Train as configured, from a checkpoint where there is one; returns the exit code. Collective over the world."""
     parallel = settled.config.parallel
-    distributed.initialise(parallel)
+    distributed.meet(parallel)
+    distributed.share_cores()
     # Its own limit comes first: the collective's error would name no rank.
     stall = 0.9 * 60 * parallel.distributed_timeout_minutes
     with Watchdog(parallel.heartbeat_timeout, stall) as watchdog:
@@ -73,11 +74,13 @@ def run(settled: Settled) -> int:
 
 def _run(settled: Settled, watchdog: Watchdog) -> int:
     config, batch = settled.config, settled.batch
-    layout = Layout.from_megatron()
+    # Whatever may be wrong with the input comes before DeepSpeed, which may compile for a minute.
     vocabulary = all_ranks(lambda: datasets.vocabulary(config))
     targets = all_ranks(lambda: datasets.targets(config, vocabulary))
     resume = checkpoint.to_resume(config)
     data = datasets.build(config, batch, vocabulary)
+    distributed.initialise(config.parallel)
+    layout = Layout.from_megatron()
     trainer = build_trainer(config, settled.deepspeed, batch, vocabulary.vocab_size)
 
     progress = Progress()
@@ -85,9 +88,6 @@ def _run(settled: Settled, watchdog: Watchdog) -> int:
         progress = checkpoint.load(config, trainer, resume)
         other = "" if resume.same_layout else ", written in another layout"
         _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
-    if config.checkpoint.save is not None and dist.get_rank() == 0:
-        write_yaml(config, Path(config.checkpoint.save) / "config.yaml")
-
     scoring = None
     if config.shapley.enabled:
         # Imported here so that training without scoring does not depend on it.
@@ -104,6 +104,9 @@ def _run(settled: Settled, watchdog: Watchdog) -> int:
         )
     elif config.training.recompute_granularity is not None:
         trainer.recompute(config.training.recompute_num_layers)
+    # Only now: a refused resume leaves the run's own as it was.
+    if config.checkpoint.save is not None and dist.get_rank() == 0:
+        write_yaml(config, Path(config.checkpoint.save) / "config.yaml")
 
     loop = Run(
         config=config,

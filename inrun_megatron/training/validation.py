@@ -161,6 +161,10 @@ def _training(config: Config) -> None:
         shapley_audit_interval=config.shapley.audit_interval,
         shapley_commit_interval=config.shapley.commit_interval,
     )
+    if not 0 <= training.seed < 2**32:
+        raise UserError(
+            f"--seed is {training.seed}: it must be from 0 to {2**32 - 1}, as numpy's generators want it"
+        )
     if not 0.0 <= training.min_lr <= training.lr:
         raise UserError(f"--min-lr {training.min_lr} is not between 0 and --lr {training.lr}")
     for name in (

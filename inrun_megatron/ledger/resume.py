@@ -1,0 +1,88 @@
+"""What a resumed run must share with the ledger that it continues, because rows refer to it.
+
+A row's (dataset, sample) means item `sample` of the GPTDataset's index arrays, so that their content decides, not what
+was asked for: a longer run asks for more samples, and gets the same arrays as long as the data need not be repeated more
+often. Where they must be, megatron-core shuffles all epochs anew, and a sample's number means another text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.schema import granularity_of
+
+_TARGET_IDENTITY = ("name", "idx_sha256", "sequences")
+_DATASET_IDENTITY = ("name", "index", "idx_sha256", "weight")
+
+# megatron-core's description of a GPTDataset -> the flag that decides it
+_FLAGS = {
+    "random_seed": "--seed",
+    "sequence_length": "--seq-length",
+    "split": "--split",
+    "tokenizer": "--tokenizer-type",
+}
+
+
+def check_resumable(run: dict[str, Any], resumed: dict[str, Any]) -> None:
+    """UserError where rows of the resumed run would refer to something else than those of `run`.
+
+    Both as in run.json. Layout, versions, other configuration, and where the data lies may differ.
+    """
+    _check_same("target", run, resumed, _TARGET_IDENTITY)
+    _check_same("dataset", run, resumed, _DATASET_IDENTITY)
+    for position, (before, after) in enumerate(zip(run["datasets"], resumed["datasets"], strict=True)):
+        _check_samples(f"dataset {position} ({before.get('name')})", before, after, run, resumed)
+    before, after = granularity_of(run), granularity_of(resumed)
+    if before != after:
+        raise UserError(
+            f"the ledger of run {run['run_id']} holds values by {before}, the resumed run's are by {after}; "
+            f"resume with --shapley-granularity {before}, or choose another --shapley-dir"
+        )
+
+
+def _check_same(what: str, run: dict[str, Any], resumed: dict[str, Any], keys: Sequence[str]) -> None:
+    old, new, run_id = run[f"{what}s"], resumed[f"{what}s"], run["run_id"]
+    if len(old) != len(new):
+        raise UserError(
+            f"the ledger of run {run_id} has {len(old)} {what}s, the resumed run {len(new)}; "
+            f"resume with the same {what}s, or choose another --shapley-dir"
+        )
+    for position, (before, after) in enumerate(zip(old, new, strict=True)):
+        for key in keys:
+            if key in before and key in after and before[key] != after[key]:
+                raise UserError(
+                    f"{what} {position} ({before.get('name')}) of run {run_id} had {key} {before[key]!r}, the resumed "
+                    f"run has {after[key]!r}; resume with the same {what}s, or choose another --shapley-dir"
+                )
+
+
+def _check_samples(
+    name: str, before: dict[str, Any], after: dict[str, Any], run: dict[str, Any], resumed: dict[str, Any]
+) -> None:
+    """The index arrays are the same, and so is the tokenizer, whose end of document cuts samples into segments."""
+    if "index_sha256" not in before or "index_sha256" not in after:
+        return
+    old, new = before["description"], after["description"]
+    if before["index_sha256"] == after["index_sha256"] and old["tokenizer"] == new["tokenizer"]:
+        return
+    causes = [
+        f"{flag} was {old[key]}, now {new[key]}" for key, flag in _FLAGS.items() if old[key] != new[key]
+    ]
+    remedy = "resume with what it was"
+    if not causes and old["num_samples"] != new["num_samples"]:
+        for key in ("train_iters", "global_batch_size"):
+            was, now = (side["configuration"]["training"].get(key) for side in (run, resumed))
+            if was != now:
+                causes.append(f"--{key.replace('_', '-')} was {was}, now {now}")
+        causes.append(
+            f"the data is repeated more or less often for {new['num_samples']} samples than for {old['num_samples']}"
+        )
+        remedy += " (to stop a long run early: --exit-interval)"
+    if not causes:
+        causes = ["the installed megatron-core or numpy draws another order"]
+    raise UserError(
+        f"{name} of run {run['run_id']}: its sample numbers would mean other text than in the ledger: "
+        f"{', '.join(causes)}; {remedy}, or choose another --shapley-dir"
+    )
