@@ -278,6 +278,9 @@ def test_a_failed_audit_is_red_and_missing_data_are_said(
     )
     assert html.count('<li class="bad">') == 2 and "✗ 1 failed" in html and "✗ failed" in html
     assert f"inrun verify {directory}" in html and "Documents cannot be shown: gone" in html
+    noted = render(figures | {"audits": {"full": True, "checks": [bad | {"ok": True, "note": True}]}})
+    assert '<li class="bad">' not in noted and "! note" in noted and "with a note: additivity" in noted
+    assert "✓ ok" not in noted
 
 
 def test_short_and_bare_ledgers_make_a_page(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ def checks_table(checks: Sequence[Check], width: int) -> Table:
     made.columns[2].overflow = "fold"
     for check in checks:
         verdict = Text("ok", style="green") if check.ok else Text("FAILED", style="bold red")
+        if check.ok and check.note:
+            verdict = Text("note", style="yellow")
         made.add_row(Text(check.name), verdict, Text(check.detail))
     return made
 
