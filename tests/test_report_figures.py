@@ -13,6 +13,7 @@ import pytest
 
 from inrun_megatron import cli
 from inrun_megatron.ledger import Ledger, LedgerWriter, StepRecord, commit, create_ledger
+from inrun_megatron.report.charts import all_charts
 from inrun_megatron.report.charts_theme import OTHER, Palette
 from inrun_megatron.report.charts_training import stacked
 from inrun_megatron.report.overview import describe_targets
@@ -44,6 +45,18 @@ def normalised(rows: np.ndarray, target: str) -> np.ndarray:
     """phi_i n_t / sum_j |phi_j|."""
     total = {step: np.abs(rows[target][rows["step"] == step]).mean() for step in np.unique(rows["step"])}
     return rows[target] / np.array([total[step] for step in rows["step"]])
+
+
+def test_a_mean_has_one_error_on_the_whole_page(run: tuple[Path, np.ndarray, dict[str, Any]]) -> None:
+    figures = run[2]
+    best = figures["findings"][0]["best"]
+    said = f"{best['normalised_mean']:+.2f} ± {best['normalised_standard_error']:.2f}"
+    (chart,) = [c for c in all_charts(figures) if c.name == "value-code-late-normalised"]
+    (bar,) = [row for row in chart.spec["data"]["values"] if row["name"] == best["name"]]
+    assert bar["label"] == said
+    assert bar["high"] - bar["low"] == pytest.approx(4 * best["normalised_standard_error"])
+    signs = re.sub(r"<[^>]+>", "", render(figures).split('<section id="run">')[0])
+    assert said in signs
 
 
 def test_composition(run: tuple[Path, np.ndarray, dict[str, Any]]) -> None:

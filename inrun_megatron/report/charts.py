@@ -61,7 +61,7 @@ def bar_charts(
     measure: str,
     palette: Palette,
 ) -> list[Chart]:
-    """Mean value per sample by domain, one chart per target, with whiskers of two standard errors."""
+    """Mean value per sample by domain, one chart per target, with its standard error; whiskers of two of them."""
     mean, error, unit, title = measure_of(rows, measure)
     charts = []
     for target in figures["targets"]:
@@ -70,19 +70,19 @@ def bar_charts(
             continue
         data = []
         for row in first_and_last(own):
-            spread = 2 * (row[error] or 0.0) / unit
+            spread = (row[error] or 0.0) / unit
             value = row[mean] / unit
             label = f"{value:+.2f}" + (f" ± {spread:.2f}" if row[error] is not None else "")
             data.append(
                 {"name": row["name"], "domain": palette.key(row["dataset"]), "value": value, "label": label}
-                | {"low": value - spread, "high": value + spread, "samples": row["samples"]}
+                | {"low": value - 2 * spread, "high": value + 2 * spread, "samples": row["samples"]}
                 | {"negative": row["negative_share"]}
             )
         y = {"field": "name", "type": "nominal", "sort": None, "title": None, "axis": {"domain": False}}
         x = {"type": "quantitative", "title": title, "axis": {"tickCount": 5}}
         tooltip = [
             {"field": "name", "title": "domain"},
-            {"field": "label", "title": "mean ± 2 s.e."},
+            {"field": "label", "title": "mean ± s.e."},
             {"field": "negative", "title": "negative samples", "format": ".0%"},
             {"field": "samples", "title": "samples", "format": ","},
         ]
@@ -111,7 +111,7 @@ def bar_charts(
         charts.append(
             Chart(
                 "value",
-                f"Value per sample towards {target['name']}, {label_of(phase)} (whiskers: 2 standard errors)",
+                f"Value per sample towards {target['name']}, {label_of(phase)} (± standard error; whiskers: two)",
                 made,
                 target["name"],
                 phase["name"],
