@@ -242,6 +242,22 @@ def test_timing_is_spread_over_the_interval(tmp_path: Path) -> None:
     found = timing(ledger, ledger.steps())
     assert found["added"] == pytest.approx(0.25) and found["added_over_run"] == pytest.approx(0.0625)
     assert found["samples_per_second"] == pytest.approx(20.0) and len(found["curve"]) == 2
+    # two targets of 8 sequences to a batch of 10, in one step of four
+    assert found["validation"] == {"sequences": 16, "samples": 10.0, "added_over_run": pytest.approx(0.4)}
+    html = render(build_figures(tmp_path))
+    assert (
+        "+6%" in html
+        and "+40% by the size of the validation pass alone (16 target sequences to a batch of 10)" in html
+    )
+
+
+def test_the_share_of_the_validation_pass_is_that_of_first_order_alone(tmp_path: Path) -> None:
+    seconds = {"seconds_total": 0.5, "seconds_scoring": 0.1, "samples": 10}
+    ledger = short_ledger(
+        tmp_path, [record(step, 3.0, 0.1, **seconds) for step in (1, 2)], estimator="midpoint"
+    )
+    assert timing(ledger, ledger.steps())["validation"] is None
+    assert "of the validation pass alone" not in render(build_figures(tmp_path))
 
 
 def test_curves_are_thinned_and_keep_their_ends() -> None:
