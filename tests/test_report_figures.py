@@ -14,8 +14,9 @@ import pytest
 from inrun_megatron import cli
 from inrun_megatron.ledger import Ledger, LedgerWriter, StepRecord, commit, create_ledger
 from inrun_megatron.report.charts import all_charts
+from inrun_megatron.report.charts_explained import explained_chart
 from inrun_megatron.report.charts_theme import OTHER, Palette
-from inrun_megatron.report.charts_training import stacked
+from inrun_megatron.report.charts_training import loss_chart, stacked
 from inrun_megatron.report.overview import describe_targets
 from inrun_megatron.report.page import render, write_page, write_png
 from inrun_megatron.report.page_figures import build_figures
@@ -168,6 +169,44 @@ def test_the_explained_fraction_over_the_run_adds_up_to_that_of_the_whole(
         for stretch in curve:
             predicted = stretch["values"] + stretch["momentum"] + stretch["decay"]
             assert stretch["explained_fraction"] == pytest.approx(predicted / stretch["realised"])
+
+
+def test_what_lies_beyond_an_axis_is_marked_and_stays_in_the_frame(
+    run: tuple[Path, np.ndarray, dict[str, Any]],
+) -> None:
+    figures, target = run[2], run[2]["targets"][0]
+    curve = [dict(point) for point in target["explained_curve"]]
+    curve[3] |= {"explained_fraction": 40.0}
+    curve[7] |= {"explained_fraction": -30.0}
+    spec = explained_chart(figures, target | {"explained_curve": curve}).spec
+    low, high = spec["layer"][0]["encoding"]["y"]["scale"]["domain"]
+    points = spec["data"]["values"]
+    assert low < 0 < 1 < high < 4 and all(low <= point["at"] <= high for point in points)
+    assert {i: point["beyond"] for i, point in enumerate(points) if point["beyond"]} == {3: "up", 7: "down"}
+    off = [point | {"predicted": point["loss"] - point["step"]} for point in target["curve"]]
+    spec = loss_chart(figures, target | {"curve": off}).spec
+    low, high = spec["layer"][-1]["encoding"]["y"]["scale"]["domain"]
+    lines = [point for point in spec["data"]["values"] if point["line"] == "predicted"]
+    assert all(low <= point["loss"] <= high for point in lines)
+    for part in {point["run"] for point in lines}:  # a line ends at its triangle
+        assert [point["beyond"] for point in lines if point["run"] == part][-1] == "down"
+    assert [point["beyond"] for point in lines].count("down") == len({point["run"] for point in lines})
+
+
+def test_rows_stand_in_the_order_of_the_run_while_there_are_few(
+    run: tuple[Path, np.ndarray, dict[str, Any]],
+) -> None:
+    def rows_of(figures: dict[str, Any]) -> list[list[str]]:
+        charts = [chart for chart in all_charts(figures) if chart.name.endswith("late-normalised")]
+        (heat,) = [chart.spec["encoding"]["y"]["sort"] for chart in charts if chart.slot == "heat"]
+        bars = [chart.spec["data"]["values"] for chart in charts if chart.slot == "value"]
+        return [heat, *([row["name"] for row in rows] for rows in bars)]
+
+    figures = run[2]
+    assert rows_of(figures) == [list(DOMAINS)] * 3
+    more = [{"name": f"d{number}", "index": 3 + number} for number in range(9)]
+    many = rows_of(figures | {"datasets": [*figures["datasets"], *more]})
+    assert many[2] == ["prose", "code", "shuffled"]  # by value
 
 
 def test_stretches_without_a_prediction_have_no_explained_fraction(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from inrun_megatron.report.charts_explained import explained_chart
-from inrun_megatron.report.charts_theme import Chart, Palette, label_of, spec
+from inrun_megatron.report.charts_theme import COLOURED, Chart, Palette, label_of, spec
 from inrun_megatron.report.charts_training import (
     composition_chart,
     histograms,
@@ -65,7 +65,8 @@ def bar_charts(
     mean, error, unit, title = measure_of(rows, measure)
     charts = []
     for target in figures["targets"]:
-        own = sorted((row for row in rows if row["target"] == target["name"]), key=lambda row: -row[mean])
+        own = [row for row in rows if row["target"] == target["name"]]
+        own.sort(key=lambda row: row["dataset"] if few(figures) else -row[mean])
         if not own:
             continue
         data = []
@@ -129,7 +130,10 @@ def heat_map(
     order: dict[str, float] = {}
     for row in rows:
         order[row["name"]] = order.get(row["name"], 0.0) + row["normalised_mean"]
-    names = first_and_last(sorted(order, key=lambda name: -order[name]))
+    if few(figures):
+        names = [dataset["name"] for dataset in figures["datasets"] if dataset["name"] in order]
+    else:
+        names = first_and_last(sorted(order, key=lambda name: -order[name]))
     largest = max((abs(row[mean]) / unit for row in rows), default=1.0) or 1.0
     data = [
         {
@@ -146,7 +150,7 @@ def heat_map(
         "field": "target",
         "type": "nominal",
         "sort": [target["name"] for target in figures["targets"]],
-        "title": None,
+        "title": "target",
         "axis": {
             "orient": "top",
             "labelAngle": -30 if len(figures["targets"]) > 6 else 0,
@@ -154,12 +158,18 @@ def heat_map(
             "domain": False,
         },
     }
-    y = {"field": "name", "type": "nominal", "sort": names, "title": None}
+    y = {"field": "name", "type": "nominal", "sort": names, "title": "domain of the training data"}
     colour = {
         "field": "value",
         "type": "quantitative",
         "scale": {"domain": [-largest, 0, largest], "range": "diverging", "interpolate": "lab"},
-        "legend": None,
+        "legend": {
+            "orient": "bottom",
+            "title": title,
+            "gradientLength": 220,
+            "gradientThickness": 8,
+            "tickCount": 5,
+        },
     }
     layers = [
         {
@@ -192,6 +202,11 @@ def measure_of(rows: Sequence[dict[str, Any]], measure: str) -> tuple[str, str, 
         return "normalised_mean", "normalised_standard_error", 1.0, "mean normalised value per sample"
     unit, name = scale_of([row["mean"] for row in rows])
     return "mean", "standard_error", unit, f"mean value per sample, nats {name}".strip()
+
+
+def few(figures: dict[str, Any]) -> bool:
+    """Whether every domain has a colour of its own: then rows stand in the run's order, as legends do, else by value."""
+    return len(figures["datasets"]) <= COLOURED + 1
 
 
 def first_and_last(rows: Sequence[Any]) -> list[Any]:
