@@ -14,7 +14,7 @@ from inrun_megatron.report.charts_training import (
     timing_chart,
     training_chart,
 )
-from inrun_megatron.report.tables import scale_of
+from inrun_megatron.report.tables import scale_near, scale_of
 
 MEASURES = ("normalised", "nats")
 ROWS = 40
@@ -62,7 +62,7 @@ def bar_charts(
     palette: Palette,
 ) -> list[Chart]:
     """Mean value per sample by domain, one chart per target, with its standard error; whiskers of two of them."""
-    mean, error, unit, title = measure_of(rows, measure)
+    mean, error, unit, title = measure_of(rows, figures, measure)
     charts = []
     for target in figures["targets"]:
         own = [row for row in rows if row["target"] == target["name"]]
@@ -126,7 +126,7 @@ def heat_map(
     rows: Sequence[dict[str, Any]], figures: dict[str, Any], phase: dict[str, Any], measure: str
 ) -> Chart:
     """Mean value per sample of each domain towards each target."""
-    mean, error, unit, title = measure_of(rows, measure)
+    mean, error, unit, title = measure_of(rows, figures, measure)
     order: dict[str, float] = {}
     for row in rows:
         order[row["name"]] = order.get(row["name"], 0.0) + row["normalised_mean"]
@@ -196,11 +196,15 @@ def heat_map(
     return Chart("heat", f"{title}, {label_of(phase)}", made, None, phase["name"], measure)
 
 
-def measure_of(rows: Sequence[dict[str, Any]], measure: str) -> tuple[str, str, float, str]:
+def measure_of(
+    rows: Sequence[dict[str, Any]], figures: dict[str, Any], measure: str
+) -> tuple[str, str, float, str]:
     """Fields of mean and error, unit, and the axis title of a measure."""
     if measure == "normalised":
         return "normalised_mean", "normalised_standard_error", 1.0, "mean normalised value per sample"
-    unit, name = scale_of([row["mean"] for row in rows])
+    unit, name = scale_near(
+        [row["mean"] for row in rows], scale_of([row["mean"] for row in figures["domains"]])
+    )
     return "mean", "standard_error", unit, f"mean value per sample, nats {name}".strip()
 
 
