@@ -370,3 +370,13 @@ def test_an_error_of_one_rank_is_raised_by_all(two_ranks: Workers) -> None:
     first, second = two_ranks.run(_agree)
     assert first == [0, "from 0", "rank 1 misses a file", "rank 0 misses a file"]
     assert second == [1, "from 0", "rank 1 misses a file", "rank 0 misses a file"]
+
+
+def test_an_audit_line_says_which_way_the_loss_went() -> None:
+    from inrun_megatron.training.loop import _audit_line
+
+    audits = {"audit/additivity/code": 1e-8, "audit/realised/code": -7.6e-6, "audit/predicted/code": 2.8e-2}
+    assert _audit_line(50, audits) == (
+        "step 50: audit | code: additivity off by 1.0e-08, loss fell by -7.6e-06 in one step (predicted +2.8e-02)"
+    )
+    assert _audit_line(50, {"audit/additivity/code": 1e-8}).endswith("additivity off by 1.0e-08")
