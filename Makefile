@@ -30,7 +30,7 @@ $(READY): pyproject.toml constraints/common.txt constraints/cpu.txt constraints/
 	$(BIN)/python launch/build_ops.py
 	touch $@
 
-demo: $(READY)  ## prepare real text, train with scoring on 2 ranks, print the answer
+demo: $(READY)  ## prepare real text, train with scoring on 2 ranks, print the answer; replaces runs/demo
 	$(BIN)/python launch/build_ops.py
 	bash launch/demo.sh
 

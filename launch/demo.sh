@@ -15,7 +15,16 @@ else
 fi
 
 [ -f "$DATA/target_prose.idx" ] || python launch/demo_corpus.py --output "$DATA"
-rm -rf "$RUN"
+if [ -e "$RUN" ]; then
+  echo "$RUN is there from an earlier demo: replaced"
+  rm -rf "$RUN"
+fi
+cat <<'EOF'
+Columns below: loss of the training batch; loss of the targets code and prose; scoring: its share of a step's time, of
+which most is the validation pass (8 target sequences beside 16 training samples).
+Audit lines: additivity is exact and must stay near 0; the fall of a target's loss in one step is noisy, and its prediction
+is judged over the whole run, at the end.
+EOF
 
 # A free port: launches that overlap would collide on DeepSpeed's default.
 PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')

@@ -18,6 +18,10 @@ if not any((Path(entry) / "inrun_megatron").is_dir() for entry in sys.path if en
         0, str(Path(__file__).resolve().parents[1])
     )  # started from a checkout that is not installed
 
+# Where launch/build_ops.py left the operator that DeepSpeed would compile again.
+if (built := Path(sys.prefix) / "torch_extensions").is_dir():
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(built))
+
 from inrun_megatron.training.main import main
 
 if __name__ == "__main__":

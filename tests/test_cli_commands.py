@@ -16,6 +16,7 @@ import pytest
 from inrun_megatron import cli
 from inrun_megatron.ledger import Ledger, LedgerWriter, commit, create_ledger
 from inrun_megatron.report.summary import build_summary, print_summary
+from inrun_megatron.report.tables import scale_near, scale_of
 from tests.synthetic_ledger import TARGETS, Shape, description, prepared_datasets, write_run
 
 COMMANDS = ("prepare", "summary", "top", "show", "export", "verify")
@@ -86,6 +87,14 @@ def test_summary_tells_the_story(run: tuple[Path, np.ndarray], inrun: Callable[.
     share = (late["code"][late["dataset"] == 2] < 0).mean()
     assert re.search(rf"shuffled \({share:.0%} of its samples\s+negative\)", result.out)
     assert re.search(r"best +[+]\d", result.out) and re.search(r"worst +-\d", result.out)
+
+
+def test_a_summary_has_one_unit(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
+    units = re.findall(r"x 1e[+-]\d\d", inrun("summary", run[0]).out)
+    assert len(units) == 4 and len(set(units)) == 1  # domains and documents of both targets
+    given = (1e-4, "x 1e-04")
+    assert scale_near([-0.9, 0.2], given) == given  # 9,000 units
+    assert scale_near([2.0], given) == scale_of([2.0]) and scale_near([9e-5], given) == scale_of([9e-5])
 
 
 def test_summary_as_json(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:

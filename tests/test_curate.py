@@ -156,7 +156,7 @@ def test_blend_by_value() -> None:
 
 def test_a_dry_run_says_what_would_go(run: Path, inrun: Inrun) -> None:
     before = sorted(run.rglob("*"))
-    arguments = ("curate", run, "--drop-negative", "--phase", "3/3", "--dry-run")
+    arguments = ("curate", run, "--drop-negative", "--phase", "late", "--dry-run")
     text = inrun(*arguments)
     assert "shuffled: 12 negative" in text and "goes" in text and "--split 100,0,0" in text
     assert max(map(len, text.split("The next run")[0].splitlines())) <= 100
@@ -169,7 +169,7 @@ def test_a_dry_run_says_what_would_go(run: Path, inrun: Inrun) -> None:
     assert gone[0]["source"] == f"shuffled/{gone[0]['document']}"
     assert sorted(run.rglob("*")) == before
     # Scores are what `inrun top` adds up, with the weights, per token.
-    top = inrun("top", run, "--phase", "3/3", "--json", "-n", 100)["targets"]
+    top = inrun("top", run, "--phase", "late", "--json", "-n", 100)["targets"]
     named = {(t, row["dataset_name"], row["document"]): row for t, rows_ in top.items() for row in rows_}
     code, prose = (named[t, "shuffled", gone[0]["document"]] for t in ("code", "prose"))
     expected = (2 * code["normalised"] + prose["normalised"]) / code["tokens"]

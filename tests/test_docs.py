@@ -14,11 +14,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def _blocks(page: str) -> str:
-    return "\n\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.S))
+MEGATRON = "# megatron_run.py"
 
 
-def _run(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+def _blocks(page: str, *, own: bool = False) -> str:
+    """The examples of a page as one script; own: the one that is a script of its own."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.S)
+    return "\n\n".join(block for block in found if block.startswith(MEGATRON) == own)
+
+
+def _run(code: str, tmp_path: Path, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    """On one rank without a launcher, or on `ranks` with torchrun."""
     script = tmp_path / "example.py"
     script.write_text(code)
     with socket.socket() as probe:
@@ -32,8 +38,9 @@ def _run(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
         "MASTER_PORT": str(port),
     }
     environment = {**os.environ, **world, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port)]
     return subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, *(launcher if ranks else []), str(script)],
         env=environment,
         capture_output=True,
         text=True,
@@ -48,6 +55,25 @@ def test_library_page(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "ALL OF IT RAN 2" in done.stdout
     assert re.search(r"^3 \[\d\.\d+\] tensor\(\[", done.stdout, flags=re.M), done.stdout
+
+
+def test_the_megatron_example_has_the_same_values_on_one_rank_and_on_two(tmp_path: Path) -> None:
+    more = "\n    if layout.tp_rank == 0:\n        print('ALL', iteration, *result.values[:, 0].tolist())\n"
+    values = []
+    for ranks in (1, 2):
+        done = _run(_blocks("library.md", own=True) + more, tmp_path, ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        values.append(
+            [
+                [float(value) for value in line.split()[2:]]
+                for line in done.stdout.splitlines()
+                if "ALL" in line
+            ]
+        )
+    one, two = values
+    assert len(one) == 3 and all(len(row) == 8 and max(map(abs, row)) > 0 for row in one)
+    for alone, parallel in zip(one, two, strict=True):
+        assert parallel == pytest.approx(alone, abs=1e-3 * max(map(abs, alone)))
 
 
 def test_a_layer_without_a_tap_is_named(tmp_path: Path) -> None:

@@ -156,6 +156,10 @@ def test_step_ranges() -> None:
         step for k in (1, 2, 3) for p in [parse_phase(f"{k}/3", 100)] for step in range(p.first, p.last + 1)
     ]
     assert covered == list(range(1, 101))
+    for phase in phases_of(300):
+        assert parse_phase(phase.name, 300) == phase  # late: steps 101 to 300, not the 201 to 300 of 3/3
+    with pytest.raises(UserError, match="2 steps are too few for early, middle, late"):
+        parse_phase("late", 2)
     assert choose_steps(None, None, 7) == whole_run(7)
 
 
@@ -165,7 +169,7 @@ def test_bad_step_ranges(text: str) -> None:
         parse_steps(text, 20)
 
 
-@pytest.mark.parametrize("text", ["4/3", "0/3", "3", "a/b"])
+@pytest.mark.parametrize("text", ["4/3", "0/3", "3", "a/b", "last"])
 def test_bad_phases(text: str) -> None:
     with pytest.raises(UserError, match="--phase"):
         parse_phase(text, 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from inrun_megatron import cli
 from inrun_megatron.ledger import Check, Ledger, LedgerWriter, StepRecord, commit, create_ledger, open_ledger
 from inrun_megatron.ledger.audits import judge_efficiency, precision_of
 from inrun_megatron.ledger.files import sha256_of
@@ -257,6 +259,30 @@ def test_efficiency_fails_on_absurd_figures_only(tmp_path: Path, factor: float) 
     proxy = {"shapley": {"optimizer": "sgd", "interval": 1}, "training": {"optimizer": "adam"}}
     if np.isfinite(factor):
         assert "efficiency" not in audited(tmp_path / "proxy", scale_losses, **proxy)
+
+
+@pytest.mark.parametrize(
+    ("factor", "estimator", "remedy"),
+    [(2.4, "first_order", "midpoint or"), (0.4, "first_order", "midpoint or"), (2.4, "midpoint", ". smaller"), (1.8, "", "")],
+)  # fmt: skip
+def test_efficiency_notes_a_scale_that_is_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float, estimator: str, remedy: str
+) -> None:
+    def scale_losses(record: StepRecord) -> None:
+        assert record.target_loss is not None
+        record.target_loss = [5.0 + (loss - 5.0) * 1.09 / factor for loss in record.target_loss]
+
+    setting = {"shapley": {"estimator": estimator or "first_order", "interval": 1}}
+    assert audited(tmp_path, scale_losses, **setting) == {}
+    (check,) = [check for check in Ledger(tmp_path).verify() if check.name == "efficiency"]
+    assert check.figures["targets"]["code"]["explained_fraction"] == pytest.approx(factor)
+    assert check.note == check.figures["targets"]["code"]["off_scale"] == bool(estimator)
+    assert ("not as sizes" in check.detail) == bool(estimator) and remedy in check.detail
+    for command in (["verify"], ["summary", "-n", "0"]):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([*command, str(tmp_path)])
+        assert exit_.value.code == 0
+        assert bool(re.search(r"efficiency +note ", capsys.readouterr().out)) == bool(estimator)
 
 
 def test_efficiency_judges_trends() -> None:

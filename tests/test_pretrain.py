@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
@@ -54,6 +55,20 @@ def two_ranks() -> Iterator[Workers]:
 def arguments(data: Path, *flags: str) -> list[str]:
     text = [*MODEL.split(), "--data-path", "0.6", "{data}/code", "0.4", "{data}/prose", *flags]
     return [argument.replace("{data}", str(data)) for argument in text]
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_the_operator_that_make_built_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: bool
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "before")  # put back at the end
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    folder = tmp_path / "torch_extensions"
+    if built:
+        folder.mkdir()
+    runpy.run_path(str(ROOT / "launch" / "pretrain.py"))
+    assert os.environ.get("TORCH_EXTENSIONS_DIR") == (str(folder) if built else None)
 
 
 def _run(rank: int, world: int, argv: list[str]) -> None:

@@ -13,8 +13,10 @@ import pytest
 
 from inrun_megatron import cli
 from inrun_megatron.ledger import Ledger, LedgerWriter, StepRecord, commit, create_ledger
+from inrun_megatron.report.charts import all_charts
+from inrun_megatron.report.charts_explained import explained_chart
 from inrun_megatron.report.charts_theme import OTHER, Palette
-from inrun_megatron.report.charts_training import stacked
+from inrun_megatron.report.charts_training import loss_chart, stacked
 from inrun_megatron.report.overview import describe_targets
 from inrun_megatron.report.page import render, write_page, write_png
 from inrun_megatron.report.page_figures import build_figures
@@ -44,6 +46,18 @@ def normalised(rows: np.ndarray, target: str) -> np.ndarray:
     """phi_i n_t / sum_j |phi_j|."""
     total = {step: np.abs(rows[target][rows["step"] == step]).mean() for step in np.unique(rows["step"])}
     return rows[target] / np.array([total[step] for step in rows["step"]])
+
+
+def test_a_mean_has_one_error_on_the_whole_page(run: tuple[Path, np.ndarray, dict[str, Any]]) -> None:
+    figures = run[2]
+    best = figures["findings"][0]["best"]
+    said = f"{best['normalised_mean']:+.2f} ± {best['normalised_standard_error']:.2f}"
+    (chart,) = [c for c in all_charts(figures) if c.name == "value-code-late-normalised"]
+    (bar,) = [row for row in chart.spec["data"]["values"] if row["name"] == best["name"]]
+    assert bar["label"] == said
+    assert bar["high"] - bar["low"] == pytest.approx(4 * best["normalised_standard_error"])
+    signs = re.sub(r"<[^>]+>", "", render(figures).split('<section id="run">')[0])
+    assert said in signs
 
 
 def test_composition(run: tuple[Path, np.ndarray, dict[str, Any]]) -> None:
@@ -157,6 +171,44 @@ def test_the_explained_fraction_over_the_run_adds_up_to_that_of_the_whole(
             assert stretch["explained_fraction"] == pytest.approx(predicted / stretch["realised"])
 
 
+def test_what_lies_beyond_an_axis_is_marked_and_stays_in_the_frame(
+    run: tuple[Path, np.ndarray, dict[str, Any]],
+) -> None:
+    figures, target = run[2], run[2]["targets"][0]
+    curve = [dict(point) for point in target["explained_curve"]]
+    curve[3] |= {"explained_fraction": 40.0}
+    curve[7] |= {"explained_fraction": -30.0}
+    spec = explained_chart(figures, target | {"explained_curve": curve}).spec
+    low, high = spec["layer"][0]["encoding"]["y"]["scale"]["domain"]
+    points = spec["data"]["values"]
+    assert low < 0 < 1 < high < 4 and all(low <= point["at"] <= high for point in points)
+    assert {i: point["beyond"] for i, point in enumerate(points) if point["beyond"]} == {3: "up", 7: "down"}
+    off = [point | {"predicted": point["loss"] - point["step"]} for point in target["curve"]]
+    spec = loss_chart(figures, target | {"curve": off}).spec
+    low, high = spec["layer"][-1]["encoding"]["y"]["scale"]["domain"]
+    lines = [point for point in spec["data"]["values"] if point["line"] == "predicted"]
+    assert all(low <= point["loss"] <= high for point in lines)
+    for part in {point["run"] for point in lines}:  # a line ends at its triangle
+        assert [point["beyond"] for point in lines if point["run"] == part][-1] == "down"
+    assert [point["beyond"] for point in lines].count("down") == len({point["run"] for point in lines})
+
+
+def test_rows_stand_in_the_order_of_the_run_while_there_are_few(
+    run: tuple[Path, np.ndarray, dict[str, Any]],
+) -> None:
+    def rows_of(figures: dict[str, Any]) -> list[list[str]]:
+        charts = [chart for chart in all_charts(figures) if chart.name.endswith("late-normalised")]
+        (heat,) = [chart.spec["encoding"]["y"]["sort"] for chart in charts if chart.slot == "heat"]
+        bars = [chart.spec["data"]["values"] for chart in charts if chart.slot == "value"]
+        return [heat, *([row["name"] for row in rows] for rows in bars)]
+
+    figures = run[2]
+    assert rows_of(figures) == [list(DOMAINS)] * 3
+    more = [{"name": f"d{number}", "index": 3 + number} for number in range(9)]
+    many = rows_of(figures | {"datasets": [*figures["datasets"], *more]})
+    assert many[2] == ["prose", "code", "shuffled"]  # by value
+
+
 def test_stretches_without_a_prediction_have_no_explained_fraction(tmp_path: Path) -> None:
     records = [record(1, 3.0, 0.1), record(2, 2.9, None, "unscored: no optimizer state"), record(3, 2.5, 0.2)]
     series = target_series(ledger := short_ledger(tmp_path, records), ledger.steps(), "code")
@@ -229,6 +281,22 @@ def test_timing_is_spread_over_the_interval(tmp_path: Path) -> None:
     found = timing(ledger, ledger.steps())
     assert found["added"] == pytest.approx(0.25) and found["added_over_run"] == pytest.approx(0.0625)
     assert found["samples_per_second"] == pytest.approx(20.0) and len(found["curve"]) == 2
+    # two targets of 8 sequences to a batch of 10, in one step of four
+    assert found["validation"] == {"sequences": 16, "samples": 10.0, "added_over_run": pytest.approx(0.4)}
+    html = render(build_figures(tmp_path))
+    assert (
+        "+6%" in html
+        and "+40% by the size of the validation pass alone (16 target sequences to a batch of 10)" in html
+    )
+
+
+def test_the_share_of_the_validation_pass_is_that_of_first_order_alone(tmp_path: Path) -> None:
+    seconds = {"seconds_total": 0.5, "seconds_scoring": 0.1, "samples": 10}
+    ledger = short_ledger(
+        tmp_path, [record(step, 3.0, 0.1, **seconds) for step in (1, 2)], estimator="midpoint"
+    )
+    assert timing(ledger, ledger.steps())["validation"] is None
+    assert "of the validation pass alone" not in render(build_figures(tmp_path))
 
 
 def test_curves_are_thinned_and_keep_their_ends() -> None:
@@ -278,6 +346,9 @@ def test_a_failed_audit_is_red_and_missing_data_are_said(
     )
     assert html.count('<li class="bad">') == 2 and "✗ 1 failed" in html and "✗ failed" in html
     assert f"inrun verify {directory}" in html and "Documents cannot be shown: gone" in html
+    noted = render(figures | {"audits": {"full": True, "checks": [bad | {"ok": True, "note": True}]}})
+    assert '<li class="bad">' not in noted and "! note" in noted and "with a note: additivity" in noted
+    assert "✓ ok" not in noted
 
 
 def test_short_and_bare_ledgers_make_a_page(tmp_path: Path) -> None:

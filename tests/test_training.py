@@ -395,3 +395,13 @@ def threads_of_a_rank(rank: int, world: int, decided: bool) -> int:
 def test_ranks_of_a_host_share_its_cores(two_ranks: Workers) -> None:
     assert two_ranks.run(threads_of_a_rank, False) == [3, 3]
     assert two_ranks.run(threads_of_a_rank, True) == [6, 6], "somebody decided otherwise"
+
+
+def test_an_audit_line_says_which_way_the_loss_went() -> None:
+    from inrun_megatron.training.loop import _audit_line
+
+    audits = {"audit/additivity/code": 1e-8, "audit/realised/code": -7.6e-6, "audit/predicted/code": 2.8e-2}
+    assert _audit_line(50, audits) == (
+        "step 50: audit | code: additivity off by 1.0e-08, loss fell by -7.6e-06 in one step (predicted +2.8e-02)"
+    )
+    assert _audit_line(50, {"audit/additivity/code": 1e-8}).endswith("additivity off by 1.0e-08")

@@ -98,7 +98,7 @@ def curate(
 ) -> None:
     """Choose documents by value and write the data of the next run: filtered .bin/.idx, a keep list, --data-path.
 
-    Example: inrun curate runs/demo --target code=2 --target prose --drop-bottom 10 --phase 3/3 --dry-run
+    Example: inrun curate runs/demo --target code=2 --target prose --drop-bottom 10 --phase late --dry-run
 
     The unit is the document. Its score is the weighted sum of its values towards the targets, normalised and per token.
     Documents that no rule drops stay, also those without a scored sample. Documents outside the run's training split are

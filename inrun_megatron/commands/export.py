@@ -63,7 +63,7 @@ def export(
 ) -> None:
     """Write values to one file.
 
-    Example: inrun export runs/demo --by document --phase 3/3 --output values.csv
+    Example: inrun export runs/demo --by document --phase late --output values.csv
 
     Document values come from sample values: a sample's value is shared among its documents in proportion to their
     tokens in it, unless the run was scored with --shapley-granularity document or token. Rows come out ordered; the

@@ -14,7 +14,12 @@ StepsOption = Annotated[
     str | None, typer.Option("--steps", metavar="A:B", help="Only steps A to B, both included.")
 ]
 PhaseOption = Annotated[
-    str | None, typer.Option("--phase", metavar="K/N", help="Only the K-th of N equal parts of the run.")
+    str | None,
+    typer.Option(
+        "--phase",
+        metavar="NAME|K/N",
+        help="Only early, middle or late steps, as in the summary (late: the last two thirds), or the K-th of N equal parts.",
+    ),
 ]
 DataOption = Annotated[
     list[str] | None,

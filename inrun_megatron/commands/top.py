@@ -53,11 +53,11 @@ def top(
 ) -> None:
     """The most valuable samples, documents, datasets, files or sources; with --worst the most harmful.
 
-    Example: inrun top runs/demo --target code --by document --worst --phase 3/3
+    Example: inrun top runs/demo --target code --by document --worst --phase late
 
     Document values come from sample values: a sample's value is shared among its documents in proportion to their tokens
     in it, unless the run was scored with --shapley-granularity document or token; --by source and the like add documents
-    up. Early steps rule sums over a whole run; look at a late phase (--phase 3/3), or --rank normalised.
+    up. Early steps rule sums over a whole run; look at a late phase (--phase late), or --rank normalised.
     """
     if n < 1:
         raise UserError(f"-n {n} shows nothing; give 1 or more")

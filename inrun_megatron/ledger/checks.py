@@ -12,12 +12,13 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class Check:
-    """One judged property. `figures` is JSON-serialisable."""
+    """One judged property. `figures` is JSON-serialisable; `note`: it holds, and its detail asks to be read."""
 
     name: str
     ok: bool
     detail: str
     figures: dict[str, Any] = field(default_factory=dict)
+    note: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

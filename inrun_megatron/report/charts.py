@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from inrun_megatron.report.charts_explained import explained_chart
-from inrun_megatron.report.charts_theme import Chart, Palette, label_of, spec
+from inrun_megatron.report.charts_theme import COLOURED, Chart, Palette, label_of, spec
 from inrun_megatron.report.charts_training import (
     composition_chart,
     histograms,
@@ -14,7 +14,7 @@ from inrun_megatron.report.charts_training import (
     timing_chart,
     training_chart,
 )
-from inrun_megatron.report.tables import scale_of
+from inrun_megatron.report.tables import scale_near, scale_of
 
 MEASURES = ("normalised", "nats")
 ROWS = 40
@@ -61,28 +61,29 @@ def bar_charts(
     measure: str,
     palette: Palette,
 ) -> list[Chart]:
-    """Mean value per sample by domain, one chart per target, with whiskers of two standard errors."""
-    mean, error, unit, title = measure_of(rows, measure)
+    """Mean value per sample by domain, one chart per target, with its standard error; whiskers of two of them."""
+    mean, error, unit, title = measure_of(rows, figures, measure)
     charts = []
     for target in figures["targets"]:
-        own = sorted((row for row in rows if row["target"] == target["name"]), key=lambda row: -row[mean])
+        own = [row for row in rows if row["target"] == target["name"]]
+        own.sort(key=lambda row: row["dataset"] if few(figures) else -row[mean])
         if not own:
             continue
         data = []
         for row in first_and_last(own):
-            spread = 2 * (row[error] or 0.0) / unit
+            spread = (row[error] or 0.0) / unit
             value = row[mean] / unit
             label = f"{value:+.2f}" + (f" ± {spread:.2f}" if row[error] is not None else "")
             data.append(
                 {"name": row["name"], "domain": palette.key(row["dataset"]), "value": value, "label": label}
-                | {"low": value - spread, "high": value + spread, "samples": row["samples"]}
+                | {"low": value - 2 * spread, "high": value + 2 * spread, "samples": row["samples"]}
                 | {"negative": row["negative_share"]}
             )
         y = {"field": "name", "type": "nominal", "sort": None, "title": None, "axis": {"domain": False}}
         x = {"type": "quantitative", "title": title, "axis": {"tickCount": 5}}
         tooltip = [
             {"field": "name", "title": "domain"},
-            {"field": "label", "title": "mean ± 2 s.e."},
+            {"field": "label", "title": "mean ± s.e."},
             {"field": "negative", "title": "negative samples", "format": ".0%"},
             {"field": "samples", "title": "samples", "format": ","},
         ]
@@ -111,7 +112,7 @@ def bar_charts(
         charts.append(
             Chart(
                 "value",
-                f"Value per sample towards {target['name']}, {label_of(phase)} (whiskers: 2 standard errors)",
+                f"Value per sample towards {target['name']}, {label_of(phase)} (± standard error; whiskers: two)",
                 made,
                 target["name"],
                 phase["name"],
@@ -125,11 +126,14 @@ def heat_map(
     rows: Sequence[dict[str, Any]], figures: dict[str, Any], phase: dict[str, Any], measure: str
 ) -> Chart:
     """Mean value per sample of each domain towards each target."""
-    mean, error, unit, title = measure_of(rows, measure)
+    mean, error, unit, title = measure_of(rows, figures, measure)
     order: dict[str, float] = {}
     for row in rows:
         order[row["name"]] = order.get(row["name"], 0.0) + row["normalised_mean"]
-    names = first_and_last(sorted(order, key=lambda name: -order[name]))
+    if few(figures):
+        names = [dataset["name"] for dataset in figures["datasets"] if dataset["name"] in order]
+    else:
+        names = first_and_last(sorted(order, key=lambda name: -order[name]))
     largest = max((abs(row[mean]) / unit for row in rows), default=1.0) or 1.0
     data = [
         {
@@ -146,7 +150,7 @@ def heat_map(
         "field": "target",
         "type": "nominal",
         "sort": [target["name"] for target in figures["targets"]],
-        "title": None,
+        "title": "target",
         "axis": {
             "orient": "top",
             "labelAngle": -30 if len(figures["targets"]) > 6 else 0,
@@ -154,12 +158,18 @@ def heat_map(
             "domain": False,
         },
     }
-    y = {"field": "name", "type": "nominal", "sort": names, "title": None}
+    y = {"field": "name", "type": "nominal", "sort": names, "title": "domain of the training data"}
     colour = {
         "field": "value",
         "type": "quantitative",
         "scale": {"domain": [-largest, 0, largest], "range": "diverging", "interpolate": "lab"},
-        "legend": None,
+        "legend": {
+            "orient": "bottom",
+            "title": title,
+            "gradientLength": 220,
+            "gradientThickness": 8,
+            "tickCount": 5,
+        },
     }
     layers = [
         {
@@ -186,12 +196,21 @@ def heat_map(
     return Chart("heat", f"{title}, {label_of(phase)}", made, None, phase["name"], measure)
 
 
-def measure_of(rows: Sequence[dict[str, Any]], measure: str) -> tuple[str, str, float, str]:
+def measure_of(
+    rows: Sequence[dict[str, Any]], figures: dict[str, Any], measure: str
+) -> tuple[str, str, float, str]:
     """Fields of mean and error, unit, and the axis title of a measure."""
     if measure == "normalised":
         return "normalised_mean", "normalised_standard_error", 1.0, "mean normalised value per sample"
-    unit, name = scale_of([row["mean"] for row in rows])
+    unit, name = scale_near(
+        [row["mean"] for row in rows], scale_of([row["mean"] for row in figures["domains"]])
+    )
     return "mean", "standard_error", unit, f"mean value per sample, nats {name}".strip()
+
+
+def few(figures: dict[str, Any]) -> bool:
+    """Whether every domain has a colour of its own: then rows stand in the run's order, as legends do, else by value."""
+    return len(figures["datasets"]) <= COLOURED + 1
 
 
 def first_and_last(rows: Sequence[Any]) -> list[Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from inrun_megatron.report.charts_theme import Chart, phase_layers, spec, step_axis
+import numpy as np
+
+from inrun_megatron.report.charts_theme import BEYOND, Chart, phase_layers, spec, step_axis
 
 
 def explained_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:
@@ -17,14 +20,16 @@ def explained_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:
         | {words[term]: point[term] / point["realised"] for term in words}
         for point in target["explained_curve"]
     ]
-    totals = [point["fraction"] for point in data]
-    # Where the loss hardly changed the fraction means nothing, and would flatten the rest: cut off, not left out.
-    domain = [max(-1.0, min([0.0, *totals]) - 0.5), min(3.0, max([1.0, *totals]) + 0.5)]
+    banded = [band for point in data for band in _bands(point, list(words.values()))]
+    low, high = _axis([band["y1"] for band in banded] + [point["fraction"] for point in data])
+    for point in data:
+        point["at"] = min(max(point["fraction"], low), high)
+        point["beyond"] = "up" if point["fraction"] > high else "down" if point["fraction"] < low else ""
     y = {
         "type": "quantitative",
         "title": "predicted / measured change",
         "axis": {"format": ".0%", "tickCount": 6},
-        "scale": {"domain": domain, "nice": False},
+        "scale": {"domain": [low, high], "nice": False},
     }
     x = step_axis(figures["steps"]["last"])
     percent = {"type": "quantitative", "format": ".0%"}
@@ -36,7 +41,7 @@ def explained_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:
         {"field": "realised", "title": "measured, nats per token", "format": "+.4f"},
     ]
     bands = {
-        "data": {"values": [band for point in data for band in _bands(point, list(words.values()))]},
+        "data": {"values": banded},
         "mark": {"type": "rect", "clip": True, "opacity": 0.6},
         "encoding": {
             "x": x | {"field": "first"},
@@ -52,8 +57,18 @@ def explained_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:
         },
     }
     line = {
-        "mark": {"type": "line", "style": "realised", "clip": True, "point": True},
-        "encoding": {"x": x, "y": y | {"field": "fraction"}, "tooltip": tooltip},
+        "mark": {"type": "line", "style": "realised"},
+        "encoding": {"x": x, "y": y | {"field": "at"}},
+    }
+    points = {
+        "mark": {"type": "point", "style": "realised", "filled": True, "opacity": 1},
+        "encoding": {
+            "x": x,
+            "y": y | {"field": "at"},
+            "shape": BEYOND,
+            "size": {"condition": {"test": "datum.beyond !== ''", "value": 90}, "value": 30},
+            "tooltip": tooltip,
+        },
     }
     rules = [
         {
@@ -64,7 +79,8 @@ def explained_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:
     ]
     return Chart(
         "explained",
-        f"Share of the change of the loss of {target['name']} that samples, momentum and decay predict (line: together)",
+        f"Share of the change of the loss of {target['name']} that samples, momentum and decay predict "
+        "(line: together; triangles: beyond the axis)",
         spec(
             170,
             data={"values": data},
@@ -72,11 +88,19 @@ def explained_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:
                 bands,
                 *rules,
                 line,
+                points,
                 *phase_layers(figures["phases"][1:], figures["steps"]["last"]),
             ],
         ),
         target["name"],
     )
+
+
+def _axis(ends: list[float]) -> tuple[float, float]:
+    """An axis from 0 to above 1 at least, in halves, that holds all but the outermost twentieth of `ends` on each side:
+    where the loss hardly changed a fraction means nothing, and would flatten the rest."""
+    low, high = np.quantile(ends, [0.05, 0.95])
+    return min(0.0, math.floor(2 * low) / 2), max(1.5, math.ceil(2 * high) / 2)
 
 
 def _bands(point: dict[str, Any], parts: list[str]) -> list[dict[str, Any]]:

@@ -93,6 +93,9 @@ def theme(mode: str) -> dict[str, Any]:
         "legend": {
             "orient": "top",
             "title": None,
+            "titleColor": ink["muted"],
+            "titleFontWeight": "normal",
+            "titleLimit": 300,
             "labelColor": ink["text"],
             "labelFontSize": 12,
             "symbolType": "square",
@@ -178,6 +181,15 @@ def phase_layers(phases: Sequence[dict[str, Any]], last_step: int) -> list[dict[
             "encoding": {"x": position, "y": {"value": 0}, "text": {"field": "name"}},
         },
     ]
+
+
+BEYOND = {
+    "field": "beyond",
+    "type": "nominal",
+    "scale": {"domain": ["", "up", "down"], "range": ["circle", "triangle-up", "triangle-down"]},
+    "legend": None,
+}
+"""The shape of a point: a triangle at the frame where the figure lies beyond the axis."""
 
 
 def step_axis(last_step: int) -> dict[str, Any]:

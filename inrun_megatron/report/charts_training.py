@@ -5,32 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from inrun_megatron.report.charts_theme import Chart, Palette, label_of, phase_layers, spec, step_axis
+from inrun_megatron.report.charts_theme import BEYOND, Chart, Palette, label_of, phase_layers, spec, step_axis
 from inrun_megatron.report.page_values import HISTOGRAM_END, HISTOGRAM_WIDTH
 from inrun_megatron.report.tables import scale_of
 
 
 def loss_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:
     """Loss of a target, and what the values predict from the beginning of each phase."""
-    lines = [
-        {
-            "step": point["step"],
-            "loss": point[field],
-            "line": line,
-            "run": point["run"] if field == "predicted" else 0,
-        }
-        for line, field in (("measured", "loss"), ("predicted", "predicted"))
-        for point in target["curve"]
-    ]
     low = min(point["loss"] for point in target["curve"])
     high = max(point["loss"] for point in target["curve"])
-    room = (high - low) * 0.3
+    # A prediction far off the loss ends at the frame, with a triangle, rather than flattening the loss.
+    low, high = low - 0.3 * (high - low), high + 0.15 * (high - low)
+    lines, left = [], set()
+    for point in target["curve"]:
+        here = {"step": point["step"], "beyond": ""}
+        lines.append(here | {"loss": point["loss"], "line": "measured", "run": 0})
+        if point["run"] not in left:
+            predicted = min(max(point["predicted"], low), high)
+            beyond = "down" if point["predicted"] < low else "up" if point["predicted"] > high else ""
+            lines.append(
+                here | {"loss": predicted, "line": "predicted", "run": point["run"], "beyond": beyond}
+            )
+            if beyond:
+                left.add(point["run"])
     y = {
         "field": "loss",
         "type": "quantitative",
         "title": "loss, nats per token",
-        # A prediction far off the loss is cut off rather than flattening the loss.
-        "scale": {"zero": False, "domain": [low - room, high + room / 2], "clamp": False, "nice": True},
+        "scale": {"zero": False, "domain": [low, high], "nice": False},
     }
     encoding = {
         "x": step_axis(figures["steps"]["last"]),
@@ -45,11 +47,25 @@ def loss_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:
     layers = [
         {
             "transform": [{"filter": {"field": "line", "equal": line}}],
-            "mark": {"type": "line", "style": style, "clip": True, "point": len(target["curve"]) < 3},
+            "mark": {"type": "line", "style": style, "point": len(target["curve"]) < 3},
             "encoding": encoding,
         }
         for line, style in (("predicted", "predicted"), ("measured", "realised"))
     ]
+    layers.append(
+        {
+            "transform": [{"filter": "datum.beyond !== ''"}],
+            "mark": {
+                "type": "point",
+                "style": "predicted",
+                "filled": True,
+                "opacity": 1,
+                "size": 90,
+                "strokeDash": [],
+            },
+            "encoding": encoding | {"shape": BEYOND},
+        }
+    )
     return Chart(
         "loss",
         f"Loss of target {target['name']}: measured (solid), predicted by the values from each phase's start (dashed)",

@@ -155,7 +155,9 @@ def timing(ledger: Ledger, steps: pa.Table) -> dict[str, Any]:
     """Time of the recorded steps, and what scoring adds.
 
     added: scoring / (total - scoring) of recorded steps. added_over_run: the same over all steps of the run, of which
-    one in `interval` is scored. Throughput counts the time of scoring in. `curve`: means of bins of steps, in seconds.
+    one in `interval` is scored. validation: what the validation pass alone adds over the run by its size, target sequences
+    over the samples of a step (None where the estimator takes other passes as well). Throughput counts the time of scoring
+    in. `curve`: means of bins of steps, in seconds.
     """
     own = steps.filter(pc.equal(pc.cast(steps["target"], pa.string()), ledger.target_names[0]))
     step, samples = own["step"].to_numpy(), own["samples"].to_numpy()
@@ -188,10 +190,22 @@ def timing(ledger: Ledger, steps: pa.Table) -> dict[str, Any]:
         "median_scoring": float(np.median(scoring)),
         "added": added,
         "added_over_run": None if added is None else added / interval,
+        "validation": _validation(ledger, float(samples.mean()), interval),
         "samples_per_second": per_second,
         "tokens_per_second": per_second * length if length else None,
         "curve": curve,
     }
+
+
+def _validation(ledger: Ledger, samples: float, interval: int) -> dict[str, float] | None:
+    """Target sequences and samples of a scored step, and sequences / samples per step of the run."""
+    sequences = [target.get("sequences") for target in ledger.targets]
+    first_order = setting(ledger.run, "estimator", group="shapley") in (None, "first_order")
+    if not first_order or None in sequences or samples <= 0:
+        return None
+    total = sum(int(count) for count in sequences if count is not None)
+    refresh = int(setting(ledger.run, "refresh", 1, group="shapley") or 1)
+    return {"sequences": total, "samples": samples, "added_over_run": total / samples / interval / refresh}
 
 
 def training_curve(ledger: Ledger, steps: pa.Table) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ CHECKS = {
     "datasets": "The training data are still those of the run.",
     "coverage": "Every trainable parameter took part in the scores.",
     "additivity": "The samples' values add up to what the optimizer's own gradient gives, step by step.",
-    "efficiency": "The predicted loss change has the sign and the scale of the measured one.",
+    "efficiency": "The predicted loss change beside the measured one: its sign, and its scale to a factor of 2.",
 }
 
 LARGE_SHARE = 0.05

@@ -12,6 +12,8 @@ DEFAULT_CUTS = (Fraction(1, 6), Fraction(1, 3))
 """Early, middle, and the last two thirds. Losses fall fast at first, when nearly all data help; what tells data apart is
 the rest."""
 
+NAMES = ("early", "middle", "late")
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -41,9 +43,7 @@ def phases_of(last_step: int, cuts: Sequence[Fraction] = DEFAULT_CUTS) -> list[P
     ends = [int(cut * last_step) for cut in cuts] + [last_step]
     starts = [1] + [end + 1 for end in ends[:-1]]
     ranges = [(first, last) for first, last in zip(starts, ends, strict=True) if first <= last]
-    names = (
-        ["early", "middle", "late"] if len(ranges) == 3 else [f"phase {i + 1}" for i in range(len(ranges))]
-    )
+    names = NAMES if len(ranges) == 3 else [f"phase {i + 1}" for i in range(len(ranges))]
     return [Phase(name, first, last) for name, (first, last) in zip(names, ranges, strict=True)]
 
 
@@ -73,12 +73,22 @@ def parse_steps(text: str, last_step: int) -> Phase:
 
 
 def parse_phase(text: str, last_step: int) -> Phase:
-    """`K/N`: the K-th of N equal parts of the run. Raises UserError on anything else."""
+    """`early`, `middle`, `late` as in the summary, or `K/N`: the K-th of N equal parts of the run. Raises UserError on
+    anything else."""
+    if text in NAMES:
+        found = {phase.name: phase for phase in phases_of(last_step)}.get(text)
+        if found is None:
+            raise UserError(
+                f"--phase {text}: {last_step} steps are too few for {', '.join(NAMES)}; give --steps A:B"
+            )
+        return found
     k_text, slash, n_text = text.partition("/")
     try:
         k, n = int(k_text), int(n_text)
     except ValueError as error:
-        raise UserError(f"--phase {text!r} is not K/N; 3/3 is the last third of the run") from error
+        raise UserError(
+            f"--phase {text!r} is not {', '.join(NAMES)} or K/N; late is the last two thirds of the run, 3/3 the last third"
+        ) from error
     if not slash or not 1 <= k <= n:
         raise UserError(f"--phase {text!r} needs 1 <= K <= N; 3/3 is the last third of the run")
     first, last = (k - 1) * last_step // n + 1, k * last_step // n

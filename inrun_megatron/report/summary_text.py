@@ -13,7 +13,7 @@ from inrun_megatron.ledger.checks import Check
 from inrun_megatron.ledger.schema import SCORED
 from inrun_megatron.report.attribution import IN_WORDS
 from inrun_megatron.report.documents import shorten
-from inrun_megatron.report.tables import scale_of, signed, table, with_error
+from inrun_megatron.report.tables import scale_near, scale_of, signed, table, with_error
 
 LARGE_SHARE = 0.05
 """A sample with more than this share of a phase's sum of |values| is named."""
@@ -48,6 +48,8 @@ def checks_table(checks: Sequence[Check], width: int) -> Table:
     made.columns[2].overflow = "fold"
     for check in checks:
         verdict = Text("ok", style="green") if check.ok else Text("FAILED", style="bold red")
+        if check.ok and check.note:
+            verdict = Text("note", style="yellow")
         made.add_row(Text(check.name), verdict, Text(check.detail))
     return made
 
@@ -109,14 +111,14 @@ def _targets(targets: Sequence[dict[str, Any]], out: Console) -> None:
 
 def _domains(summary: dict[str, Any], target: str, out: Console) -> None:
     rows = [row for row in summary["domains"] if row["target"] == target]
-    unit, name = scale_of([row["mean"] for row in rows])
+    unit, name = scale_near([row["mean"] for row in rows], _scale(summary))
     made = table(
         [
             ("Phase", "left"),
             ("Domain", "left"),
             "Samples",
             f"Mean ± s.e.\n{name}",
-            "Sum",
+            "Sum\nnats",
             "Negative",
             "Normalised\nmean ± s.e.",
         ]
@@ -140,6 +142,11 @@ def _domains(summary: dict[str, Any], target: str, out: Console) -> None:
     _subheading(f"Target {target}", out)
     out.print(made)
     _say(_in_words(summary, target), out)
+
+
+def _scale(summary: dict[str, Any]) -> tuple[float, str]:
+    """The unit of all tables that it suits: that of the domains' means."""
+    return scale_of([row["mean"] for row in summary["domains"]])
 
 
 def _in_words(summary: dict[str, Any], target: str) -> str:
@@ -189,7 +196,8 @@ def _documents(summary: dict[str, Any], out: Console) -> None:
         out,
     )
     for target, found in documents.items():
-        unit, name = scale_of([row["value"] for kind in ("best", "worst") for row in found[kind]])
+        values = [row["value"] for kind in ("best", "worst") for row in found[kind]]
+        unit, name = scale_near(values, _scale(summary))
         made = table(
             [
                 ("", "left"),

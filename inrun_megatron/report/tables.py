@@ -67,6 +67,14 @@ def scale_of(numbers: Iterable[float]) -> tuple[float, str]:
     return (1.0, "") if exponent == 0 else (10.0**exponent, f"x 1e{exponent:+03d}")
 
 
+def scale_near(numbers: Iterable[float], scale: tuple[float, str]) -> tuple[float, str]:
+    """`scale`, that of another table beside this one, where the largest of `numbers` then has one to four digits before
+    the point; else their own."""
+    known = list(numbers)
+    largest = max((abs(number) for number in known if math.isfinite(number)), default=0.0)
+    return scale if 1 <= largest / scale[0] < 1e4 else scale_of(known)
+
+
 def figure(number: float | None, digits: int = 4) -> str:
     """A number with `digits` significant digits, `-` for none."""
     if number is None or not math.isfinite(number):

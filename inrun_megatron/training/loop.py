@@ -275,7 +275,7 @@ def _audit_line(iteration: int, audits: dict[str, float | None]) -> str:
         text = f"{name}: additivity off by {audits[f'audit/additivity/{name}']:.1e}"
         realised, predicted = audits.get(f"audit/realised/{name}"), audits.get(f"audit/predicted/{name}")
         if realised is not None and predicted is not None:
-            text += f", last step's loss change {realised:+.3e} (predicted {predicted:+.3e})"
+            text += f", loss fell by {realised:+.1e} in one step (predicted {predicted:+.1e})"
         parts.append(text)
     return f"step {iteration}: audit | " + " | ".join(parts)
 
