@@ -14,7 +14,15 @@ import torch
 from inrun_megatron.models.initialise import Cut, joined, shard
 from tests import test_pretrain
 from tests.distributed import Workers
-from tests.test_pretrain import TARGETS, _run, arguments, checkpoint_differences, ledger, refused
+from tests.test_pretrain import (
+    TARGETS,
+    _run,
+    arguments,
+    checkpoint_differences,
+    differences,
+    ledger,
+    refused,
+)
 
 data = test_pretrain.data  # a fixture
 
@@ -87,7 +95,7 @@ def _pass_on(rank: int, world: int, argv: list[str]) -> None:
     resume = checkpoint.to_resume(config)
     assert resume is not None
     trainer = build_trainer(config, settled.deepspeed, settled.batch, vocabulary.vocab_size)
-    checkpoint.save(config, trainer, checkpoint.load(config, trainer, resume))
+    checkpoint.save(config, trainer, checkpoint.load(config, trainer, resume)[0])
 
 
 def _in_fp16(rank: int, world: int, function: Callable[[int, int, list[str]], None], argv: list[str]) -> None:
@@ -203,15 +211,45 @@ def test_a_resume_on_another_number_of_ranks(two_ranks: Workers, data: Path, tmp
     assert left == ["shards_00000.json"]
     again = [*argv, "--save", str(tmp_path / "again"), "--no-shapley"]
     two_ranks.run(_pass_on, again)
+    heads = "was written with --num-attention-heads 4, this run has 2: give the flags of the model"
+    assert heads in refused(two_ranks, [*again, "--num-attention-heads", "2"])
+    # An older checkpoint does not say what model it is of, but its notes have names and shapes.
+    checkpoint = resumed / "checkpoints" / (resumed / "checkpoints" / "latest").read_text()
+    state = json.loads((checkpoint / "run_state.json").read_text())
+    del state["model"]
+    (checkpoint / "run_state.json").write_text(json.dumps(state))
     assert "word_embeddings.weight of shape" in refused(two_ranks, [*again, "--hidden-size", "64"])
     for layers, words in (
         ("6", "this run has a parameter decoder.layers.4"),
         ("2", "the checkpoint has a parameter decoder.layers.2"),
     ):
         assert words in refused(two_ranks, [*again, "--num-layers", layers])
-    checkpoint = resumed / "checkpoints" / (resumed / "checkpoints" / "latest").read_text()
     (checkpoint / "shards_00000.json").unlink()
     assert "has no shards_*.json" in refused(two_ranks, again)
+
+
+def test_buffers_in_another_order_are_another_layout(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
+    """Of the same sizes, so that DeepSpeed would load each weight into another one's place."""
+    argv = arguments(data, *FIXED, "--no-shapley", "--train-iters", "2", "--zero-stage", "2")
+    in_turn = tmp_path / "in_turn.json"
+    in_turn.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
+    two_ranks.run(_run, [*argv, "--save", str(tmp_path / "one")])
+    flags = [
+        "--load",
+        str(tmp_path / "one"),
+        "--save",
+        str(tmp_path / "two"),
+        "--deepspeed_config",
+        str(in_turn),
+    ]
+    two_ranks.run(_pass_on, [*argv, *flags])
+    one, two = (tmp_path / run / "checkpoints" / "iter_0000002" for run in ("one", "two"))
+    notes = [(path / "shards_00000.json").read_text() for path in (one, two)]
+    assert notes[0] != notes[1], "the setting reorders nothing"
+    weights = [
+        torch.load(path / "mp_rank_00_model_states.pt", weights_only=False)["module"] for path in (one, two)
+    ]
+    assert differences(*weights) == []
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -2,7 +2,7 @@
 
 RUN/checkpoints/latest                      tag of the newest complete checkpoint (written by DeepSpeed, last)
 RUN/checkpoints/iter_0000100/               DeepSpeed's files
-RUN/checkpoints/iter_0000100/run_state.json iteration, samples, layout: read before anything is loaded
+RUN/checkpoints/iter_0000100/run_state.json iteration, samples, layout, model (run_state.py): read before anything is loaded
 RUN/checkpoints/iter_0000100/rng_00000.pt   RNG streams of each rank
 RUN/checkpoints/iter_0000100/shards_*.json  what lies where in DeepSpeed's files: for a resume in another layout
 """
@@ -26,12 +26,14 @@ from inrun_megatron.engines.lookahead import Lookahead
 from inrun_megatron.engines.reshape import Saved, describe, restore
 from inrun_megatron.engines.zero_groups import OptimizerState
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger.files import refused, write_atomically
+from inrun_megatron.ledger.files import read_json, refused, write_atomically
 from inrun_megatron.models import cpu
 from inrun_megatron.models.pipeline import GPTPipeline
 from inrun_megatron.parallel import Layout
+from inrun_megatron.training import run_state
 from inrun_megatron.training.distributed import all_ranks, rank0_then_all
 from inrun_megatron.training.engine import Trainer, seed_streams
+from inrun_megatron.training.run_state import RUN_STATE_FILE
 
 DIRECTORY = "checkpoints"
 
@@ -47,21 +49,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to go on from; `same_layout`: DeepSpeed can load it as it is."""
+    """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage and precision are this run's."""
 
     path: Path
     same_layout: bool
-
-
-def _layout(config: Config) -> dict[str, int | str]:
-    training = config.training
-    return {
-        "world_size": dist.get_world_size(),
-        "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
-        "zero_stage": int(config.parallel.zero_stage or 0),
-        "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32",
-    }
 
 
 def tag_of(iteration: int) -> str:
@@ -81,7 +72,7 @@ def find(directory: str) -> Path | None:
 def to_resume(config: Config) -> Resume | None:
     """The checkpoint that `--load` means; None to start from the beginning. Collective over the world.
 
-    UserError: no checkpoint (unless --load is the run's own --save directory), or an incomplete one.
+    UserError: no checkpoint (unless --load is the run's own --save directory), an incomplete one, or another model's.
     """
     load = config.checkpoint.load
     if load is None:
@@ -96,13 +87,9 @@ def to_resume(config: Config) -> Resume | None:
             ):
                 return None
             raise UserError(f"--load {load} holds no checkpoint (no {DIRECTORY}/latest): check the path")
-        try:
-            state = json.loads((path / "run_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"{path} is no complete checkpoint of this program: run_state.json: {error}"
-            ) from None
-        return Resume(path, state["layout"] == _layout(config))
+        state = run_state.read(path)
+        run_state.check_same_run(path, state, config)
+        return Resume(path, state["layout"] == run_state.layout_of(config))
 
     return rank0_then_all(check)
 
@@ -126,16 +113,16 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
     path = root / tag_of(progress.iteration)
     try:
         if dist.get_rank() == 0:
-            _clear(root, path, _layout(config))
+            _clear(root, path, run_state.layout_of(config))
         dist.barrier()
         path.mkdir(parents=True, exist_ok=True)
         torch.save(_plain_rng_state(), path / f"rng_{dist.get_rank():05d}.pt")
-        note = describe(OptimizerState(trainer.engine, Layout.from_megatron()), *_names(trainer), path.name)
+        note = _note(trainer, path)
         if note is not None:
-            (path / f"shards_{dist.get_rank():05d}.json").write_text(note, encoding="utf-8")
+            _note_file(path).write_text(note, encoding="utf-8")
         if dist.get_rank() == 0:
-            state = {**asdict(progress), "layout": _layout(config)}
-            (path / "run_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            state = {**asdict(progress), **run_state.description(config)}
+            (path / RUN_STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         dist.barrier()
         client_state = {"progress": asdict(progress), "schedule": trainer.schedule.state_dict()}
         trainer.engine.save_checkpoint(str(root), tag=path.name, client_state=client_state, save_latest=False)
@@ -156,8 +143,8 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
 
 def _clear(root: Path, path: Path, layout: dict[str, int | str]) -> None:
     """Remove what a run in another layout left where this checkpoint goes: its shards and notes would mix with ours."""
-    with contextlib.suppress(OSError, ValueError, KeyError):  # none, or one that a crash cut off
-        if json.loads((path / "run_state.json").read_text(encoding="utf-8"))["layout"] == layout:
+    with contextlib.suppress(UserError):  # none, or one that a crash cut off
+        if run_state.read(path)["layout"] == layout:
             return
     latest = root / "latest"
     if latest.is_file() and latest.read_text(encoding="utf-8").strip() == path.name:
@@ -175,15 +162,46 @@ def _names(trainer: Trainer) -> tuple[dict[int, str], dict[int, str]]:
     return {key: model.gpt_name(name) for key, name in own.items()}, own
 
 
-def load(config: Config, trainer: Trainer, resume: Resume) -> Progress:
+def _note_file(path: Path) -> Path:
+    return path / f"shards_{dist.get_rank():05d}.json"
+
+
+def _note(trainer: Trainer, path: Path) -> str | None:
+    """What lies where in this rank's files, None where another replica's note says it."""
+    return describe(OptimizerState(trainer.engine, Layout.from_megatron()), *_names(trainer), path.name)
+
+
+def load(config: Config, trainer: Trainer, resume: Resume) -> tuple[Progress, bool]:
     """Put a checkpoint back into the engine, the schedule and the RNG streams. Collective over the world.
 
-    From another layout the RNG streams are new ones, seeded with the run's seed and the iteration: dropout draws differ.
-    UserError on all ranks where the checkpoint is damaged or of another model.
+    Also returns whether DeepSpeed could load it as it is. From another layout the RNG streams are new ones, seeded with
+    the run's seed and the iteration: dropout draws differ. UserError on all ranks where the checkpoint is damaged or of
+    another model.
     """
-    if resume.same_layout:
-        return _load(trainer, resume.path)
-    return _load_reshaped(config, trainer, resume.path)
+    if resume.same_layout and _everywhere(all_ranks(lambda: _lies_the_same(trainer, resume.path))):
+        return _load(trainer, resume.path), True
+    return _load_reshaped(config, trainer, resume.path), False
+
+
+def _everywhere(here: bool) -> bool:
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, here)
+    return all(answers)
+
+
+def _lies_the_same(trainer: Trainer, path: Path) -> bool:
+    """Whether the engine lays this rank's shard out as the checkpoint does.
+
+    DeepSpeed loads flat buffers by their size alone: a setting of its JSON that orders them in another way
+    (round_robin_gradients, say) would put weights into each other's places.
+    """
+    note, file = _note(trainer, path), _note_file(path)
+    if not any(path.glob("shards_*.json")):
+        return True  # of an older version; same sizes have to do
+    if note is None or not file.is_file():
+        return note is None and not file.is_file()
+    now, saved = json.loads(note), read_json(file)
+    return {**now, **saved} == now  # an older note may say less
 
 
 def _load(trainer: Trainer, path: Path) -> Progress:

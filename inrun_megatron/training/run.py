@@ -82,8 +82,8 @@ def _run(settled: Settled, watchdog: Watchdog) -> int:
 
     progress = Progress()
     if resume is not None:
-        progress = checkpoint.load(config, trainer, resume)
-        other = "" if resume.same_layout else ", written in another layout"
+        progress, as_it_is = checkpoint.load(config, trainer, resume)
+        other = "" if as_it_is else ", written in another layout"
         _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
     if config.checkpoint.save is not None and dist.get_rank() == 0:
         write_yaml(config, Path(config.checkpoint.save) / "config.yaml")
