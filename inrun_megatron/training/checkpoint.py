@@ -205,10 +205,15 @@ def _lies_the_same(trainer: Trainer, path: Path) -> bool:
 
 
 def _load(trainer: Trainer, path: Path) -> Progress:
+    groups = trainer.optimizer.param_groups
+    settings = [{key: group[key] for key in group.keys() - {"params", zero_files.STEP}} for group in groups]
     with torch.no_grad():  # a pipeline broadcasts tied weights in place
         loaded, client_state = trainer.engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise UserError(f"DeepSpeed found no checkpoint in {path}")
+    # The checkpoint brought its own hyperparameters; as in another layout, the flags decide.
+    for group, own in zip(trainer.optimizer.param_groups, settings, strict=True):
+        group.update(own)
     progress = _follow(trainer, client_state)
     state = torch.load(path / f"rng_{dist.get_rank():05d}.pt", weights_only=True)
     name, key, *rest = state["numpy"]

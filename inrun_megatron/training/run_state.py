@@ -49,8 +49,12 @@ def model_of(config: Config) -> dict[str, Any]:
 
 
 def description(config: Config) -> dict[str, Any]:
-    """Layout and model, as they are saved."""
-    return {"layout": layout_of(config), "model": model_of(config)}
+    """Layout, model and optimizer, as they are saved."""
+    return {
+        "layout": layout_of(config),
+        "model": model_of(config),
+        "optimizer": config.training.optimizer,
+    }
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -65,7 +69,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def check_same_run(path: Path, state: dict[str, Any], config: Config) -> None:
-    """UserError unless the run that wrote the checkpoint trained this model. Older checkpoints say less."""
+    """UserError unless the run that wrote the checkpoint trained this model with this optimizer. Older checkpoints say less."""
     saved, now = state.get("model") or {}, model_of(config)
     for name, value in now.items():
         if saved.get(name, value) != value:
@@ -73,6 +77,12 @@ def check_same_run(path: Path, state: dict[str, Any], config: Config) -> None:
                 f"{path} was written with {_flag(name)} {saved[name]}, this run has {value}: give the flags of the model "
                 "that was saved"
             )
+    optimizer = config.training.optimizer
+    before = state.get("optimizer", optimizer)
+    if before != optimizer:
+        raise UserError(
+            f"{path} holds the state of --optimizer {before}, this run has {optimizer}: resume with --optimizer {before}"
+        )
 
 
 def _flag(name: str) -> str:
