@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger.files import fsync_directory, make_directory, read_json, write_json
+from inrun_megatron.ledger.checks import setting
+from inrun_megatron.ledger.description import read_run
+from inrun_megatron.ledger.files import (
+    TEMPORARY_SUFFIX,
+    fsync_directory,
+    make_directory,
+    read_json,
+    write_json,
+)
 from inrun_megatron.ledger.lock import DirectoryLock
 from inrun_megatron.ledger.schema import (
     COMMITS,
@@ -21,15 +29,16 @@ from inrun_megatron.ledger.schema import (
     VALUES,
     PartInfo,
     RunDescription,
-    check_version,
     commit_name,
-    granularity_of,
     now,
 )
 
 # What must be the same before and after a resume, because rows refer to it.
 _TARGET_IDENTITY = ("name", "idx_sha256", "sequences")
 _DATASET_IDENTITY = ("name", "index", "idx_sha256", "unique_description_hash")
+
+# What a value is: setting -> what it was before a run.json named it.
+_KIND = {"granularity": "sample", "estimator": "first_order", "credit": "step", "optimizer": "auto"}
 
 VISIBILITY_SECONDS = 10.0
 """How long `commit` waits for another node's part to appear on a network file system that caches names."""
@@ -97,7 +106,8 @@ def open_ledger(directory: Path | str, description: RunDescription | None = None
     """Open an existing ledger to continue its run, take the lock. Rank 0 only; call `rollback` next.
 
     With `description` (of the resumed run) targets and datasets must be those of run.json, since rows refer
-    to them by name and index, and the granularity of the rows; layout, versions and other configuration may differ.
+    to them by name and index, and the kind of the values (granularity, estimator, credit, optimizer); layout, versions
+    and other configuration may differ.
 
     Raises UserError when there is no ledger, its schema is another, a run is writing it, or the description
     differs.
@@ -107,18 +117,12 @@ def open_ledger(directory: Path | str, description: RunDescription | None = None
         raise UserError(f"{directory} holds no ledger ({RUN_FILE} is missing); check --shapley-dir")
     lock = DirectoryLock(directory)
     try:
-        run = read_json(directory / RUN_FILE)
-        check_version(run.get("schema_version"), directory / RUN_FILE)
+        run = read_run(directory)
         if description is not None:
             resumed = description.to_dict()
             _check_same("target", run["targets"], resumed["targets"], _TARGET_IDENTITY, run["run_id"])
             _check_same("dataset", run["datasets"], resumed["datasets"], _DATASET_IDENTITY, run["run_id"])
-            before, after = granularity_of(run), granularity_of(resumed)
-            if before != after:
-                raise UserError(
-                    f"the ledger of run {run['run_id']} holds values by {before}, the resumed run's are by {after}; "
-                    f"resume with --shapley-granularity {before}, or choose another --shapley-dir"
-                )
+            _check_same_kind(run, resumed)
     except BaseException:
         lock.close()
         raise
@@ -166,35 +170,66 @@ def rollback(directory: Path | str, step: int) -> list[str]:
     commit names; interrupted at any instant, calling it again finishes the work. Returns the removed files,
     relative to `directory`.
 
+    Files that are not the ledger's are left alone. A damaged record of a step after `step` goes with the others.
+
     Raises UserError, with nothing removed, when a commit after `step` also holds rows up to `step` that no
-    earlier commit holds: dropping it would lose them.
+    earlier commit holds: dropping it would lose them; and when the file system refuses.
     """
     directory = Path(directory)
-    records = {path: read_commit(path) for path in sorted((directory / COMMITS).glob("*.json"))}
-    kept = {path: record for path, record in records.items() if record[0] <= step}
-    later = {path: record for path, record in records.items() if record[0] > step}
-    for _, parts in later.values():
+    kept: dict[Path, list[PartInfo]] = {}
+    later: dict[Path, list[PartInfo]] = {}
+    for path in commit_files(directory):
+        try:
+            committed, parts = read_commit(path)
+        except UserError:
+            committed, parts = step_of(path), []
+            if committed <= step:
+                raise
+        (kept if committed <= step else later)[path] = parts
+    for parts in later.values():
         straddling = [part for part in parts if part.first_step <= step]
         if straddling:
-            steps = sorted(record[0] for record in records.values())
+            steps = sorted(step_of(path) for path in (*kept, *later))
             raise UserError(
                 f"{directory} has no commit for the checkpoint of step {step}: {straddling[0].file} holds its rows together "
                 f"with later ones; load the checkpoint of one of steps {steps}, or choose another --shapley-dir"
             )
+    named = {part.file for parts in kept.values() for part in parts}
     removed = []
-    for path in sorted(later, reverse=True):
-        path.unlink()
-        removed.append(path)
-    fsync_directory(directory / COMMITS)
-    named = {part.file for _, parts in kept.values() for part in parts}
-    for table in (VALUES, STEPS, COMMITS):
-        for path in sorted((directory / table).iterdir()):
-            if path in kept or (table != COMMITS and f"{table}/{path.name}" in named):
-                continue
+    try:
+        for path in sorted(later, reverse=True):
             path.unlink()
             removed.append(path)
-        fsync_directory(directory / table)
+        fsync_directory(directory / COMMITS)
+        for table in (VALUES, STEPS, COMMITS):
+            for path in own_files(directory, table):
+                if path not in kept and f"{table}/{path.name}" not in named:
+                    path.unlink()
+                    removed.append(path)
+            fsync_directory(directory / table)
+    except OSError as error:
+        raise UserError(
+            f"cannot take {directory} back to step {step}: {error.filename or directory}: {error.strerror or error}; "
+            "repair it, then start the same command again"
+        ) from error
     return [path.relative_to(directory).as_posix() for path in removed]
+
+
+def own_files(directory: Path, table: str) -> list[Path]:
+    """The files of a table (or of commits/) that a ledger writes, finished or not."""
+    patterns = ("*.json" if table == COMMITS else "part-*.parquet", f"*{TEMPORARY_SUFFIX}")
+    found = (path for pattern in patterns for path in (directory / table).glob(pattern))
+    return sorted(path for path in found if path.is_file())
+
+
+def commit_files(directory: Path) -> list[Path]:
+    """The commit records, by step."""
+    return sorted((directory / COMMITS).glob("*.json"))
+
+
+def step_of(path: Path) -> int:
+    """The step that a commit record's name gives; 0 where the name is none."""
+    return int(path.stem) if path.stem.isdigit() else 0
 
 
 def read_commit(path: Path) -> tuple[int, list[PartInfo]]:
@@ -234,6 +269,17 @@ def _check_same(
                     f"{what} {position} ({before.get('name')}) of run {run_id} had {key} {before[key]!r}, the resumed "
                     f"run has {after[key]!r}; resume with the same {what}s, or choose another --shapley-dir"
                 )
+
+
+def _check_same_kind(run: Mapping[str, Any], resumed: Mapping[str, Any]) -> None:
+    """All values of a ledger are of one kind. Base point and age of the direction may vary: steps/ records them."""
+    for name, default in _KIND.items():
+        before, after = (setting(of, name, default, group="shapley") for of in (run, resumed))
+        if before != after:
+            raise UserError(
+                f"the ledger of run {run['run_id']} holds values of --shapley-{name} {before}, the resumed run has "
+                f"{after}; resume with --shapley-{name} {before}, or choose another --shapley-dir"
+            )
 
 
 def _wait_for(path: Path, size: int) -> None:
