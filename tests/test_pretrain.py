@@ -208,7 +208,19 @@ def test_bad_checkpoints_and_ledgers_are_refused_by_all_ranks(
         data, *TARGETS, "--zero-stage", "1", "--save", run, "--train-iters", "1", "--lr-warmup-iters", "0"
     )
     two_ranks.run(_run, argv)
-    assert "holds the ledger of run" in refused(two_ranks, argv)
+    assert "holds the checkpoints of a run" in refused(two_ranks, argv)
+    beside = ["--shapley-dir", f"{run}/shapley", "--save", str(tmp_path / "beside")]
+    assert "holds the ledger of run" in refused(two_ranks, [*argv, *beside])
+    # A ledger that is not of the loaded checkpoint, or is finished, is not taken back.
+    whole = ledger(tmp_path / "run", "values")
+    beside += ["--load", str(tmp_path / "beside")]
+    assert f"of --save {run}, but no checkpoint is loaded" in refused(two_ranks, [*argv, *beside])
+    state = json.loads((tmp_path / "run" / "checkpoints" / "iter_0000001" / "run_state.json").read_text())
+    assert state["ledger"] == json.loads((tmp_path / "run" / "shapley" / "run.json").read_text())["run_id"]
+    shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "moved")
+    assert "finished after step 1" in refused(two_ranks, [*argv, "--load", run])
+    shutil.move(tmp_path / "moved", tmp_path / "run" / "checkpoints")
+    assert ledger(tmp_path / "run", "values") == whole
     assert "holds no checkpoint" in refused(two_ranks, [*argv, "--load", str(tmp_path / "none")])
     (tmp_path / "run" / "checkpoints" / "iter_0000001" / "run_state.json").write_text("{")
     assert "no complete checkpoint" in refused(two_ranks, [*argv, "--load", run])

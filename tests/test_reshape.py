@@ -216,6 +216,8 @@ def test_a_resume_on_another_number_of_ranks(two_ranks: Workers, data: Path, tmp
     assert left == ["shards_00000.json"]
     again = [*argv, "--save", str(tmp_path / "again"), "--no-shapley"]
     two_ranks.run(_pass_on, again)
+    assert "holds the checkpoints of a run" in refused(two_ranks, again)
+    again[-2] = str(tmp_path / "elsewhere")
     heads = "was written with --num-attention-heads 4, this run has 2: give the flags of the model"
     assert heads in refused(two_ranks, [*again, "--num-attention-heads", "2"])
     # An older checkpoint does not say what model it is of, but its notes have names and shapes.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from inrun_megatron.engines.lookahead import Lookahead
 from inrun_megatron.engines.reshape import Saved, describe, restore
 from inrun_megatron.engines.zero_groups import OptimizerState
 from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.belongs import UNKNOWN
 from inrun_megatron.ledger.files import read_json, refused, write_atomically
 from inrun_megatron.models import cpu
 from inrun_megatron.models.pipeline import GPTPipeline
@@ -40,19 +41,31 @@ DIRECTORY = "checkpoints"
 
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps done, training samples consumed, last step that the ledger has committed."""
+    """How far a run is: optimizer steps done, training samples consumed, last step that the ledger has committed; and
+    that ledger's run_id (UNKNOWN from an older checkpoint, None where no step was scored)."""
 
     iteration: int = 0
     consumed_samples: int = 0
     ledger_step: int = 0
+    ledger: str | None = None
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What DeepSpeed's files hold of it: the same with and without scoring, but for ledger_step."""
+        return {
+            "iteration": self.iteration,
+            "consumed_samples": self.consumed_samples,
+            "ledger_step": self.ledger_step,
+        }
 
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage and precision are this run's."""
+    """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage and precision are this run's; `ledger`: as in Progress."""
 
     path: Path
     same_layout: bool
+    ledger: str | None
 
 
 def tag_of(iteration: int) -> str:
@@ -72,26 +85,29 @@ def find(directory: str) -> Path | None:
 def to_resume(config: Config) -> Resume | None:
     """The checkpoint that `--load` means; None to start from the beginning. Collective over the world.
 
-    UserError: no checkpoint (unless --load is the run's own --save directory), an incomplete one, or another model's.
+    UserError: no checkpoint (unless --load is the run's own --save directory), an incomplete one, or another model's; a
+    --save directory that holds another run's checkpoints.
     """
-    load = config.checkpoint.load
-    if load is None:
+    return rank0_then_all(lambda: _to_resume(config))
+
+
+def _to_resume(config: Config) -> Resume | None:
+    load, save = config.checkpoint.load, config.checkpoint.save
+    path = None if load is None else find(load)
+    if load is not None and path is None and (save is None or Path(save).resolve() != Path(load).resolve()):
+        raise UserError(f"--load {load} holds no checkpoint (no {DIRECTORY}/latest): check the path")
+    own = None if save is None else Path(save) / DIRECTORY
+    goes_on = path is not None and own is not None and path.parent.resolve() == own.resolve()
+    if own is not None and (own / "latest").is_file() and not goes_on:
+        raise UserError(
+            f"--save {save} holds the checkpoints of a run, which would be overwritten: go on with --load {save}, or "
+            "choose another --save"
+        )
+    if path is None:
         return None
-
-    def check() -> Resume | None:
-        path = find(load)
-        if path is None:
-            if (
-                config.checkpoint.save is not None
-                and Path(config.checkpoint.save).resolve() == Path(load).resolve()
-            ):
-                return None
-            raise UserError(f"--load {load} holds no checkpoint (no {DIRECTORY}/latest): check the path")
-        state = run_state.read(path)
-        run_state.check_same_run(path, state, config)
-        return Resume(path, state["layout"] == run_state.layout_of(config))
-
-    return rank0_then_all(check)
+    state = run_state.read(path)
+    run_state.check_same_run(path, state, config)
+    return Resume(path, state["layout"] == run_state.layout_of(config), state.get("ledger", UNKNOWN))
 
 
 def _plain_rng_state() -> dict[str, Any]:
@@ -121,10 +137,10 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
         if note is not None:
             _note_file(path).write_text(note, encoding="utf-8")
         if dist.get_rank() == 0:
-            state = {**asdict(progress), **run_state.description(config)}
+            state = {**progress.counters, **run_state.description(config, progress.ledger)}
             (path / RUN_STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         dist.barrier()
-        client_state = {"progress": asdict(progress), "schedule": trainer.schedule.state_dict()}
+        client_state = {"progress": progress.counters, "schedule": trainer.schedule.state_dict()}
         trainer.engine.save_checkpoint(str(root), tag=path.name, client_state=client_state, save_latest=False)
     except OSError as error:
         raise refused(path, error) from error
@@ -147,8 +163,8 @@ def _clear(root: Path, path: Path, layout: dict[str, int | str]) -> None:
         if run_state.read(path)["layout"] == layout:
             return
     latest = root / "latest"
-    if latest.is_file() and latest.read_text(encoding="utf-8").strip() == path.name:
-        latest.unlink()
+    # A run goes on from `latest`, or finds none (to_resume): it has nothing to write in its place.
+    assert not latest.is_file() or latest.read_text(encoding="utf-8").strip() != path.name
     if path.exists():
         shutil.rmtree(path)
 
@@ -178,9 +194,10 @@ def load(config: Config, trainer: Trainer, resume: Resume) -> tuple[Progress, bo
     the run's seed and the iteration: dropout draws differ. UserError on all ranks where the checkpoint is damaged or of
     another model.
     """
-    if resume.same_layout and _everywhere(all_ranks(lambda: _lies_the_same(trainer, resume.path))):
-        return _load(trainer, resume.path), True
-    return _load_reshaped(config, trainer, resume.path), False
+    as_it_is = resume.same_layout and _everywhere(all_ranks(lambda: _lies_the_same(trainer, resume.path)))
+    progress = _load(trainer, resume.path) if as_it_is else _load_reshaped(config, trainer, resume.path)
+    progress.ledger = resume.ledger
+    return progress, as_it_is
 
 
 def _everywhere(here: bool) -> bool:

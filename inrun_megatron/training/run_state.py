@@ -48,9 +48,10 @@ def model_of(config: Config) -> dict[str, Any]:
     return {name: value for name, value in settled.items() if name not in _NOT_THE_MODEL}
 
 
-def description(config: Config) -> dict[str, Any]:
-    """Layout, model and optimizer, as they are saved."""
+def description(config: Config, ledger: str | None) -> dict[str, Any]:
+    """Layout, model and optimizer, and the run_id of the ledger that holds the values up to here, as they are saved."""
     return {
+        "ledger": ledger,
         "layout": layout_of(config),
         "model": model_of(config),
         "optimizer": config.training.optimizer,
