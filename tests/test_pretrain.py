@@ -226,6 +226,42 @@ def test_bad_checkpoints_and_ledgers_are_refused_by_all_ranks(
     assert "no complete checkpoint" in refused(two_ranks, [*argv, "--load", run])
 
 
+def _run_noting_syncs(rank: int, world: int, argv: list[str]) -> list[str]:
+    """What a run syncs, in order."""
+    synced: list[str] = []
+    sync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", noting)
+        _run(rank, world, argv)
+    return synced
+
+
+def test_a_checkpoint_is_durable_before_it_is_named(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
+    """Every file by the rank that wrote it, then the directories; a file that was cut off is named in one line."""
+    argv = arguments(data, "--no-shapley", "--zero-stage", "1", "--pipeline-model-parallel-size", "2")
+    argv += ["--train-iters", "1", "--lr-warmup-iters", "0", "--save", str(tmp_path)]
+    first, second = two_ranks.run(_run_noting_syncs, argv)
+    root = tmp_path / "checkpoints"
+    path = root / "iter_0000001"
+    named = next(place for place, file in enumerate(first) if file.startswith(f"{root}/latest"))
+    files = [str(file) for file in path.iterdir() if file.suffix in (".pt", ".json")]
+    assert len(files) > 8 and set(files) <= {*first[:named], *second}
+    assert {str(path), str(root)} <= set(first[:named])
+    argv += ["--load", str(tmp_path)]
+    for file in sorted(path.glob("*optim_states.pt"))[0], path / "shards_00001.json", path / "rng_00001.pt":
+        content = file.read_bytes()
+        file.write_bytes(content[:-100])
+        assert f"{file} " in refused(two_ranks, argv)
+        file.write_bytes(content)
+    file.unlink()
+    assert f"{file} is missing" in refused(two_ranks, argv)
+
+
 def test_bad_data_is_refused_by_all_ranks(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
     argv = arguments(data, "--no-shapley")
     assert "does not exist" in refused(two_ranks, [*argv, "--data-path", str(data / "none")])

@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,14 @@ from inrun_megatron.engines.reshape import Saved, describe, restore
 from inrun_megatron.engines.zero_groups import OptimizerState
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.belongs import UNKNOWN
-from inrun_megatron.ledger.files import read_json, refused, write_atomically
+from inrun_megatron.ledger.files import (
+    fsync_directory,
+    fsync_file,
+    make_directory,
+    read_json,
+    refused,
+    write_atomically,
+)
 from inrun_megatron.models import cpu
 from inrun_megatron.models.pipeline import GPTPipeline
 from inrun_megatron.parallel import Layout
@@ -121,8 +130,8 @@ def _plain_rng_state() -> dict[str, Any]:
 def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
     """Write the checkpoint of `progress`. Collective over the world.
 
-    `latest` names the new checkpoint only after all of it is written, in one rename: DeepSpeed empties the file before
-    it writes it anew. UserError on a rank whose file system refuses; the launcher then ends the others.
+    `latest` names the new checkpoint only after all of it is written and synced, in one rename: DeepSpeed empties the
+    file before it writes it anew. UserError on a rank whose file system refuses; the launcher then ends the others.
     """
     assert config.checkpoint.save is not None
     root = Path(config.checkpoint.save) / DIRECTORY
@@ -130,18 +139,35 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
     try:
         if dist.get_rank() == 0:
             _clear(root, path, run_state.layout_of(config))
+            make_directory(path)
         dist.barrier()
-        path.mkdir(parents=True, exist_ok=True)
-        torch.save(_plain_rng_state(), path / f"rng_{dist.get_rank():05d}.pt")
+        path.mkdir(
+            parents=True, exist_ok=True
+        )  # there already, but on file systems that the hosts do not share
+        own = [path / f"rng_{dist.get_rank():05d}.pt"]
+        torch.save(_plain_rng_state(), own[0])
         note = _note(trainer, path)
         if note is not None:
-            _note_file(path).write_text(note, encoding="utf-8")
+            own.append(_note_file(path))
+            own[-1].write_text(note, encoding="utf-8")
         if dist.get_rank() == 0:
             state = {**progress.counters, **run_state.description(config, progress.ledger)}
-            (path / RUN_STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            own.append(path / RUN_STATE_FILE)
+            own[-1].write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         dist.barrier()
         client_state = {"progress": progress.counters, "schedule": trainer.schedule.state_dict()}
-        trainer.engine.save_checkpoint(str(root), tag=path.name, client_state=client_state, save_latest=False)
+        with _noting_files(trainer.engine) as written:
+            trainer.engine.save_checkpoint(
+                str(root), tag=path.name, client_state=client_state, save_latest=False
+            )
+        # `latest` must not reach the disk before what it names.
+        for file in (*own, *written):
+            fsync_file(file)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            fsync_directory(path)
+            fsync_directory(root)
+            write_atomically(root / "latest", path.name.encode())
     except OSError as error:
         raise refused(path, error) from error
     except RuntimeError as error:
@@ -151,10 +177,24 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
             f"cannot write {path}: {str(error).splitlines()[0]}; free or repair the file system, then resume from the "
             "last checkpoint with --load"
         ) from error
-    dist.barrier()
-    if dist.get_rank() == 0:
-        write_atomically(root / "latest", path.name.encode())
     return path
+
+
+@contextlib.contextmanager
+def _noting_files(engine: Any) -> Iterator[list[Path]]:
+    """The files that DeepSpeed writes on this rank meanwhile: all go through its checkpoint engine (deepspeed 0.19)."""
+    writer, written = engine.checkpoint_engine, []
+    write = writer.save
+
+    def noted(state_dict: Any, path: str, **options: Any) -> Any:
+        written.append(Path(path))
+        return write(state_dict, path, **options)
+
+    writer.save = noted
+    try:
+        yield written
+    finally:
+        del writer.save
 
 
 def _clear(root: Path, path: Path, layout: dict[str, int | str]) -> None:
@@ -194,10 +234,35 @@ def load(config: Config, trainer: Trainer, resume: Resume) -> tuple[Progress, bo
     the run's seed and the iteration: dropout draws differ. UserError on all ranks where the checkpoint is damaged or of
     another model.
     """
+    all_ranks(lambda: _check_whole(resume))
     as_it_is = resume.same_layout and _everywhere(all_ranks(lambda: _lies_the_same(trainer, resume.path)))
     progress = _load(trainer, resume.path) if as_it_is else _load_reshaped(config, trainer, resume.path)
     progress.ledger = resume.ledger
     return progress, as_it_is
+
+
+def _check_whole(resume: Resume) -> None:
+    """UserError naming a file that a crash of a host or a full disk cut off. Every rank looks at its share of the files."""
+    path, rank, world = resume.path, dist.get_rank(), dist.get_world_size()
+    own = [path / f"rng_{rank:05d}.pt"] if resume.same_layout else []
+    for file in {*sorted(path.glob("*.pt"))[rank::world], *own}:
+        if not _ends_as_written(file):
+            raise UserError(
+                f"{file} is {'damaged' if file.is_file() else 'missing'}: restore it from a copy, or write the name of an "
+                f"earlier checkpoint into {path.parent / 'latest'}"
+            )
+    for file in sorted(path.glob("*.json"))[rank::world]:
+        read_json(file)
+
+
+def _ends_as_written(file: Path) -> bool:
+    """A file of torch.save: a zip, whose directory lies at the end; a pickle, of which nothing is known, in old ones."""
+    try:
+        with open(file, "rb") as opened:
+            pickled = opened.read(1) == b"\x80"
+            return pickled or zipfile.is_zipfile(opened)
+    except OSError:
+        return False
 
 
 def _everywhere(here: bool) -> bool:
