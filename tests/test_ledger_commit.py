@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from inrun_megatron.ledger import (
     PartInfo,
     commit,
     create_ledger,
+    lock,
     open_ledger,
     rollback,
 )
@@ -369,6 +372,27 @@ def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path)
     finally:
         holder.kill()
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_dead_hosts_lock_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_ledger(tmp_path, description()).close()
+    path = tmp_path / "LOCK"
+    path.write_text(json.dumps({"host": "node7", "pid": 5, "created": "then"}))
+    with open(path) as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.2)
+        with pytest.raises(UserError, match="process 5 on node7"):
+            open_ledger(tmp_path)
+        monkeypatch.setattr(lock, "PATIENCE_SECONDS", 20.0)
+        server = threading.Timer(0.5, fcntl.flock, (theirs, fcntl.LOCK_UN))  # forgets the dead host
+        server.start()
+        capsys.readouterr()
+        open_ledger(tmp_path).close()
+        server.join()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "process 5 on node7" in lines[0] and lines[0].endswith("waiting 20 s")
 
 
 def test_one_process_cannot_open_a_directory_twice(tmp_path: Path) -> None:
