@@ -220,6 +220,10 @@ def test_bad_checkpoints_and_ledgers_are_refused_by_all_ranks(
     shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "moved")
     assert "finished after step 1" in refused(two_ranks, [*argv, "--load", run])
     shutil.move(tmp_path / "moved", tmp_path / "run" / "checkpoints")
+    shutil.move(tmp_path / "run" / "shapley", tmp_path / "moved")
+    lost = f"shapley holds no ledger, but the checkpoint of step 1 belongs to that of run {state['ledger']}"
+    assert lost in refused(two_ranks, [*argv, "--load", run])
+    shutil.move(tmp_path / "moved", tmp_path / "run" / "shapley")
     assert ledger(tmp_path / "run", "values") == whole
     assert "holds no checkpoint" in refused(two_ranks, [*argv, "--load", str(tmp_path / "none")])
     (tmp_path / "run" / "checkpoints" / "iter_0000001" / "run_state.json").write_text("{")

@@ -27,6 +27,15 @@ class Origin:
     """The last commit at that time."""
 
 
+def require_none_lost(directory: Path, origin: Origin) -> None:
+    """UserError where the checkpoint's ledger should lie in `directory`, which holds none."""
+    if origin.ledger not in (None, UNKNOWN):
+        raise UserError(
+            f"{directory} holds no ledger, but the checkpoint of step {origin.step} belongs to that of run {origin.ledger}: "
+            "give its --shapley-dir, restore it from a copy, or begin another one with a new --shapley-dir"
+        )
+
+
 def require_own(
     ledger: OpenLedger, starts: Starts, origin: Origin, *, save: str | None, train_iters: int
 ) -> None:

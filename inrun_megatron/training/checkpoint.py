@@ -91,6 +91,12 @@ def find(directory: str) -> Path | None:
     return None
 
 
+def in_place(config: Config) -> bool:
+    """Whether the run goes on in its own directory: --load is --save."""
+    load, save = config.checkpoint.load, config.checkpoint.save
+    return load is not None and save is not None and Path(save).resolve() == Path(load).resolve()
+
+
 def to_resume(config: Config) -> Resume | None:
     """The checkpoint that `--load` means; None to start from the beginning. Collective over the world.
 
@@ -103,7 +109,7 @@ def to_resume(config: Config) -> Resume | None:
 def _to_resume(config: Config) -> Resume | None:
     load, save = config.checkpoint.load, config.checkpoint.save
     path = None if load is None else find(load)
-    if load is not None and path is None and (save is None or Path(save).resolve() != Path(load).resolve()):
+    if load is not None and path is None and not in_place(config):
         raise UserError(f"--load {load} holds no checkpoint (no {DIRECTORY}/latest): check the path")
     own = None if save is None else Path(save) / DIRECTORY
     goes_on = path is not None and own is not None and path.parent.resolve() == own.resolve()

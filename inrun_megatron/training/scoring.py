@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from inrun_megatron.config import Config
 from inrun_megatron.data.megatron import document_ids
-from inrun_megatron.ledger.belongs import Origin, require_own
+from inrun_megatron.ledger.belongs import Origin, require_none_lost, require_own
 from inrun_megatron.ledger.description import Starts
 from inrun_megatron.ledger.schema import DEFAULT_SUBDIRECTORY, DRIFT, RUN_FILE, RunDescription
 from inrun_megatron.ledger.write import LedgerWriter, OpenLedger, create_ledger, open_ledger, rollback
@@ -25,6 +25,7 @@ from inrun_megatron.result import ShapleyTarget, StepResult
 from inrun_megatron.scored_step import ScoredStep
 from inrun_megatron.shapley import InRunShapley
 from inrun_megatron.taps import Coverage, attach_taps
+from inrun_megatron.training import checkpoint
 from inrun_megatron.training.arguments import to_mapping
 from inrun_megatron.training.batches import Microbatch, to_device
 from inrun_megatron.training.checkpoint import Progress
@@ -150,16 +151,23 @@ class Scoring:
         """Rank 0: a new ledger, or the loaded run's own, taken back to its checkpoint."""
         if dist.get_rank() != 0:
             return None
-        if self.config.checkpoint.load is None or not (self.directory / RUN_FILE).exists():
-            return create_ledger(self.directory, description)
         config = self.config
+        origin = Origin(progress.iteration, progress.ledger, progress.ledger_step)
+        if (
+            not (self.directory / RUN_FILE).exists()
+            and checkpoint.in_place(config)
+            and config.shapley.dir is None
+        ):
+            require_none_lost(self.directory, origin)
+        if config.checkpoint.load is None or not (self.directory / RUN_FILE).exists():
+            return create_ledger(self.directory, description)
         ledger = open_ledger(self.directory, description)
         try:
             starts = Starts(self.directory, ledger.run)
             require_own(
                 ledger,
                 starts,
-                Origin(progress.iteration, progress.ledger, progress.ledger_step),
+                origin,
                 save=None if config.shapley.dir is None else config.checkpoint.save,
                 train_iters=config.training.train_iters,
             )
