@@ -85,7 +85,7 @@ def four_ranks() -> Iterator[Workers]:
 
 def _pass_on(rank: int, world: int, argv: list[str]) -> list[dict[str, Any]]:
     """Load a checkpoint and save it again, with nothing between; the optimizer's settings."""
-    from inrun_megatron.training import checkpoint, datasets, distributed
+    from inrun_megatron.training import checkpoint, datasets, distributed, run_state
     from inrun_megatron.training.arguments import parse
     from inrun_megatron.training.engine import build_trainer
     from inrun_megatron.training.run import prepare
@@ -94,7 +94,7 @@ def _pass_on(rank: int, world: int, argv: list[str]) -> list[dict[str, Any]]:
     config = settled.config
     distributed.initialise(config.parallel)
     vocabulary = datasets.vocabulary(config)
-    resume = checkpoint.to_resume(config)
+    resume = run_state.to_resume(config)
     assert resume is not None
     trainer = build_trainer(config, settled.deepspeed, settled.batch, vocabulary.vocab_size)
     checkpoint.save(config, trainer, checkpoint.load(config, trainer, resume)[0])

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ from inrun_megatron.engines.lookahead import Lookahead
 from inrun_megatron.engines.reshape import Saved, describe, restore
 from inrun_megatron.engines.zero_groups import OptimizerState
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger.belongs import UNKNOWN
 from inrun_megatron.ledger.files import (
     fsync_directory,
     fsync_file,
@@ -41,11 +39,9 @@ from inrun_megatron.models import cpu
 from inrun_megatron.models.pipeline import GPTPipeline
 from inrun_megatron.parallel import Layout
 from inrun_megatron.training import run_state
-from inrun_megatron.training.distributed import all_ranks, rank0_then_all
+from inrun_megatron.training.distributed import all_ranks
 from inrun_megatron.training.engine import Trainer, seed_streams
-from inrun_megatron.training.run_state import RUN_STATE_FILE
-
-DIRECTORY = "checkpoints"
+from inrun_megatron.training.run_state import DIRECTORY, RUN_STATE_FILE, Resume
 
 
 @dataclass
@@ -68,61 +64,9 @@ class Progress:
         }
 
 
-@dataclass(frozen=True)
-class Resume:
-    """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage and precision are this run's; `ledger`: as in Progress."""
-
-    path: Path
-    same_layout: bool
-    ledger: str | None
-
-
 def tag_of(iteration: int) -> str:
     """Megatron-LM's name of a checkpoint's directory."""
     return f"iter_{iteration:07d}"
-
-
-def find(directory: str) -> Path | None:
-    """The newest complete checkpoint of a run directory (or of its checkpoints directory), None without one."""
-    for root in (Path(directory) / DIRECTORY, Path(directory)):
-        latest = root / "latest"
-        if latest.is_file():
-            return root / latest.read_text(encoding="utf-8").strip()
-    return None
-
-
-def in_place(config: Config) -> bool:
-    """Whether the run goes on in its own directory: --load is --save."""
-    load, save = config.checkpoint.load, config.checkpoint.save
-    return load is not None and save is not None and Path(save).resolve() == Path(load).resolve()
-
-
-def to_resume(config: Config) -> Resume | None:
-    """The checkpoint that `--load` means; None to start from the beginning. Collective over the world.
-
-    UserError: no checkpoint (unless --load is the run's own --save directory), an incomplete one, or another model's; a
-    --save directory that holds another run's checkpoints.
-    """
-    return rank0_then_all(lambda: _to_resume(config))
-
-
-def _to_resume(config: Config) -> Resume | None:
-    load, save = config.checkpoint.load, config.checkpoint.save
-    path = None if load is None else find(load)
-    if load is not None and path is None and not in_place(config):
-        raise UserError(f"--load {load} holds no checkpoint (no {DIRECTORY}/latest): check the path")
-    own = None if save is None else Path(save) / DIRECTORY
-    goes_on = path is not None and own is not None and path.parent.resolve() == own.resolve()
-    if own is not None and (own / "latest").is_file() and not goes_on:
-        raise UserError(
-            f"--save {save} holds the checkpoints of a run, which would be overwritten: go on with --load {save}, or "
-            "choose another --save"
-        )
-    if path is None:
-        return None
-    state = run_state.read(path)
-    run_state.check_same_run(path, state, config)
-    return Resume(path, state["layout"] == run_state.layout_of(config), state.get("ledger", UNKNOWN))
 
 
 def _plain_rng_state() -> dict[str, Any]:
@@ -240,35 +184,11 @@ def load(config: Config, trainer: Trainer, resume: Resume) -> tuple[Progress, bo
     the run's seed and the iteration: dropout draws differ. UserError on all ranks where the checkpoint is damaged or of
     another model.
     """
-    all_ranks(lambda: _check_whole(resume))
+    all_ranks(lambda: run_state.check_whole(resume))
     as_it_is = resume.same_layout and _everywhere(all_ranks(lambda: _lies_the_same(trainer, resume.path)))
     progress = _load(trainer, resume.path) if as_it_is else _load_reshaped(config, trainer, resume.path)
     progress.ledger = resume.ledger
     return progress, as_it_is
-
-
-def _check_whole(resume: Resume) -> None:
-    """UserError naming a file that a crash of a host or a full disk cut off. Every rank looks at its share of the files."""
-    path, rank, world = resume.path, dist.get_rank(), dist.get_world_size()
-    own = [path / f"rng_{rank:05d}.pt"] if resume.same_layout else []
-    for file in {*sorted(path.glob("*.pt"))[rank::world], *own}:
-        if not _ends_as_written(file):
-            raise UserError(
-                f"{file} is {'damaged' if file.is_file() else 'missing'}: restore it from a copy, or write the name of an "
-                f"earlier checkpoint into {path.parent / 'latest'}"
-            )
-    for file in sorted(path.glob("*.json"))[rank::world]:
-        read_json(file)
-
-
-def _ends_as_written(file: Path) -> bool:
-    """A file of torch.save: a zip, whose directory lies at the end; a pickle, of which nothing is known, in old ones."""
-    try:
-        with open(file, "rb") as opened:
-            pickled = opened.read(1) == b"\x80"
-            return pickled or zipfile.is_zipfile(opened)
-    except OSError:
-        return False
 
 
 def _everywhere(here: bool) -> bool:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from inrun_megatron.config import Config
 from inrun_megatron.errors import UserError
 from inrun_megatron.parallel import Layout
-from inrun_megatron.training import checkpoint, datasets, distributed
+from inrun_megatron.training import checkpoint, datasets, distributed, run_state
 from inrun_megatron.training.arguments import write_yaml
 from inrun_megatron.training.checkpoint import Progress
 from inrun_megatron.training.deepspeed_config import Batch, merge
@@ -76,7 +76,7 @@ def _run(settled: Settled, watchdog: Watchdog) -> int:
     layout = Layout.from_megatron()
     vocabulary = all_ranks(lambda: datasets.vocabulary(config))
     targets = all_ranks(lambda: datasets.targets(config, vocabulary))
-    resume = checkpoint.to_resume(config)
+    resume = run_state.to_resume(config)
     data = datasets.build(config, batch, vocabulary)
     trainer = build_trainer(config, settled.deepspeed, batch, vocabulary.vocab_size)
 

@@ -1,8 +1,9 @@
-"""What a checkpoint says of the run that wrote it (run_state.json): read before anything is loaded."""
+"""Which checkpoint a start goes on from, and what it says of the run that wrote it: before anything is loaded."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import zipfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch.distributed as dist
 
 from inrun_megatron.config import Config
 from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.belongs import UNKNOWN
 from inrun_megatron.ledger.files import read_json
+from inrun_megatron.training.distributed import rank0_then_all
 
+DIRECTORY = "checkpoints"
 RUN_STATE_FILE = "run_state.json"
 
 # Fields of the model's configuration that another start of the same run may change: they only draw dropout and first
@@ -23,6 +27,82 @@ _NOT_THE_MODEL = (
     "make_vocab_size_divisible_by",
     "max_position_embeddings",  # rows of a weight, whose shape is compared
 )
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage and precision are this run's; `ledger`: as in Progress."""
+
+    path: Path
+    same_layout: bool
+    ledger: str | None
+
+
+def find(directory: str) -> Path | None:
+    """The newest complete checkpoint of a run directory (or of its checkpoints directory), None without one."""
+    for root in (Path(directory) / DIRECTORY, Path(directory)):
+        latest = root / "latest"
+        if latest.is_file():
+            return root / latest.read_text(encoding="utf-8").strip()
+    return None
+
+
+def in_place(config: Config) -> bool:
+    """Whether the run goes on in its own directory: --load is --save."""
+    load, save = config.checkpoint.load, config.checkpoint.save
+    return load is not None and save is not None and Path(save).resolve() == Path(load).resolve()
+
+
+def to_resume(config: Config) -> Resume | None:
+    """The checkpoint that `--load` means; None to start from the beginning. Collective over the world.
+
+    UserError: no checkpoint (unless --load is the run's own --save directory), an incomplete one, or another model's; a
+    --save directory that holds another run's checkpoints.
+    """
+    return rank0_then_all(lambda: _to_resume(config))
+
+
+def _to_resume(config: Config) -> Resume | None:
+    load, save = config.checkpoint.load, config.checkpoint.save
+    path = None if load is None else find(load)
+    if load is not None and path is None and not in_place(config):
+        raise UserError(f"--load {load} holds no checkpoint (no {DIRECTORY}/latest): check the path")
+    own = None if save is None else Path(save) / DIRECTORY
+    goes_on = path is not None and own is not None and path.parent.resolve() == own.resolve()
+    if own is not None and (own / "latest").is_file() and not goes_on:
+        raise UserError(
+            f"--save {save} holds the checkpoints of a run, which would be overwritten: go on with --load {save}, or "
+            "choose another --save"
+        )
+    if path is None:
+        return None
+    state = read(path)
+    check_same_run(path, state, config)
+    return Resume(path, state["layout"] == layout_of(config), state.get("ledger", UNKNOWN))
+
+
+def check_whole(resume: Resume) -> None:
+    """UserError naming a file that a crash of a host or a full disk cut off. Every rank looks at its share of the files."""
+    path, rank, world = resume.path, dist.get_rank(), dist.get_world_size()
+    own = [path / f"rng_{rank:05d}.pt"] if resume.same_layout else []
+    for file in {*sorted(path.glob("*.pt"))[rank::world], *own}:
+        if not _ends_as_written(file):
+            raise UserError(
+                f"{file} is {'damaged' if file.is_file() else 'missing'}: restore it from a copy, or write the name of an "
+                f"earlier checkpoint into {path.parent / 'latest'}"
+            )
+    for file in sorted(path.glob("*.json"))[rank::world]:
+        read_json(file)
+
+
+def _ends_as_written(file: Path) -> bool:
+    """A file of torch.save: a zip, whose directory lies at the end; a pickle, of which nothing is known, in old ones."""
+    try:
+        with open(file, "rb") as opened:
+            pickled = opened.read(1) == b"\x80"
+            return pickled or zipfile.is_zipfile(opened)
+    except OSError:
+        return False
 
 
 def layout_of(config: Config) -> dict[str, int | str]:

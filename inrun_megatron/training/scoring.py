@@ -25,7 +25,7 @@ from inrun_megatron.result import ShapleyTarget, StepResult
 from inrun_megatron.scored_step import ScoredStep
 from inrun_megatron.shapley import InRunShapley
 from inrun_megatron.taps import Coverage, attach_taps
-from inrun_megatron.training import checkpoint
+from inrun_megatron.training import run_state
 from inrun_megatron.training.arguments import to_mapping
 from inrun_megatron.training.batches import Microbatch, to_device
 from inrun_megatron.training.checkpoint import Progress
@@ -155,7 +155,7 @@ class Scoring:
         origin = Origin(progress.iteration, progress.ledger, progress.ledger_step)
         if (
             not (self.directory / RUN_FILE).exists()
-            and checkpoint.in_place(config)
+            and run_state.in_place(config)
             and config.shapley.dir is None
         ):
             require_none_lost(self.directory, origin)
