@@ -207,6 +207,17 @@ def test_the_base_point_is_the_drift_where_that_costs_no_flush() -> None:
     assert settled("--shapley-base", "current") == "current"
 
 
+@pytest.mark.parametrize("flag", ["--save", "--shapley-dir"])
+def test_a_run_directory_cannot_be_or_lie_under_a_file(tmp_path: Path, flag: str) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run/here"):
+        with pytest.raises(UserError, match=f"{flag} {tmp_path}/{place}: {tmp_path}/file is a file"):
+            validate(
+                config("--shapley", "--shapley-target", "a=b", flag, str(tmp_path / place)), world_size=1
+            )
+    validate(config("--shapley-target", "a=b", flag, str(tmp_path / "new" / "run")), world_size=1)
+
+
 def test_good_numbers_give_the_data_parallel_size() -> None:
     assert validate(config("--tensor-model-parallel-size", "2"), world_size=8) == 4
 
@@ -281,6 +292,13 @@ def test_a_contradiction_names_both_values(
         ),
         ("--loss-scale 2", {}, "needs --fp16"),
         ("--fp16 --initial-loss-scale 100", {}, "100.0 is no power of 2"),
+        ("", {"gradient_clipping": "abc"}, '"gradient_clipping" in .*x.json is "abc": write a number'),
+        ("", {"bf16": {"enabled": "yes"}}, '"bf16.enabled" in .*x.json is "yes": write true or false'),
+        ("", {"zero_optimization": {"stage": True}}, "is true: write a number"),
+        ("--fp16", {"fp16": {"hysteresis": [2]}}, "write a number"),
+        ("", {"checkpoint": {"writer": {"decoupled": True}}}, "checkpoint.writer.decoupled.* remove it"),
+        ("", {"checkpoint": {"checkpoint_serialization": False}}, "checkpoint_serialization.* remove it"),
+        ("", {"datastates_ckpt": {}}, "datastates_ckpt.* remove it"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path: Path, flags: str, content: dict, message: str) -> None:

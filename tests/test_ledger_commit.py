@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,14 @@ from inrun_megatron.ledger import (
     RunDescription,
     commit,
     create_ledger,
+    lock,
     open_ledger,
     rollback,
 )
 from inrun_megatron.ledger import files as ledger_files
 from inrun_megatron.ledger import run as ledger_run
+from inrun_megatron.ledger.belongs import UNKNOWN, Origin, require_own
+from inrun_megatron.ledger.description import Starts
 from inrun_megatron.ledger.schema import SCHEMA_VERSION
 from tests.data_cases import build, write_pair
 from tests.synthetic_ledger import TARGETS, description, step_record
@@ -249,6 +254,104 @@ def test_a_longer_run_goes_on_while_samples_mean_the_same(tmp_path: Path) -> Non
     resume("one", moved)
 
 
+@pytest.mark.parametrize(
+    ("flag", "before", "after"),
+    [
+        ("credit", "step", "trajectory"),
+        ("optimizer", "auto", "sgd"),
+        ("estimator", "first_order", "midpoint"),
+    ],
+)
+def test_a_resume_needs_the_same_kind_of_values(tmp_path: Path, flag: str, before: str, after: str) -> None:
+    create_ledger(tmp_path, description()).close()
+    message = f"values of --shapley-{flag} {before}, the resumed run has {after}; resume with --shapley-{flag} {before},"
+    with pytest.raises(UserError, match=message):
+        open_ledger(tmp_path, description(shapley={flag: after}))
+    open_ledger(tmp_path, description(shapley={flag: before})).close()
+
+
+def require(directory: Path, origin: Origin, *, save: str | None = None, train_iters: int = 100) -> None:
+    with open_ledger(directory) as ledger:
+        starts = Starts(directory, ledger.run)
+        require_own(ledger, starts, origin, save=save, train_iters=train_iters)
+
+
+def test_only_the_checkpoints_own_ledger_is_taken_back(tmp_path: Path) -> None:
+    run_or_resume(tmp_path)  # commits of checkpoints 2, 4 and 6
+    own = Ledger(tmp_path).run_id
+    require(tmp_path, Origin(4, own, 4))
+    require(tmp_path, Origin(8, own, 6))  # steps 7 and 8 were not scored
+    require(tmp_path, Origin(4, UNKNOWN, 4))  # of an older version
+    for origin, message in (
+        (Origin(8, own, 8), "ends at step 6, but the checkpoint of step 8 follows its commit of step 8"),
+        (Origin(4, "another", 4), "with rows up to step 4, but the checkpoint of step 4 is not its own"),
+        (Origin(1, "another", 1), "that has saved iter_4, but the checkpoint of step 1 is not its own"),
+        (Origin(1, None), "that has saved iter_4"),
+        (Origin(), "that has saved iter_4, but no checkpoint is loaded, so that its commits up to step 6"),
+    ):
+        with pytest.raises(UserError, match=message):
+            require(tmp_path, origin)
+    with pytest.raises(UserError, match="finished after step 6, but no checkpoint is loaded"):
+        require(tmp_path, Origin(), train_iters=6)
+
+
+def test_what_a_crash_before_the_first_checkpoint_left_is_taken_back(tmp_path: Path) -> None:
+    described = description(checkpoint={"save": str(tmp_path / "run")}, training={"train_iters": 4})
+    with create_ledger(tmp_path, described):
+        writer = LedgerWriter(tmp_path, 0)
+        for step in (2, 3):  # the run began after step 1; its first checkpoint is not complete
+            writer.append(step, [0], [step], [64], np.ones((1, 2)))
+            commit(tmp_path, step, writer.write_parts(), "iter_3" if step == 3 else None)
+    for origin in (Origin(), Origin(1, "another", 1), Origin(1, UNKNOWN, 1)):
+        require(tmp_path, origin, save=str(tmp_path / "run"))
+        with pytest.raises(UserError, match=f"of --save {tmp_path}/run"):
+            require(tmp_path, origin, save=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="with rows up to step 2"):
+        require(tmp_path, Origin(2, "another", 2))
+    with open_ledger(tmp_path):
+        writer = LedgerWriter(tmp_path, 0)
+        writer.append(4, [0], [4], [64], np.ones((1, 2)))
+        commit(tmp_path, 4, writer.write_parts())
+    with pytest.raises(UserError, match="finished after step 4"):  # more steps were asked for since
+        require(tmp_path, Origin(), save=str(tmp_path / "run"), train_iters=8)
+
+
+def test_rollback_removes_only_what_a_ledger_writes(tmp_path: Path) -> None:
+    run_or_resume(tmp_path)
+    others = [tmp_path / "values" / ".ipynb_checkpoints", tmp_path / "steps" / "notes.txt"]
+    others[0].mkdir()
+    others[1].write_text("mine")
+    (tmp_path / "values" / "part-1.parquet.5.tmp").write_bytes(b"")
+    uncommitted = next(check for check in Ledger(tmp_path).verify() if check.name == "uncommitted")
+    assert uncommitted.figures["files"] == ["values/part-1.parquet.5.tmp"]
+    assert "values/part-1.parquet.5.tmp" in rollback(tmp_path, 2)
+    assert Ledger(tmp_path).last_step == 2 and all(path.exists() for path in others)
+
+
+def test_a_damaged_record_after_the_checkpoint_is_removed(tmp_path: Path) -> None:
+    run_or_resume(tmp_path)
+    (tmp_path / "commits" / "0000000006.json").write_text("{")
+    assert "commits/0000000006.json" in rollback(tmp_path, 4)
+    assert Ledger(tmp_path).last_step == 4
+    (tmp_path / "commits" / "0000000004.json").write_text("{")
+    with pytest.raises(UserError, match=r"0000000004.json cannot be read"):  # its rows are the checkpoint's
+        rollback(tmp_path, 4)
+
+
+def test_a_rollback_that_the_file_system_refuses_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_or_resume(tmp_path)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    message = "cannot take .* back to step 2: .*0000000006.json: Permission denied; repair it"
+    with pytest.raises(UserError, match=message):
+        rollback(tmp_path, 2)
+
+
 def test_schema_guards_and_damaged_records(tmp_path: Path) -> None:
     run_or_resume(tmp_path)
     (tmp_path / "commits" / "0000000006.json").write_text("{")
@@ -262,6 +365,15 @@ def test_schema_guards_and_damaged_records(tmp_path: Path) -> None:
             UserError, match=f"follows ledger schema 99, this package reads schema {SCHEMA_VERSION}"
         ):
             opening(tmp_path)
+    for change, message in (
+        ({"targets": None}, "run.json has no list of targets"),
+        ({"datasets": None}, "run.json has no list of datasets"),
+        ({"targets": [{}]}, "lacks the run's id or a target's name"),
+    ):
+        (tmp_path / "run.json").write_text(json.dumps(run | change))
+        for opening in (Ledger, open_ledger, lambda path: LedgerWriter(path, 0)):
+            with pytest.raises(UserError, match=message):
+                opening(tmp_path)
 
 
 HOLDER = """
@@ -299,6 +411,27 @@ def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path)
     finally:
         holder.kill()
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_dead_hosts_lock_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_ledger(tmp_path, description()).close()
+    path = tmp_path / "LOCK"
+    path.write_text(json.dumps({"host": "node7", "pid": 5, "created": "then"}))
+    with open(path) as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.2)
+        with pytest.raises(UserError, match="process 5 on node7"):
+            open_ledger(tmp_path)
+        monkeypatch.setattr(lock, "PATIENCE_SECONDS", 20.0)
+        server = threading.Timer(0.5, fcntl.flock, (theirs, fcntl.LOCK_UN))  # forgets the dead host
+        server.start()
+        capsys.readouterr()
+        open_ledger(tmp_path).close()
+        server.join()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "process 5 on node7" in lines[0] and lines[0].endswith("waiting 20 s")
 
 
 def test_one_process_cannot_open_a_directory_twice(tmp_path: Path) -> None:

@@ -72,7 +72,9 @@ def test_trajectory_credit_is_taken_out() -> None:
     absolute = {(step, "code"): 0.4 * step for step in LOSSES}
     rows = table("current", step_2={"additivity_rhs": 0.4 * (1 + 2e-4)})
     worst = {
-        credit: check_additivity(run(credit), rows, absolute).figures["worst"]["code"]["error"]
-        for credit in ("step", "trajectory")
+        name: check_additivity(lambda step, same=settings: same, rows, absolute).figures["worst"]["code"][
+            "error"
+        ]
+        for name, settings in (("step", run("step")), ("trajectory", run("trajectory")))
     }
     assert worst["trajectory"] == pytest.approx(4 * worst["step"]) == pytest.approx(2e-4)

@@ -17,6 +17,7 @@ import pytest
 from inrun_megatron import cli
 from inrun_megatron.ledger import Check, Ledger, LedgerWriter, StepRecord, commit, create_ledger, open_ledger
 from inrun_megatron.ledger.audits import judge_efficiency, precision_of
+from inrun_megatron.ledger.description import Starts
 from inrun_megatron.ledger.files import sha256_of
 from inrun_megatron.ledger.schema import PartInfo
 from tests.synthetic_ledger import TARGETS, Shape, description, step_record, write_run
@@ -232,6 +233,34 @@ def test_additivity(tmp_path: Path, share: float, training: dict[str, bool], ok:
     if not ok:
         assert found["additivity"].figures["failed_steps"] == [17]
         assert "(step 17)" in found["additivity"].detail
+
+
+def started_again(directory: Path, step: int, **configuration: Any) -> None:
+    with open_ledger(directory) as ledger:
+        Starts(directory, ledger.run).append(step, description(**configuration))
+
+
+def test_a_step_is_judged_by_the_settings_that_made_it(tmp_path: Path) -> None:
+    """Precision and interval after a resume are those of the resumed run."""
+    assert "additivity" in audited(tmp_path, off_by(1e-2))  # step 17, in fp32
+    bf16 = {"training": {"bf16": True}}
+    started_again(tmp_path, 17, **bf16)
+    assert "additivity" in failed(tmp_path)
+    started_again(tmp_path, 16, **bf16)
+    assert "additivity" not in failed(tmp_path)
+    starts = json.loads((tmp_path / "starts.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [16]  # the other start's steps were taken back
+
+    with create_ledger(tmp_path / "sparse", description()):
+        writer = LedgerWriter(tmp_path / "sparse", 0)
+        for step in (1, 2, 3, 4, 6, 8):
+            writer.append_step(StepRecord(step=step, status="skipped: overflow"))
+        commit(tmp_path / "sparse", 8, writer.write_parts())
+    assert failed(tmp_path / "sparse")["steps"].figures["missing_steps"] == [5, 7]
+    started_again(tmp_path / "sparse", 4, shapley={"interval": 2})
+    assert "steps" not in failed(tmp_path / "sparse")
+    started_again(tmp_path / "sparse", 6, shapley={"interval": 1})
+    assert failed(tmp_path / "sparse")["steps"].figures["missing_steps"] == [7]
 
 
 def test_additivity_must_be_recorded(tmp_path: Path) -> None:

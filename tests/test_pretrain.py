@@ -234,7 +234,23 @@ def test_bad_checkpoints_and_ledgers_are_refused_by_all_ranks(
         data, *TARGETS, "--zero-stage", "1", "--save", run, "--train-iters", "1", "--lr-warmup-iters", "0"
     )
     two_ranks.run(_run, argv)
-    assert "holds the ledger of run" in refused(two_ranks, argv)
+    assert "holds the checkpoints of a run" in refused(two_ranks, argv)
+    beside = ["--shapley-dir", f"{run}/shapley", "--save", str(tmp_path / "beside")]
+    assert "holds the ledger of run" in refused(two_ranks, [*argv, *beside])
+    # A ledger that is not of the loaded checkpoint, or is finished, is not taken back.
+    whole = ledger(tmp_path / "run", "values")
+    beside += ["--load", str(tmp_path / "beside")]
+    assert f"of --save {run}, but no checkpoint is loaded" in refused(two_ranks, [*argv, *beside])
+    state = json.loads((tmp_path / "run" / "checkpoints" / "iter_0000001" / "run_state.json").read_text())
+    assert state["ledger"] == json.loads((tmp_path / "run" / "shapley" / "run.json").read_text())["run_id"]
+    shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "moved")
+    assert "finished after step 1" in refused(two_ranks, [*argv, "--load", run])
+    shutil.move(tmp_path / "moved", tmp_path / "run" / "checkpoints")
+    shutil.move(tmp_path / "run" / "shapley", tmp_path / "moved")
+    lost = f"shapley holds no ledger, but the checkpoint of step 1 belongs to that of run {state['ledger']}"
+    assert lost in refused(two_ranks, [*argv, "--load", run])
+    shutil.move(tmp_path / "moved", tmp_path / "run" / "shapley")
+    assert ledger(tmp_path / "run", "values") == whole
     assert "holds no checkpoint" in refused(two_ranks, [*argv, "--load", str(tmp_path / "none")])
     # A longer run goes on, one that repeats the data more often does not, and leaves config.yaml alone.
     longer = [*argv, "--load", run, "--train-iters"]
@@ -244,6 +260,42 @@ def test_bad_checkpoints_and_ledgers_are_refused_by_all_ranks(
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["train_iters"] == 2
     (tmp_path / "run" / "checkpoints" / "iter_0000002" / "run_state.json").write_text("{")
     assert "no complete checkpoint" in refused(two_ranks, [*argv, "--load", run])
+
+
+def _run_noting_syncs(rank: int, world: int, argv: list[str]) -> list[str]:
+    """What a run syncs, in order."""
+    synced: list[str] = []
+    sync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", noting)
+        _run(rank, world, argv)
+    return synced
+
+
+def test_a_checkpoint_is_durable_before_it_is_named(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
+    """Every file by the rank that wrote it, then the directories; a file that was cut off is named in one line."""
+    argv = arguments(data, "--no-shapley", "--zero-stage", "1", "--pipeline-model-parallel-size", "2")
+    argv += ["--train-iters", "1", "--lr-warmup-iters", "0", "--save", str(tmp_path)]
+    first, second = two_ranks.run(_run_noting_syncs, argv)
+    root = tmp_path / "checkpoints"
+    path = root / "iter_0000001"
+    named = next(place for place, file in enumerate(first) if file.startswith(f"{root}/latest"))
+    files = [str(file) for file in path.iterdir() if file.suffix in (".pt", ".json")]
+    assert len(files) > 8 and set(files) <= {*first[:named], *second}
+    assert {str(path), str(root)} <= set(first[:named])
+    argv += ["--load", str(tmp_path)]
+    for file in sorted(path.glob("*optim_states.pt"))[0], path / "shards_00001.json", path / "rng_00001.pt":
+        content = file.read_bytes()
+        file.write_bytes(content[:-100])
+        assert f"{file} " in refused(two_ranks, argv)
+        file.write_bytes(content)
+    file.unlink()
+    assert f"{file} is missing" in refused(two_ranks, argv)
 
 
 def test_bad_data_is_refused_by_all_ranks_before_deepspeed_compiles(

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from inrun_megatron.engines.reshape import Saved
 from inrun_megatron.models.initialise import Cut, joined, shard
 from tests import test_pretrain
 from tests.distributed import Workers
-from tests.test_pretrain import TARGETS, _run, arguments, checkpoint_differences, ledger, refused
+from tests.test_pretrain import (
+    TARGETS,
+    _run,
+    arguments,
+    checkpoint_differences,
+    ledger,
+    refused,
+)
 
 data = test_pretrain.data  # a fixture
 
@@ -73,9 +83,9 @@ def four_ranks() -> Iterator[Workers]:
         yield workers
 
 
-def _pass_on(rank: int, world: int, argv: list[str]) -> None:
-    """Load a checkpoint and save it again, with nothing between."""
-    from inrun_megatron.training import checkpoint, datasets, distributed
+def _pass_on(rank: int, world: int, argv: list[str]) -> list[dict[str, Any]]:
+    """Load a checkpoint and save it again, with nothing between; the optimizer's settings."""
+    from inrun_megatron.training import checkpoint, datasets, distributed, run_state
     from inrun_megatron.training.arguments import parse
     from inrun_megatron.training.engine import build_trainer
     from inrun_megatron.training.run import prepare
@@ -84,13 +94,16 @@ def _pass_on(rank: int, world: int, argv: list[str]) -> None:
     config = settled.config
     distributed.initialise(config.parallel)
     vocabulary = datasets.vocabulary(config)
-    resume = checkpoint.to_resume(config)
+    resume = run_state.to_resume(config)
     assert resume is not None
     trainer = build_trainer(config, settled.deepspeed, settled.batch, vocabulary.vocab_size)
-    checkpoint.save(config, trainer, checkpoint.load(config, trainer, resume))
+    checkpoint.save(config, trainer, checkpoint.load(config, trainer, resume)[0])
+    return [{key: group[key] for key in group if key != "params"} for group in trainer.optimizer.param_groups]
 
 
-def _in_fp16(rank: int, world: int, function: Callable[[int, int, list[str]], None], argv: list[str]) -> None:
+def _in_fp16(
+    rank: int, world: int, function: Callable[[int, int, list[str]], object], argv: list[str]
+) -> None:
     """DeepSpeed's engine runs fp16 on a CPU, but its accelerator says that it does not."""
     from deepspeed.accelerator import get_accelerator
 
@@ -113,7 +126,7 @@ def test_a_checkpoint_goes_through_every_layout_unchanged(
     flags = [*FIXED, *model.split(), "--no-shapley", "--train-iters", "2"]
     first = tmp_path / "0"
 
-    def run(function: Callable[[int, int, list[str]], None], argv: list[str]) -> None:
+    def run(function: Callable[[int, int, list[str]], object], argv: list[str]) -> None:
         if "fp16" in name:
             four_ranks.run(_in_fp16, function, argv)
         else:
@@ -203,15 +216,69 @@ def test_a_resume_on_another_number_of_ranks(two_ranks: Workers, data: Path, tmp
     assert left == ["shards_00000.json"]
     again = [*argv, "--save", str(tmp_path / "again"), "--no-shapley"]
     two_ranks.run(_pass_on, again)
+    assert "holds the checkpoints of a run" in refused(two_ranks, again)
+    again[-2] = str(tmp_path / "elsewhere")
+    heads = "was written with --num-attention-heads 4, this run has 2: give the flags of the model"
+    assert heads in refused(two_ranks, [*again, "--num-attention-heads", "2"])
+    # An older checkpoint does not say what model it is of, but its notes have names and shapes.
+    checkpoint = resumed / "checkpoints" / (resumed / "checkpoints" / "latest").read_text()
+    state = json.loads((checkpoint / "run_state.json").read_text())
+    del state["model"]
+    (checkpoint / "run_state.json").write_text(json.dumps(state))
     assert "word_embeddings.weight of shape" in refused(two_ranks, [*again, "--hidden-size", "64"])
     for layers, words in (
         ("6", "this run has a parameter decoder.layers.4"),
         ("2", "the checkpoint has a parameter decoder.layers.2"),
     ):
         assert words in refused(two_ranks, [*again, "--num-layers", layers])
-    checkpoint = resumed / "checkpoints" / (resumed / "checkpoints" / "latest").read_text()
     (checkpoint / "shards_00000.json").unlink()
     assert "has no shards_*.json" in refused(two_ranks, again)
+
+
+def test_buffers_in_another_order_are_another_layout(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
+    """Of the same sizes, so that DeepSpeed would load each weight into another one's place."""
+    argv = arguments(data, *FIXED, "--no-shapley", "--train-iters", "2", "--zero-stage", "2")
+    in_turn = tmp_path / "in_turn.json"
+    in_turn.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
+    two_ranks.run(_run, [*argv, "--save", str(tmp_path / "one")])
+    flags = [
+        "--load",
+        str(tmp_path / "one"),
+        "--save",
+        str(tmp_path / "two"),
+        "--deepspeed_config",
+        str(in_turn),
+    ]
+    two_ranks.run(_pass_on, [*argv, *flags])
+    one, two = (tmp_path / run / "checkpoints" / "iter_0000002" for run in ("one", "two"))
+    notes = [(path / "shards_00000.json").read_text() for path in (one, two)]
+    assert notes[0] != notes[1], "the setting reorders nothing"
+    before, after = Saved(one), Saved(two)
+    for name, about in json.loads(notes[0])["parameters"].items():
+        for field in ("weight", "exp_avg"):
+            whole = [
+                saved._stretch(name, field, 0, 0, math.prod(about["shape"])) for saved in (before, after)
+            ]
+            assert torch.equal(*whole), (name, field)
+
+
+@pytest.mark.parametrize(("stage", "layout"), [("0", ""), ("3", ""), ("1", f"{TP} 2")])
+def test_flags_decide_the_optimizers_settings(
+    two_ranks: Workers, data: Path, tmp_path: Path, stage: str, layout: str
+) -> None:
+    """Not the checkpoint, in the same layout or in another."""
+    argv = arguments(data, *FIXED, "--no-shapley", "--train-iters", "2", "--zero-stage", stage)
+    two_ranks.run(_run, [*argv, "--save", str(tmp_path / "one")])
+    argv += ["--load", str(tmp_path / "one"), "--save", str(tmp_path / "two"), *layout.split()]
+    flags = "--adam-beta2 0.5 --adam-eps 1e-6 --weight-decay 0.125"
+    settings = two_ranks.run(_pass_on, [*argv, *flags.split()])[0]
+    assert [group["weight_decay"] for group in settings] == [0.125, 0.0]
+    assert all((group["betas"], group["eps"]) == ((0.9, 0.5), 1e-6) for group in settings)
+    if not layout:
+        refusal = refused(two_ranks, [*argv, "--save", str(tmp_path / "three"), "--optimizer", "sgd"])
+        assert (
+            "holds the state of --optimizer adam, this run has sgd: resume with --optimizer adam" in refusal
+        )
 
 
 @pytest.mark.parametrize("stride", [1, 2])

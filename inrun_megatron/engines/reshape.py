@@ -75,6 +75,7 @@ def describe(state: OptimizerState, names: Names, own_names: Names, tag: str) ->
     note = {
         "tp": [layout.tp_rank, layout.tp_size],
         "pp_rank": layout.pp_rank,
+        "optimizer": type(state.inner).__name__,  # where steps are counted, say
         "model_file": zero_files.model_file(engine, tag),
         "optimizer_file": zero_files.optimizer_file(engine, tag),
         "parameters": {

@@ -8,7 +8,7 @@ coverage     every trainable parameter has a tap
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -70,16 +70,17 @@ def check_coverage(run: Mapping[str, Any]) -> Check:
 
 
 def check_additivity(
-    run: Mapping[str, Any], steps: list[dict[str, Any]], absolute: Mapping[tuple[int, str], float]
+    settings_at: Callable[[int], Mapping[str, Any]],
+    steps: list[dict[str, Any]],
+    absolute: Mapping[tuple[int, str], float],
 ) -> Check:
-    """Worst step of |lhs - rhs| / (sum_i |phi_i| / c_t), within the tolerance of the run's precision.
+    """Worst step of |lhs - rhs| / (sum_i |phi_i| / c_t), within the tolerance of the step's precision.
 
-    steps: rows of steps/. absolute: sum of |values| of each (step, target); lhs and rhs are before clipping,
+    settings_at: step -> settings in force (`Starts.at`). steps: rows of steps/. absolute: sum of |values| of each (step, target); lhs and rhs are before clipping,
     the values after it, hence the clip coefficient c_t (and under trajectory credit the credit factor).
     """
-    trajectory = setting(run, "credit", group="shapley") == "trajectory"
-    precision = precision_of(run)
-    tolerance = ADDITIVITY_TOLERANCE[precision]
+    trajectory = setting(settings_at(0), "credit", group="shapley") == "trajectory"
+    precisions: dict[str, None] = {}  # as a set in order
     worst: dict[str, dict[str, Any]] = {}
     scored = judged = 0
     failed: list[int] = []
@@ -94,7 +95,9 @@ def check_additivity(
         factor = (row["clip_coefficient"] or 1.0) * ((row["credit_factor"] or 1.0) if trajectory else 1.0)
         scale = absolute.get((row["step"], row["target"]), 0.0) / factor
         error = _ratio(abs(lhs - rhs), scale if scale > 0 else max(abs(lhs), abs(rhs)))
-        if not error <= tolerance:
+        precision = precision_of(settings_at(row["step"]))
+        precisions[precision] = None
+        if not error <= ADDITIVITY_TOLERANCE[precision]:
             failed.append(row["step"])
         known = worst.get(row["target"])
         if known is None or (
@@ -102,8 +105,7 @@ def check_additivity(
         ):
             worst[row["target"]] = {"error": error, "step": row["step"]}
     figures = {
-        "tolerance": tolerance,
-        "precision": precision,
+        "tolerance": {precision: ADDITIVITY_TOLERANCE[precision] for precision in precisions},
         "scored": scored,
         "judged": judged,
         "failed_steps": sorted(set(failed)),
@@ -121,7 +123,8 @@ def check_additivity(
     story = ", ".join(
         f"{target} {entry['error']:.1e} (step {entry['step']})" for target, entry in worst.items()
     )
-    detail = f"largest gap {story}; tolerance {tolerance:.0e} of sum |values| ({precision})"
+    tolerances = ", ".join(f"{ADDITIVITY_TOLERANCE[name]:.0e} ({name})" for name in precisions)
+    detail = f"largest gap {story}; tolerance {tolerances} of sum |values|"
     if failed:
         detail = f"{len(set(failed)):,} steps beyond the tolerance; " + detail
     return Check("additivity", not failed, detail, figures)

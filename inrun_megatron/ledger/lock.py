@@ -9,6 +9,8 @@ import fcntl
 import json
 import os
 import socket
+import sys
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ from inrun_megatron.ledger.schema import LOCK_FILE, now
 _HELD: dict[Path, DirectoryLock] = {}
 """Locks of this process by resolved directory: a lock lives until close() or the end of the process."""
 
+PATIENCE_SECONDS = 180.0
+"""How long a lock whose holder is on another host is asked for again: the servers of network file systems (NFSv4, Lustre)
+keep a dead host's locks for 90 seconds or so."""
+
 _WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -28,7 +34,8 @@ class DirectoryLock:
     The file names the holder (host, process id, time) for the error message only; the lock itself is the
     kernel's, so a killed run leaves nothing to clean up. On a file system without flock (Lustre mounted so)
     the holder's name in the file is all there is: a holder on this host that no longer lives is taken over,
-    one on another host is refused.
+    one on another host is refused. With flock, a holder on another host may be dead and not yet forgotten by the server:
+    it is waited for (PATIENCE_SECONDS).
 
     Raises UserError, one line, when another run holds the directory.
     """
@@ -51,14 +58,25 @@ class DirectoryLock:
 
     def _acquire(self) -> None:
         assert self._descriptor is not None
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise self._refusal("stop that run") from error
-            if error.errno not in _WITHOUT_FLOCK:
-                raise
-            self._check_named_holder()
+        deadline = None
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno in _WITHOUT_FLOCK:
+                    return self._check_named_holder()
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise
+                refusal = self._refusal("stop that run")
+            if self._holder().get("host") in (None, socket.gethostname()):
+                raise refusal
+            if deadline is None:
+                deadline = time.monotonic() + PATIENCE_SECONDS
+                print(f"{refusal}; waiting {PATIENCE_SECONDS:.0f} s", file=sys.stderr, flush=True)
+            if time.monotonic() > deadline:
+                raise refusal
+            time.sleep(min(2.0, PATIENCE_SECONDS / 10))
 
     def _check_named_holder(self) -> None:
         holder = self._holder()

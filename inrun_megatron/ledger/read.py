@@ -10,8 +10,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger.files import read_json
-from inrun_megatron.ledger.run import read_commit
+from inrun_megatron.ledger.description import Starts, read_run
+from inrun_megatron.ledger.run import commit_files, read_commit
 from inrun_megatron.ledger.schema import (
     COMMITS,
     DEFAULT_SUBDIRECTORY,
@@ -21,7 +21,6 @@ from inrun_megatron.ledger.schema import (
     VALUES,
     VALUES_SCHEMA,
     PartInfo,
-    check_version,
     granularity_of,
 )
 from inrun_megatron.ledger.step_table import with_realised
@@ -49,18 +48,18 @@ class Ledger:
 
     run: the run directory or the ledger directory.
 
-    Attributes: `directory`; `run`, the content of run.json; `commits`, (step, parts) in order; `damaged`,
+    Attributes: `directory`; `run`, the content of run.json; `starts`, the settings in force at every step; `commits`, (step, parts) in order; `damaged`,
     commit records that cannot be read with the reason. Raises UserError when there is no ledger or its schema
     is another one.
     """
 
     def __init__(self, run: Path | str) -> None:
         self.directory = locate(run)
-        self.run: dict[str, Any] = read_json(self.directory / RUN_FILE)
-        check_version(self.run.get("schema_version"), self.directory / RUN_FILE)
+        self.run: dict[str, Any] = read_run(self.directory)
+        self.starts = Starts(self.directory, self.run)
         self.commits: list[tuple[int, list[PartInfo]]] = []
         self.damaged: dict[str, str] = {}
-        for path in sorted((self.directory / COMMITS).glob("*.json")):
+        for path in commit_files(self.directory):
             try:
                 self.commits.append(read_commit(path))
             except UserError as error:

@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger.schema import granularity_of
+from inrun_megatron.ledger.checks import setting
 
 _TARGET_IDENTITY = ("name", "idx_sha256", "sequences")
 _DATASET_IDENTITY = ("name", "index", "idx_sha256", "weight")
+
+# All values of a ledger are of one kind: setting -> what it was before a run.json named it. Base point and age of the direction
+# may vary: steps/ records them.
+_KIND = {"granularity": "sample", "estimator": "first_order", "credit": "step", "optimizer": "auto"}
 
 # megatron-core's description of a GPTDataset -> the flag that decides it
 _FLAGS = {
@@ -28,18 +32,19 @@ _FLAGS = {
 def check_resumable(run: dict[str, Any], resumed: dict[str, Any]) -> None:
     """UserError where rows of the resumed run would refer to something else than those of `run`.
 
-    Both as in run.json. Layout, versions, other configuration, and where the data lies may differ.
+    Both as in run.json. Targets, datasets and the kind of the values are the same; layout, versions, other configuration, and where the data lies may differ.
     """
     _check_same("target", run, resumed, _TARGET_IDENTITY)
     _check_same("dataset", run, resumed, _DATASET_IDENTITY)
     for position, (before, after) in enumerate(zip(run["datasets"], resumed["datasets"], strict=True)):
         _check_samples(f"dataset {position} ({before.get('name')})", before, after, run, resumed)
-    before, after = granularity_of(run), granularity_of(resumed)
-    if before != after:
-        raise UserError(
-            f"the ledger of run {run['run_id']} holds values by {before}, the resumed run's are by {after}; "
-            f"resume with --shapley-granularity {before}, or choose another --shapley-dir"
-        )
+    for name, default in _KIND.items():
+        before, after = (setting(of, name, default, group="shapley") for of in (run, resumed))
+        if before != after:
+            raise UserError(
+                f"the ledger of run {run['run_id']} holds values of --shapley-{name} {before}, the resumed run has "
+                f"{after}; resume with --shapley-{name} {before}, or choose another --shapley-dir"
+            )
 
 
 def _check_same(what: str, run: dict[str, Any], resumed: dict[str, Any], keys: Sequence[str]) -> None:

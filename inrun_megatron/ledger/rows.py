@@ -168,6 +168,11 @@ def steps_of(ledger: Ledger, whole: list[PartInfo]) -> list[dict[str, Any]]:
     return with_realised(table, ledger.target_names).to_pylist()
 
 
+def _due(ledger: Ledger, step: int) -> bool:
+    interval = int(setting(ledger.starts.at(step), "interval", 0, group="shapley") or 0)
+    return bool(interval) and step % interval == 0
+
+
 def check_steps(ledger: Ledger, steps: list[dict[str, Any]], totals: StepTotals, complete: bool) -> Check:
     """Step records and rows tell the same story; no step is missing."""
     bad: list[str] = []
@@ -190,11 +195,9 @@ def check_steps(ledger: Ledger, steps: list[dict[str, Any]], totals: StepTotals,
     bad += [
         f"step {key[0]} target {key[1]}: rows without a step record" for key in totals.rows if key not in seen
     ]
-    interval = int(setting(ledger.run, "interval", 0, group="shapley") or 0)
     # From the first record on: a run that continues another one's checkpoint begins in the middle.
-    recorded = range(min(statuses), max(statuses) + 1) if statuses and interval else range(0)
-    expected_steps = {step for step in recorded if step % interval == 0}
-    missing = sorted(expected_steps - set(statuses))
+    recorded = range(min(statuses), max(statuses) + 1) if statuses else range(0)
+    missing = [step for step in recorded if step not in statuses and _due(ledger, step)]
     if missing:
         bad.append(f"no record of {len(missing)} steps (first: {missing[0]})")
     kinds = Counter(status for status in statuses.values())

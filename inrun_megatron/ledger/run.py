@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger.files import fsync_directory, make_directory, read_json, write_json
+from inrun_megatron.ledger.description import read_run
+from inrun_megatron.ledger.files import (
+    TEMPORARY_SUFFIX,
+    fsync_directory,
+    make_directory,
+    read_json,
+    write_json,
+)
 from inrun_megatron.ledger.lock import DirectoryLock
 from inrun_megatron.ledger.resume import check_resumable
 from inrun_megatron.ledger.schema import (
@@ -22,7 +29,6 @@ from inrun_megatron.ledger.schema import (
     VALUES,
     PartInfo,
     RunDescription,
-    check_version,
     commit_name,
     now,
 )
@@ -102,8 +108,7 @@ def open_ledger(directory: Path | str, description: RunDescription | None = None
         raise UserError(f"{directory} holds no ledger ({RUN_FILE} is missing); check --shapley-dir")
     lock = DirectoryLock(directory)
     try:
-        run = read_json(directory / RUN_FILE)
-        check_version(run.get("schema_version"), directory / RUN_FILE)
+        run = read_run(directory)
         if description is not None:
             check_resumable(run, description.to_dict())
     except BaseException:
@@ -153,35 +158,66 @@ def rollback(directory: Path | str, step: int) -> list[str]:
     commit names; interrupted at any instant, calling it again finishes the work. Returns the removed files,
     relative to `directory`.
 
+    Files that are not the ledger's are left alone. A damaged record of a step after `step` goes with the others.
+
     Raises UserError, with nothing removed, when a commit after `step` also holds rows up to `step` that no
-    earlier commit holds: dropping it would lose them.
+    earlier commit holds: dropping it would lose them; and when the file system refuses.
     """
     directory = Path(directory)
-    records = {path: read_commit(path) for path in sorted((directory / COMMITS).glob("*.json"))}
-    kept = {path: record for path, record in records.items() if record[0] <= step}
-    later = {path: record for path, record in records.items() if record[0] > step}
-    for _, parts in later.values():
+    kept: dict[Path, list[PartInfo]] = {}
+    later: dict[Path, list[PartInfo]] = {}
+    for path in commit_files(directory):
+        try:
+            committed, parts = read_commit(path)
+        except UserError:
+            committed, parts = step_of(path), []
+            if committed <= step:
+                raise
+        (kept if committed <= step else later)[path] = parts
+    for parts in later.values():
         straddling = [part for part in parts if part.first_step <= step]
         if straddling:
-            steps = sorted(record[0] for record in records.values())
+            steps = sorted(step_of(path) for path in (*kept, *later))
             raise UserError(
                 f"{directory} has no commit for the checkpoint of step {step}: {straddling[0].file} holds its rows together "
                 f"with later ones; load the checkpoint of one of steps {steps}, or choose another --shapley-dir"
             )
+    named = {part.file for parts in kept.values() for part in parts}
     removed = []
-    for path in sorted(later, reverse=True):
-        path.unlink()
-        removed.append(path)
-    fsync_directory(directory / COMMITS)
-    named = {part.file for _, parts in kept.values() for part in parts}
-    for table in (VALUES, STEPS, COMMITS):
-        for path in sorted((directory / table).iterdir()):
-            if path in kept or (table != COMMITS and f"{table}/{path.name}" in named):
-                continue
+    try:
+        for path in sorted(later, reverse=True):
             path.unlink()
             removed.append(path)
-        fsync_directory(directory / table)
+        fsync_directory(directory / COMMITS)
+        for table in (VALUES, STEPS, COMMITS):
+            for path in own_files(directory, table):
+                if path not in kept and f"{table}/{path.name}" not in named:
+                    path.unlink()
+                    removed.append(path)
+            fsync_directory(directory / table)
+    except OSError as error:
+        raise UserError(
+            f"cannot take {directory} back to step {step}: {error.filename or directory}: {error.strerror or error}; "
+            "repair it, then start the same command again"
+        ) from error
     return [path.relative_to(directory).as_posix() for path in removed]
+
+
+def own_files(directory: Path, table: str) -> list[Path]:
+    """The files of a table (or of commits/) that a ledger writes, finished or not."""
+    patterns = ("*.json" if table == COMMITS else "part-*.parquet", f"*{TEMPORARY_SUFFIX}")
+    found = (path for pattern in patterns for path in (directory / table).glob(pattern))
+    return sorted(path for path in found if path.is_file())
+
+
+def commit_files(directory: Path) -> list[Path]:
+    """The commit records, by step."""
+    return sorted((directory / COMMITS).glob("*.json"))
+
+
+def step_of(path: Path) -> int:
+    """The step that a commit record's name gives; 0 where the name is none."""
+    return int(path.stem) if path.stem.isdigit() else 0
 
 
 def read_commit(path: Path) -> tuple[int, list[PartInfo]]:

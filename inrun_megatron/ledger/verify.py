@@ -14,6 +14,7 @@ from inrun_megatron.ledger.audits import check_additivity, check_coverage, check
 from inrun_megatron.ledger.checks import Check, name_some
 from inrun_megatron.ledger.files import sha256_of
 from inrun_megatron.ledger.rows import check_contents, check_duplicates, check_steps, steps_of
+from inrun_megatron.ledger.run import own_files
 from inrun_megatron.ledger.schema import (
     COMMITS,
     META_RUN,
@@ -46,7 +47,7 @@ def verify_ledger(ledger: Ledger) -> list[Check]:
         check_steps(ledger, steps, totals, complete),
         check_datasets(ledger),
         check_coverage(ledger.run),
-        check_additivity(ledger.run, steps, totals.absolute),
+        check_additivity(ledger.starts.at, steps, totals.absolute),
         check_efficiency(ledger.run, steps),
     ]
 
@@ -113,7 +114,7 @@ def _check_uncommitted(ledger: Ledger, parts: list[PartInfo]) -> Check:
     found = [
         f"{table}/{path.name}"
         for table in (VALUES, STEPS, COMMITS)
-        for path in sorted((ledger.directory / table).glob("*"))
+        for path in own_files(ledger.directory, table)
     ]
     extra = [file for file in found if file not in named and file not in commits]
     detail = "none"

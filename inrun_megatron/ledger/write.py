@@ -13,16 +13,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from inrun_megatron.ledger.background import Background
-from inrun_megatron.ledger.files import read_json
+from inrun_megatron.ledger.description import read_run
 from inrun_megatron.ledger.parts import Block, PartWriter
 from inrun_megatron.ledger.run import OpenLedger, commit, create_ledger, open_ledger, rollback
 from inrun_megatron.ledger.schema import (
     PER_TARGET_FIELDS,
-    RUN_FILE,
     PartInfo,
     RunDescription,
     StepRecord,
-    check_version,
 )
 
 __all__ = [
@@ -62,8 +60,7 @@ class LedgerWriter:
     def __init__(self, directory: Path | str, writer: int, buffer_rows: int = BUFFER_ROWS) -> None:
         self.directory = Path(directory)
         self.writer = writer
-        run = read_json(self.directory / RUN_FILE)
-        check_version(run.get("schema_version"), self.directory / RUN_FILE)
+        run = read_run(self.directory)
         self.run_id = str(run["run_id"])
         self.targets = [str(target["name"]) for target in run["targets"]]
         self._datasets = len(run["datasets"])

@@ -75,7 +75,11 @@ def audits_of(query: Query, steps: list[dict[str, Any]]) -> list[Check]:
         )
     }
     run = query.ledger.run
-    return [check_coverage(run), check_additivity(run, steps, absolute), check_efficiency(run, steps)]
+    return [
+        check_coverage(run),
+        check_additivity(query.ledger.starts.at, steps, absolute),
+        check_efficiency(run, steps),
+    ]
 
 
 def print_summary(

@@ -2,7 +2,7 @@
 
 RUN/checkpoints/latest                      tag of the newest complete checkpoint (written by DeepSpeed, last)
 RUN/checkpoints/iter_0000100/               DeepSpeed's files
-RUN/checkpoints/iter_0000100/run_state.json iteration, samples, layout: read before anything is loaded
+RUN/checkpoints/iter_0000100/run_state.json iteration, samples, layout, model (run_state.py): read before anything is loaded
 RUN/checkpoints/iter_0000100/rng_00000.pt   RNG streams of each rank
 RUN/checkpoints/iter_0000100/shards_*.json  what lies where in DeepSpeed's files: for a resume in another layout
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,85 +27,46 @@ from inrun_megatron.engines.lookahead import Lookahead
 from inrun_megatron.engines.reshape import Saved, describe, restore
 from inrun_megatron.engines.zero_groups import OptimizerState
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger.files import refused, write_atomically
+from inrun_megatron.ledger.files import (
+    fsync_directory,
+    fsync_file,
+    make_directory,
+    read_json,
+    refused,
+    write_atomically,
+)
 from inrun_megatron.models import cpu
 from inrun_megatron.models.pipeline import GPTPipeline
 from inrun_megatron.parallel import Layout
-from inrun_megatron.training.distributed import all_ranks, rank0_then_all
+from inrun_megatron.training import run_state
+from inrun_megatron.training.distributed import all_ranks
 from inrun_megatron.training.engine import Trainer, seed_streams
-
-DIRECTORY = "checkpoints"
+from inrun_megatron.training.run_state import DIRECTORY, RUN_STATE_FILE, Resume
 
 
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps done, training samples consumed, last step that the ledger has committed."""
+    """How far a run is: optimizer steps done, training samples consumed, last step that the ledger has committed; and
+    that ledger's run_id (UNKNOWN from an older checkpoint, None where no step was scored)."""
 
     iteration: int = 0
     consumed_samples: int = 0
     ledger_step: int = 0
+    ledger: str | None = None
 
-
-@dataclass(frozen=True)
-class Resume:
-    """A checkpoint to go on from; `same_layout`: DeepSpeed can load it as it is."""
-
-    path: Path
-    same_layout: bool
-
-
-def _layout(config: Config) -> dict[str, int | str]:
-    training = config.training
-    return {
-        "world_size": dist.get_world_size(),
-        "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
-        "zero_stage": int(config.parallel.zero_stage or 0),
-        "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32",
-    }
+    @property
+    def counters(self) -> dict[str, int]:
+        """What DeepSpeed's files hold of it: the same with and without scoring, but for ledger_step."""
+        return {
+            "iteration": self.iteration,
+            "consumed_samples": self.consumed_samples,
+            "ledger_step": self.ledger_step,
+        }
 
 
 def tag_of(iteration: int) -> str:
     """Megatron-LM's name of a checkpoint's directory."""
     return f"iter_{iteration:07d}"
-
-
-def find(directory: str) -> Path | None:
-    """The newest complete checkpoint of a run directory (or of its checkpoints directory), None without one."""
-    for root in (Path(directory) / DIRECTORY, Path(directory)):
-        latest = root / "latest"
-        if latest.is_file():
-            return root / latest.read_text(encoding="utf-8").strip()
-    return None
-
-
-def to_resume(config: Config) -> Resume | None:
-    """The checkpoint that `--load` means; None to start from the beginning. Collective over the world.
-
-    UserError: no checkpoint (unless --load is the run's own --save directory), or an incomplete one.
-    """
-    load = config.checkpoint.load
-    if load is None:
-        return None
-
-    def check() -> Resume | None:
-        path = find(load)
-        if path is None:
-            if (
-                config.checkpoint.save is not None
-                and Path(config.checkpoint.save).resolve() == Path(load).resolve()
-            ):
-                return None
-            raise UserError(f"--load {load} holds no checkpoint (no {DIRECTORY}/latest): check the path")
-        try:
-            state = json.loads((path / "run_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"{path} is no complete checkpoint of this program: run_state.json: {error}"
-            ) from None
-        return Resume(path, state["layout"] == _layout(config))
-
-    return rank0_then_all(check)
 
 
 def _plain_rng_state() -> dict[str, Any]:
@@ -118,27 +80,44 @@ def _plain_rng_state() -> dict[str, Any]:
 def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
     """Write the checkpoint of `progress`. Collective over the world.
 
-    `latest` names the new checkpoint only after all of it is written, in one rename: DeepSpeed empties the file before
-    it writes it anew. UserError on a rank whose file system refuses; the launcher then ends the others.
+    `latest` names the new checkpoint only after all of it is written and synced, in one rename: DeepSpeed empties the
+    file before it writes it anew. UserError on a rank whose file system refuses; the launcher then ends the others.
     """
     assert config.checkpoint.save is not None
     root = Path(config.checkpoint.save) / DIRECTORY
     path = root / tag_of(progress.iteration)
     try:
         if dist.get_rank() == 0:
-            _clear(root, path, _layout(config))
+            _clear(root, path, run_state.layout_of(config))
+            make_directory(path)
         dist.barrier()
-        path.mkdir(parents=True, exist_ok=True)
-        torch.save(_plain_rng_state(), path / f"rng_{dist.get_rank():05d}.pt")
-        note = describe(OptimizerState(trainer.engine, Layout.from_megatron()), *_names(trainer), path.name)
+        path.mkdir(
+            parents=True, exist_ok=True
+        )  # there already, but on file systems that the hosts do not share
+        own = [path / f"rng_{dist.get_rank():05d}.pt"]
+        torch.save(_plain_rng_state(), own[0])
+        note = _note(trainer, path)
         if note is not None:
-            (path / f"shards_{dist.get_rank():05d}.json").write_text(note, encoding="utf-8")
+            own.append(_note_file(path))
+            own[-1].write_text(note, encoding="utf-8")
         if dist.get_rank() == 0:
-            state = {**asdict(progress), "layout": _layout(config)}
-            (path / "run_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            state = {**progress.counters, **run_state.description(config, progress.ledger)}
+            own.append(path / RUN_STATE_FILE)
+            own[-1].write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         dist.barrier()
-        client_state = {"progress": asdict(progress), "schedule": trainer.schedule.state_dict()}
-        trainer.engine.save_checkpoint(str(root), tag=path.name, client_state=client_state, save_latest=False)
+        client_state = {"progress": progress.counters, "schedule": trainer.schedule.state_dict()}
+        with _noting_files(trainer.engine) as written:
+            trainer.engine.save_checkpoint(
+                str(root), tag=path.name, client_state=client_state, save_latest=False
+            )
+        # `latest` must not reach the disk before what it names.
+        for file in (*own, *written):
+            fsync_file(file)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            fsync_directory(path)
+            fsync_directory(root)
+            write_atomically(root / "latest", path.name.encode())
     except OSError as error:
         raise refused(path, error) from error
     except RuntimeError as error:
@@ -148,20 +127,34 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
             f"cannot write {path}: {str(error).splitlines()[0]}; free or repair the file system, then resume from the "
             "last checkpoint with --load"
         ) from error
-    dist.barrier()
-    if dist.get_rank() == 0:
-        write_atomically(root / "latest", path.name.encode())
     return path
+
+
+@contextlib.contextmanager
+def _noting_files(engine: Any) -> Iterator[list[Path]]:
+    """The files that DeepSpeed writes on this rank meanwhile: all go through its checkpoint engine (deepspeed 0.19)."""
+    writer, written = engine.checkpoint_engine, []
+    write = writer.save
+
+    def noted(state_dict: Any, path: str, **options: Any) -> Any:
+        written.append(Path(path))
+        return write(state_dict, path, **options)
+
+    writer.save = noted
+    try:
+        yield written
+    finally:
+        del writer.save
 
 
 def _clear(root: Path, path: Path, layout: dict[str, int | str]) -> None:
     """Remove what a run in another layout left where this checkpoint goes: its shards and notes would mix with ours."""
-    with contextlib.suppress(OSError, ValueError, KeyError):  # none, or one that a crash cut off
-        if json.loads((path / "run_state.json").read_text(encoding="utf-8"))["layout"] == layout:
+    with contextlib.suppress(UserError):  # none, or one that a crash cut off
+        if run_state.read(path)["layout"] == layout:
             return
     latest = root / "latest"
-    if latest.is_file() and latest.read_text(encoding="utf-8").strip() == path.name:
-        latest.unlink()
+    # A run goes on from `latest`, or finds none (to_resume): it has nothing to write in its place.
+    assert not latest.is_file() or latest.read_text(encoding="utf-8").strip() != path.name
     if path.exists():
         shutil.rmtree(path)
 
@@ -175,22 +168,60 @@ def _names(trainer: Trainer) -> tuple[dict[int, str], dict[int, str]]:
     return {key: model.gpt_name(name) for key, name in own.items()}, own
 
 
-def load(config: Config, trainer: Trainer, resume: Resume) -> Progress:
+def _note_file(path: Path) -> Path:
+    return path / f"shards_{dist.get_rank():05d}.json"
+
+
+def _note(trainer: Trainer, path: Path) -> str | None:
+    """What lies where in this rank's files, None where another replica's note says it."""
+    return describe(OptimizerState(trainer.engine, Layout.from_megatron()), *_names(trainer), path.name)
+
+
+def load(config: Config, trainer: Trainer, resume: Resume) -> tuple[Progress, bool]:
     """Put a checkpoint back into the engine, the schedule and the RNG streams. Collective over the world.
 
-    From another layout the RNG streams are new ones, seeded with the run's seed and the iteration: dropout draws differ.
-    UserError on all ranks where the checkpoint is damaged or of another model.
+    Also returns whether DeepSpeed could load it as it is. From another layout the RNG streams are new ones, seeded with
+    the run's seed and the iteration: dropout draws differ. UserError on all ranks where the checkpoint is damaged or of
+    another model.
     """
-    if resume.same_layout:
-        return _load(trainer, resume.path)
-    return _load_reshaped(config, trainer, resume.path)
+    all_ranks(lambda: run_state.check_whole(resume))
+    as_it_is = resume.same_layout and _everywhere(all_ranks(lambda: _lies_the_same(trainer, resume.path)))
+    progress = _load(trainer, resume.path) if as_it_is else _load_reshaped(config, trainer, resume.path)
+    progress.ledger = resume.ledger
+    return progress, as_it_is
+
+
+def _everywhere(here: bool) -> bool:
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, here)
+    return all(answers)
+
+
+def _lies_the_same(trainer: Trainer, path: Path) -> bool:
+    """Whether the engine lays this rank's shard out as the checkpoint does.
+
+    DeepSpeed loads flat buffers by their size alone: a setting of its JSON that orders them in another way
+    (round_robin_gradients, say) would put weights into each other's places.
+    """
+    note, file = _note(trainer, path), _note_file(path)
+    if not any(path.glob("shards_*.json")):
+        return True  # of an older version; same sizes have to do
+    if note is None or not file.is_file():
+        return note is None and not file.is_file()
+    now, saved = json.loads(note), read_json(file)
+    return {**now, **saved} == now  # an older note may say less
 
 
 def _load(trainer: Trainer, path: Path) -> Progress:
+    groups = trainer.optimizer.param_groups
+    settings = [{key: group[key] for key in group.keys() - {"params", zero_files.STEP}} for group in groups]
     with torch.no_grad():  # a pipeline broadcasts tied weights in place
         loaded, client_state = trainer.engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
         raise UserError(f"DeepSpeed found no checkpoint in {path}")
+    # The checkpoint brought its own hyperparameters; as in another layout, the flags decide.
+    for group, own in zip(trainer.optimizer.param_groups, settings, strict=True):
+        group.update(own)
     progress = _follow(trainer, client_state)
     state = torch.load(path / f"rng_{dist.get_rank():05d}.pt", weights_only=True)
     name, key, *rest = state["numpy"]

@@ -67,6 +67,7 @@ class _Merge:
             value = default if given is None else given
         elif given is None or stated == given:
             value = stated
+            self._check_kind(key, value, default if given is None else given)
         else:
             raise UserError(
                 f'{flag} is {given} but "{key}" in {self.path} is {json.dumps(stated)}: '
@@ -74,6 +75,13 @@ class _Merge:
             )
         section[last] = value
         return value
+
+    def _check_kind(self, key: str, value: Any, example: Any) -> None:
+        """A number where a number belongs, true or false where a switch does."""
+        switch = isinstance(example, bool)
+        if isinstance(value, bool) != switch or not isinstance(value, (int, float)):
+            expected = "true or false" if switch else "a number"
+            raise UserError(f'"{key}" in {self.path} is {json.dumps(value)}: write {expected}')
 
 
 def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], Batch]:
@@ -87,6 +95,7 @@ def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], B
     for section, flag in (("optimizer", "--optimizer"), ("scheduler", "--lr-decay-style")):
         if section in content:
             raise UserError(f'"{section}" in {path} is not used: give {flag} and remove the section')
+    _refuse_other_writers(content, path)
     merge_ = _Merge(path, content)
     batch = _batch(merge_, config, data_parallel)
     clip = merge_.settle("gradient_clipping", "--clip-grad", training.clip_grad, 1.0)
@@ -117,6 +126,28 @@ def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], B
         ),
     )
     return settled, merge_.merged, batch
+
+
+def _refuse_other_writers(content: Mapping[str, Any], path: str | None) -> None:
+    """Checkpoints are durable once they are saved, and can be mapped into memory."""
+    checkpoint = content.get("checkpoint")
+    checkpoint = checkpoint if isinstance(checkpoint, Mapping) else {}
+    writer = checkpoint.get("writer")
+    if isinstance(writer, Mapping) and writer.get("decoupled"):
+        raise UserError(
+            f'"checkpoint.writer.decoupled" in {path} is {json.dumps(writer["decoupled"])}: it returns before the data is '
+            "written, so that a crash could leave a checkpoint that is named and not there; remove it"
+        )
+    if checkpoint.get("checkpoint_serialization") is False:
+        raise UserError(
+            f'"checkpoint.checkpoint_serialization" in {path} is false: a resume in another layout could not read such '
+            "files; remove it"
+        )
+    if content.get("datastates_ckpt", False) is not False:
+        raise UserError(
+            f'"datastates_ckpt" in {path} writes after it returns, so that a crash could leave a checkpoint that is named '
+            "and not there; remove it"
+        )
 
 
 def _batch(merge_: _Merge, config: Config, data_parallel: int) -> Batch:

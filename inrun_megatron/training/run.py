@@ -12,7 +12,7 @@ import torch.distributed as dist
 from inrun_megatron.config import Config
 from inrun_megatron.errors import UserError
 from inrun_megatron.parallel import Layout
-from inrun_megatron.training import checkpoint, datasets, distributed
+from inrun_megatron.training import checkpoint, datasets, distributed, run_state
 from inrun_megatron.training.arguments import write_yaml
 from inrun_megatron.training.checkpoint import Progress
 from inrun_megatron.training.deepspeed_config import Batch, merge
@@ -77,7 +77,7 @@ def _run(settled: Settled, watchdog: Watchdog) -> int:
     # Whatever may be wrong with the input comes before DeepSpeed, which may compile for a minute.
     vocabulary = all_ranks(lambda: datasets.vocabulary(config))
     targets = all_ranks(lambda: datasets.targets(config, vocabulary))
-    resume = checkpoint.to_resume(config)
+    resume = run_state.to_resume(config)
     data = datasets.build(config, batch, vocabulary)
     distributed.initialise(config.parallel)
     layout = Layout.from_megatron()
@@ -85,8 +85,8 @@ def _run(settled: Settled, watchdog: Watchdog) -> int:
 
     progress = Progress()
     if resume is not None:
-        progress = checkpoint.load(config, trainer, resume)
-        other = "" if resume.same_layout else ", written in another layout"
+        progress, as_it_is = checkpoint.load(config, trainer, resume)
+        other = "" if as_it_is else ", written in another layout"
         _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
     scoring = None
     if config.shapley.enabled:

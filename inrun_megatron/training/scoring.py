@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from inrun_megatron.config import Config
 from inrun_megatron.data.megatron import document_ids
+from inrun_megatron.ledger.belongs import Origin, require_none_lost, require_own
+from inrun_megatron.ledger.description import Starts
 from inrun_megatron.ledger.schema import DEFAULT_SUBDIRECTORY, DRIFT, RUN_FILE, RunDescription
 from inrun_megatron.ledger.write import LedgerWriter, OpenLedger, create_ledger, open_ledger, rollback
 from inrun_megatron.models import token_losses
@@ -23,11 +25,12 @@ from inrun_megatron.result import ShapleyTarget, StepResult
 from inrun_megatron.scored_step import ScoredStep
 from inrun_megatron.shapley import InRunShapley
 from inrun_megatron.taps import Coverage, attach_taps
+from inrun_megatron.training import run_state
 from inrun_megatron.training.arguments import to_mapping
 from inrun_megatron.training.batches import Microbatch, to_device
 from inrun_megatron.training.checkpoint import Progress
 from inrun_megatron.training.commits import Commits
-from inrun_megatron.training.distributed import all_ranks
+from inrun_megatron.training.distributed import all_ranks, rank0_then_all
 from inrun_megatron.training.engine import Trainer
 
 _PACKAGES = ("inrun-megatron", "torch", "deepspeed", "megatron-core", "numpy", "pyarrow")
@@ -72,7 +75,7 @@ class Scoring:
     """InRunShapley and its ledger for one run. Every method is a collective over the world.
 
     targets: `inrun_megatron.data.targets.Target`s. datasets: the training data's table, as plain mappings.
-    progress: of the checkpoint that was loaded; the ledger is rolled back to it. eod: the end-of-document token.
+    progress: of the checkpoint that was loaded; the ledger is rolled back to it, and named in it. eod: the end-of-document token.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Scoring:
             coverage=_coverage(taps.coverage(), layout),
         )
         self._open: OpenLedger | None = all_ranks(lambda: self._open_ledger(description, progress))
+        progress.ledger = rank0_then_all(lambda: None if self._open is None else self._open.run_id)
         self.writer: LedgerWriter | None = all_ranks(
             lambda: LedgerWriter(self.directory, layout.dp_rank) if layout.writes_ledger else None
         )
@@ -147,11 +151,32 @@ class Scoring:
         """Rank 0: a new ledger, or the loaded run's own, taken back to its checkpoint."""
         if dist.get_rank() != 0:
             return None
-        if self.config.checkpoint.load is not None and (self.directory / RUN_FILE).exists():
-            ledger = open_ledger(self.directory, description)
+        config = self.config
+        origin = Origin(progress.iteration, progress.ledger, progress.ledger_step)
+        if (
+            not (self.directory / RUN_FILE).exists()
+            and run_state.in_place(config)
+            and config.shapley.dir is None
+        ):
+            require_none_lost(self.directory, origin)
+        if config.checkpoint.load is None or not (self.directory / RUN_FILE).exists():
+            return create_ledger(self.directory, description)
+        ledger = open_ledger(self.directory, description)
+        try:
+            starts = Starts(self.directory, ledger.run)
+            require_own(
+                ledger,
+                starts,
+                origin,
+                save=None if config.shapley.dir is None else config.checkpoint.save,
+                train_iters=config.training.train_iters,
+            )
             rollback(self.directory, progress.iteration)
-            return ledger
-        return create_ledger(self.directory, description)
+            starts.append(progress.iteration, description)
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
 
     def step(self, iteration: int, microbatches: Sequence[Microbatch]) -> Any:
         """`InRunShapley.step`: the context of one optimizer step."""

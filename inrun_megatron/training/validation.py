@@ -5,6 +5,8 @@ Each failed check is a UserError with the values and the remedy in one line.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from inrun_megatron.config import Config
 from inrun_megatron.errors import UserError
 
@@ -218,6 +220,9 @@ def _run_directory(config: Config) -> None:
         raise UserError(f"--save-interval {interval} needs --save DIRECTORY")
     if interval is not None and interval < 0:
         raise UserError(f"--save-interval is {interval}: it must not be negative")
+    for flag, directory in (("--save", save), ("--shapley-dir", shapley.dir if shapley.enabled else None)):
+        if directory is not None:
+            _can_be_directory(flag, Path(directory))
     if not shapley.enabled:
         return
     if shapley.refresh > 1 and shapley.estimator != "first_order":
@@ -234,3 +239,9 @@ def _run_directory(config: Config) -> None:
         raise UserError(
             "scoring needs a place for its ledger: give --save DIRECTORY or --shapley-dir DIRECTORY"
         )
+
+
+def _can_be_directory(flag: str, directory: Path) -> None:
+    there = next((path for path in (directory, *directory.parents) if path.exists()), directory)
+    if there.exists() and not there.is_dir():
+        raise UserError(f"{flag} {directory}: {there} is a file, not a directory; choose another place")

@@ -1,0 +1,170 @@
+"""Which checkpoint a start goes on from, and what it says of the run that wrote it: before anything is loaded."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from inrun_megatron.config import Config
+from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.belongs import UNKNOWN
+from inrun_megatron.ledger.files import read_json
+from inrun_megatron.training.distributed import rank0_then_all
+
+DIRECTORY = "checkpoints"
+RUN_STATE_FILE = "run_state.json"
+
+# Fields of the model's configuration that another start of the same run may change: they only draw dropout and first
+# weights; the padding of the vocabulary holds no weights.
+_NOT_THE_MODEL = (
+    "attention_dropout",
+    "hidden_dropout",
+    "init_method_std",
+    "make_vocab_size_divisible_by",
+    "max_position_embeddings",  # rows of a weight, whose shape is compared
+)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage and precision are this run's; `ledger`: as in Progress."""
+
+    path: Path
+    same_layout: bool
+    ledger: str | None
+
+
+def find(directory: str) -> Path | None:
+    """The newest complete checkpoint of a run directory (or of its checkpoints directory), None without one."""
+    for root in (Path(directory) / DIRECTORY, Path(directory)):
+        latest = root / "latest"
+        if latest.is_file():
+            return root / latest.read_text(encoding="utf-8").strip()
+    return None
+
+
+def in_place(config: Config) -> bool:
+    """Whether the run goes on in its own directory: --load is --save."""
+    load, save = config.checkpoint.load, config.checkpoint.save
+    return load is not None and save is not None and Path(save).resolve() == Path(load).resolve()
+
+
+def to_resume(config: Config) -> Resume | None:
+    """The checkpoint that `--load` means; None to start from the beginning. Collective over the world.
+
+    UserError: no checkpoint (unless --load is the run's own --save directory), an incomplete one, or another model's; a
+    --save directory that holds another run's checkpoints.
+    """
+    return rank0_then_all(lambda: _to_resume(config))
+
+
+def _to_resume(config: Config) -> Resume | None:
+    load, save = config.checkpoint.load, config.checkpoint.save
+    path = None if load is None else find(load)
+    if load is not None and path is None and not in_place(config):
+        raise UserError(f"--load {load} holds no checkpoint (no {DIRECTORY}/latest): check the path")
+    own = None if save is None else Path(save) / DIRECTORY
+    goes_on = path is not None and own is not None and path.parent.resolve() == own.resolve()
+    if own is not None and (own / "latest").is_file() and not goes_on:
+        raise UserError(
+            f"--save {save} holds the checkpoints of a run, which would be overwritten: go on with --load {save}, or "
+            "choose another --save"
+        )
+    if path is None:
+        return None
+    state = read(path)
+    check_same_run(path, state, config)
+    return Resume(path, state["layout"] == layout_of(config), state.get("ledger", UNKNOWN))
+
+
+def check_whole(resume: Resume) -> None:
+    """UserError naming a file that a crash of a host or a full disk cut off. Every rank looks at its share of the files."""
+    path, rank, world = resume.path, dist.get_rank(), dist.get_world_size()
+    own = [path / f"rng_{rank:05d}.pt"] if resume.same_layout else []
+    for file in {*sorted(path.glob("*.pt"))[rank::world], *own}:
+        if not _ends_as_written(file):
+            raise UserError(
+                f"{file} is {'damaged' if file.is_file() else 'missing'}: restore it from a copy, or write the name of an "
+                f"earlier checkpoint into {path.parent / 'latest'}"
+            )
+    for file in sorted(path.glob("*.json"))[rank::world]:
+        read_json(file)
+
+
+def _ends_as_written(file: Path) -> bool:
+    """A file of torch.save: a zip, whose directory lies at the end; a pickle, of which nothing is known, in old ones."""
+    try:
+        with open(file, "rb") as opened:
+            pickled = opened.read(1) == b"\x80"
+            return pickled or zipfile.is_zipfile(opened)
+    except OSError:
+        return False
+
+
+def layout_of(config: Config) -> dict[str, int | str]:
+    """Sizes, ZeRO stage and precision, by which DeepSpeed's files are cut."""
+    training = config.training
+    return {
+        "world_size": dist.get_world_size(),
+        "tensor_model_parallel_size": config.parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
+        "zero_stage": int(config.parallel.zero_stage or 0),
+        "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32",
+    }
+
+
+def model_of(config: Config) -> dict[str, Any]:
+    """What the weights are of, with defaults settled: weights of equal shapes may belong to different models."""
+    model = config.model
+    settled = asdict(model) | {
+        "ffn_hidden_size": model.resolved_ffn_hidden_size,
+        "kv_channels": model.resolved_kv_channels,
+        "num_query_groups": model.query_groups,
+    }
+    return {name: value for name, value in settled.items() if name not in _NOT_THE_MODEL}
+
+
+def description(config: Config, ledger: str | None) -> dict[str, Any]:
+    """Layout, model and optimizer, and the run_id of the ledger that holds the values up to here, as they are saved."""
+    return {
+        "ledger": ledger,
+        "layout": layout_of(config),
+        "model": model_of(config),
+        "optimizer": config.training.optimizer,
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The state of the checkpoint in `path`. UserError when it is not complete."""
+    try:
+        state = read_json(path / RUN_STATE_FILE)
+    except UserError as error:
+        raise UserError(f"{path} is no complete checkpoint of this program: {error}") from None
+    if not isinstance(state.get("layout"), dict):
+        raise UserError(f"{path} is no complete checkpoint of this program: {RUN_STATE_FILE} has no layout")
+    return state
+
+
+def check_same_run(path: Path, state: dict[str, Any], config: Config) -> None:
+    """UserError unless the run that wrote the checkpoint trained this model with this optimizer. Older checkpoints say less."""
+    saved, now = state.get("model") or {}, model_of(config)
+    for name, value in now.items():
+        if saved.get(name, value) != value:
+            raise UserError(
+                f"{path} was written with {_flag(name)} {saved[name]}, this run has {value}: give the flags of the model "
+                "that was saved"
+            )
+    optimizer = config.training.optimizer
+    before = state.get("optimizer", optimizer)
+    if before != optimizer:
+        raise UserError(
+            f"{path} holds the state of --optimizer {before}, this run has {optimizer}: resume with --optimizer {before}"
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
