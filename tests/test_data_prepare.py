@@ -202,6 +202,16 @@ class TestRefusals:
             ('{"text": ""}\n', {}, r"holds no text"),
             ("", {}, r"holds no text"),
             ('{"text": "a\\ud800"}\n', {}, r"a.jsonl:1: the text has half of a surrogate pair"),
+            (
+                '{"text": "a", "url": ["b\\udc00"]}\n',
+                {"keep": ["url"]},
+                r"a.jsonl:1: field 'url' has half of a surrogate pair: repair it, or give --replace-invalid",
+            ),
+            (
+                f'{{"text": "a", "n": {"1" * 5000}}}\n',
+                {},
+                r"a.jsonl:1: an integer has more than 4300 digits: write it as a string, or leave it out",
+            ),
             ('{"text": "a"}\n', {"tokenizer": "nowhere.json"}, r"'nowhere.json' is neither"),
             ('{"text": "a"}\n', {"format": "csv"}, r"the format 'csv' is not known"),
             ('{"text": "a"}\n', {"eod_token": "</s>"}, r"--eod-token '</s>' has no effect"),
@@ -224,6 +234,12 @@ class TestRefusals:
             prepare([tmp_path / "in"], tmp_path / "out")
         prepare([tmp_path / "in"], tmp_path / "out", replace_invalid=True)
         assert texts(tmp_path / "out") == ["ok\n\ufffd"]
+        half = '{"text": "a\\ud800", "source": "b\\ud800", "tags": {"c\\ud800": 1}}\n'
+        (tmp_path / "half.jsonl").write_text(half)
+        keep = ["source", "tags"]
+        prepare([tmp_path / "half.jsonl"], tmp_path / "out3", keep=keep, replace_invalid=True)
+        assert texts(tmp_path / "out3") == ["a?"]
+        assert [(row["source"], row["tags"]) for row in rows(tmp_path / "out3")] == [("b?", '{"c?": 1}')]
         with pytest.raises(UserError, match="text files have no fields"):
             prepare([tmp_path / "in"], tmp_path / "out2", keep=["url"])
         (tmp_path / "in/b.txt.gz").write_bytes(gzip.compress(b"x" * 9999)[:-20])
