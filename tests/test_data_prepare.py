@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from inrun_megatron.cli import main
 from inrun_megatron.data.corpora import tiny_corpus, write_corpus
@@ -27,6 +27,7 @@ from inrun_megatron.data.indexed import IndexedFile
 from inrun_megatron.data.prepare import prepare
 from inrun_megatron.data.tokenizers import ByteTokenizer, build_tokenizer, build_tokenizer_from
 from inrun_megatron.errors import UserError
+from tests.data_cases import write_tokenizer
 
 TEXTS = ["Hello world.\n", "naïve café — 漢字 🙂", "a\n\nb\r\nc\ttab", "x" * 5000]
 
@@ -49,22 +50,7 @@ def jsonl(path: Path, records: list) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real byte-level BPE of a few hundred tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers.decoders import ByteLevel
-
-    tokenizer.decoder = ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<pad>", "<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["the cat sat on the mat and the dog ate the hat"] * 20, trainer)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
 
 
 class TestReading:
