@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from inrun_megatron.data.corpora import tiny_corpus
 from inrun_megatron.data.identity import SampleResolver
@@ -20,6 +21,22 @@ def write_pair(directory: Path) -> tuple[str, str]:
         tiny_corpus(directory / "a", documents=20, domain="a"),
         tiny_corpus(directory / "b", documents=40, words=3, domain="b"),
     )
+
+
+def write_tokenizer(path: Path) -> Path:
+    """A real byte-level BPE of a few hundred tokens; <pad> is 0 and <|endoftext|> 1."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the dog ate the hat"] * 20, trainer)
+    tokenizer.save(str(path))
+    return path
 
 
 def build(*data_path: str, **options: Any) -> tuple[IdentifiedDataset, IdentifiedDataset | None]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from inrun_megatron.cli import main
 from inrun_megatron.data.corpora import tiny_corpus, write_corpus
@@ -27,6 +27,7 @@ from inrun_megatron.data.indexed import IndexedFile
 from inrun_megatron.data.prepare import prepare
 from inrun_megatron.data.tokenizers import ByteTokenizer, build_tokenizer, build_tokenizer_from
 from inrun_megatron.errors import UserError
+from tests.data_cases import write_tokenizer
 
 TEXTS = ["Hello world.\n", "naïve café — 漢字 🙂", "a\n\nb\r\nc\ttab", "x" * 5000]
 
@@ -49,22 +50,7 @@ def jsonl(path: Path, records: list) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real byte-level BPE of a few hundred tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers.decoders import ByteLevel
-
-    tokenizer.decoder = ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<pad>", "<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["the cat sat on the mat and the dog ate the hat"] * 20, trainer)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
 
 
 class TestReading:
@@ -202,6 +188,16 @@ class TestRefusals:
             ('{"text": ""}\n', {}, r"holds no text"),
             ("", {}, r"holds no text"),
             ('{"text": "a\\ud800"}\n', {}, r"a.jsonl:1: the text has half of a surrogate pair"),
+            (
+                '{"text": "a", "url": ["b\\udc00"]}\n',
+                {"keep": ["url"]},
+                r"a.jsonl:1: field 'url' has half of a surrogate pair: repair it, or give --replace-invalid",
+            ),
+            (
+                f'{{"text": "a", "n": {"1" * 5000}}}\n',
+                {},
+                r"a.jsonl:1: an integer has more than 4300 digits: write it as a string, or leave it out",
+            ),
             ('{"text": "a"}\n', {"tokenizer": "nowhere.json"}, r"'nowhere.json' is neither"),
             ('{"text": "a"}\n', {"format": "csv"}, r"the format 'csv' is not known"),
             ('{"text": "a"}\n', {"eod_token": "</s>"}, r"--eod-token '</s>' has no effect"),
@@ -224,6 +220,12 @@ class TestRefusals:
             prepare([tmp_path / "in"], tmp_path / "out")
         prepare([tmp_path / "in"], tmp_path / "out", replace_invalid=True)
         assert texts(tmp_path / "out") == ["ok\n\ufffd"]
+        half = '{"text": "a\\ud800", "source": "b\\ud800", "tags": {"c\\ud800": 1}}\n'
+        (tmp_path / "half.jsonl").write_text(half)
+        keep = ["source", "tags"]
+        prepare([tmp_path / "half.jsonl"], tmp_path / "out3", keep=keep, replace_invalid=True)
+        assert texts(tmp_path / "out3") == ["a?"]
+        assert [(row["source"], row["tags"]) for row in rows(tmp_path / "out3")] == [("b?", '{"c?": 1}')]
         with pytest.raises(UserError, match="text files have no fields"):
             prepare([tmp_path / "in"], tmp_path / "out2", keep=["url"])
         (tmp_path / "in/b.txt.gz").write_bytes(gzip.compress(b"x" * 9999)[:-20])

@@ -12,13 +12,14 @@ from inrun_megatron.data.corpora import tiny_corpus, write_corpus
 from inrun_megatron.data.indexed import IndexedFile
 from inrun_megatron.data.megatron import document_ids
 from inrun_megatron.data.targets import Target, TargetSpec, load_target, parse_target, parse_targets
-from inrun_megatron.data.tokenizers import ByteTokenizer
+from inrun_megatron.data.tokenizers import ByteTokenizer, NullTokenizer, build_tokenizer
 from inrun_megatron.data.train import build_datasets
 from inrun_megatron.errors import UserError
+from tests.data_cases import write_tokenizer
 
 
 def load(prefix: str | Path, count: int | None = None, **options) -> Target:
-    settings = {"seq_length": 32, "eod": 256, "eod_mask_loss": False, "vocab_size": 257, **options}
+    settings = {"seq_length": 32, "tokenizer": ByteTokenizer(), "eod_mask_loss": False, **options}
     return load_target(TargetSpec("t", str(prefix), count), **settings)
 
 
@@ -142,12 +143,32 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds 3 sequences of 10 tokens, not 4"):
         load(prefix, 4, seq_length=10)
     with pytest.raises(UserError, match="token 256, outside the vocabulary of 256"):
-        load(prefix, seq_length=31, vocab_size=256)
+        load(prefix, seq_length=31, tokenizer=NullTokenizer(256))
     with pytest.raises(UserError, match="does not exist"):
         load(tmp_path / "nothing")
-    with pytest.raises(UserError, match="need a tokenizer with an end of document"):
-        load(prefix, seq_length=8, eod=None, eod_mask_loss=True)
     with open(f"{prefix}.bin", "ab") as file:
         file.truncate(20)
     with pytest.raises(UserError, match="truncated"):
         load(prefix, seq_length=8)
+
+
+def test_the_target_is_of_the_run_s_tokenizer(tmp_path: Path) -> None:
+    """Bytes are ids of every vocabulary, so that only PREFIX.json tells them apart."""
+    path = write_tokenizer(tmp_path / "tokenizer.json")
+    tokenizer = build_tokenizer(path)
+    bytes_, other_end, same = (
+        write_corpus(tmp_path / f"c{n}", ["the cat sat on the mat " * 9], **options)
+        for n, options in enumerate(
+            ({}, {"tokenizer": path, "eod_token": "<pad>"}, {"tokenizer": path, "eod_token": "<|endoftext|>"})
+        )
+    )
+    with pytest.raises(
+        UserError, match=r"target t \(.*c0\) was prepared with the tokenizer 'bytes' \(257 tokens\), the run"
+    ):
+        load(bytes_, seq_length=8, tokenizer=tokenizer)
+    with pytest.raises(
+        UserError,
+        match=r"target t \(.*c1\) was prepared with the end-of-document token 0, the run uses 1: prepare",
+    ):
+        load(other_end, seq_length=8, tokenizer=tokenizer)
+    assert len(load(same, seq_length=8, tokenizer=tokenizer).tokens)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, _get_ltor_masks_and_position_ids
 
+from inrun_megatron.config import Config, DataConfig, ModelConfig, ShapleyConfig, TrainingConfig
 from inrun_megatron.data import train as train_module
 from inrun_megatron.data.blend import Blend, dataset_names, parse_blend, parse_split
 from inrun_megatron.data.corpora import tiny_corpus, write_corpus
 from inrun_megatron.data.identity import SampleResolver
-from inrun_megatron.data.tokenizers import ByteTokenizer, NullTokenizer, prepared_tokenizer
+from inrun_megatron.data.tokenizers import ByteTokenizer, NullTokenizer, build_tokenizer, prepared_tokenizer
 from inrun_megatron.data.train import (
     DataSampler,
     microbatch_indices,
@@ -22,7 +23,8 @@ from inrun_megatron.data.train import (
 )
 from inrun_megatron.errors import UserError
 from inrun_megatron.models.attention import document_mask
-from tests.data_cases import build, check_identity, write_pair
+from inrun_megatron.training.datasets import vocabulary
+from tests.data_cases import build, check_identity, write_pair, write_tokenizer
 from tests.distributed import Workers
 
 PLAIN = {"tokens", "labels", "loss_mask", "position_ids", "dataset", "sample"}
@@ -195,6 +197,42 @@ class TestRefusals:
         with pytest.raises(UserError, match=r"nowhere.idx does not exist"):
             prepared_tokenizer([str(tmp_path / "nowhere")])
         build("1", pair[0], "1", pair[1])  # the tokens are the vocabulary's, so it is usable
+
+    def test_end_of_document(self, tmp_path: Path) -> None:
+        """The run's is the data's, not the first that the tokenizer.json may mean."""
+        path = write_tokenizer(tmp_path / "tokenizer.json")
+        pad, end = (
+            tiny_corpus(tmp_path / name, tokenizer=path, eod_token=token)
+            for name, token in (("pad", "<pad>"), ("end", None))
+        )
+
+        def of_run(*prefixes: str, target: str) -> int:
+            config = Config(
+                model=ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1),
+                data=DataConfig(
+                    data_path=prefixes,
+                    seq_length=8,
+                    tokenizer_type="HuggingFaceTokenizer",
+                    tokenizer_model=str(path),
+                ),
+                training=TrainingConfig(micro_batch_size=1, train_iters=1, lr=1.0),
+                shapley=ShapleyConfig(target=(f"t={target}",)),
+            )
+            return vocabulary(config).eod
+
+        elsewhere = tiny_corpus(tmp_path / "bytes")
+        assert of_run(pad, target=pad) == of_run(elsewhere, target=pad) == 0
+        assert of_run(end, target=end) == of_run(elsewhere, target=elsewhere) == 1
+        for prefixes, target in (((pad, end), pad), ((pad,), end)):
+            with pytest.raises(
+                UserError, match=r"pad was prepared with .* token 0 and .*end with 1: prepare both"
+            ):
+                of_run(*prefixes, target=target)
+        with pytest.raises(
+            UserError, match=r"pad was prepared with .* token 0, the run uses 1: prepare all data"
+        ):
+            build(pad, tokenizer=build_tokenizer(path))
+        assert build(pad, tokenizer=build_tokenizer(path, "<pad>"))
 
     def test_a_split_without_documents(self, tmp_path: Path) -> None:
         """Upstream would count epochs of no tokens for ever."""

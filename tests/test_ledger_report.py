@@ -82,6 +82,16 @@ def test_normalised_values_tell_late_steps_apart_where_raw_sums_do_not(run: tupl
     assert shuffled.mean > 0 > shuffled.normalised_mean  # the early surplus rules the raw sum
 
 
+@pytest.mark.parametrize("name", ["web[1]", "w*", "web?"])
+def test_a_directory_is_no_pattern(tmp_path: Path, name: str) -> None:
+    """Beside a run whose name the pattern would match."""
+    own = write_run(tmp_path / name, Shape(steps=3, seed=1))
+    write_run(tmp_path / "web1", Shape(steps=3))
+    with Query(Ledger(tmp_path / name)) as query:
+        found = query.table("SELECT value FROM ledger_values WHERE target = 'code'")["value"].to_numpy()
+    np.testing.assert_array_equal(np.sort(found), np.sort(own["code"].astype(found.dtype)))
+
+
 def test_samples_and_datasets_are_ranked(run: tuple[Path, np.ndarray]) -> None:
     directory, rows = run
     late = rows[rows["step"] > 20]

@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,9 @@ import torch
 import yaml
 
 from inrun_megatron.data.prepare import prepare as prepare_data
+from inrun_megatron.training.exit_codes import STOPPED
 from tests.distributed import DistributedError, Workers
+from tests.hosts import wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = (
@@ -383,6 +386,23 @@ def test_a_run_starts_under_every_launcher(data: Path, tmp_path: Path, launcher:
         assert any("additivity off by" in line for line in steps)
         assert (tmp_path / "run" / "shapley" / "commits" / "0000000004.json").exists()
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "iter_0000004"
+
+
+def test_a_request_during_start_up_is_kept(data: Path, tmp_path: Path) -> None:
+    """launch/slurm/pretrain.sbatch has SIGUSR1 ignored until a rank listens. Here it comes while torch is imported."""
+    argv = arguments(data, "--no-shapley", "--save", str(tmp_path / "run"))
+    ignoring = ["bash", "-c", "trap '' USR1; exec \"$@\"", "rank"]
+    process = subprocess.Popen(
+        [*ignoring, sys.executable, str(ROOT / "launch" / "pretrain.py"), *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), 180.0, "torch")
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=600)
+    assert "stopped by SIGUSR1 on rank 0 after step 1: saved iter_0000001; exit code 75" in output, output
+    assert process.returncode == STOPPED
 
 
 @pytest.mark.parametrize(

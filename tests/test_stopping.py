@@ -38,11 +38,11 @@ assert HANGING != FAILING != FIRST_FAILING
 
 
 SIGNALLED_AFTER_AN_ERROR = """
-import os, signal, torch
+import os, signal
 from inrun_megatron.training.signals import StopSignals
 
 try:
-    with StopSignals(torch.device("cpu")):
+    with StopSignals():
         raise RuntimeError("Connection closed by peer")
 except RuntimeError as error:
     os.kill(os.getpid(), signal.SIGTERM)
@@ -56,15 +56,15 @@ def _signalled(rank: int, world: int) -> list[Any]:
 
     from inrun_megatron.training.signals import StopSignals
 
-    before = signal.getsignal(signal.SIGTERM)
+    before, device = signal.getsignal(signal.SIGTERM), torch.device("cpu")
     answers = []
     for number, target in ((signal.SIGTERM, 0), (signal.SIGUSR1, 1)):
-        with StopSignals(torch.device("cpu")) as signals:
-            answers.append(signals.agreed())
+        with StopSignals() as signals:
+            answers.append(signals.agreed(device))
             if rank == target:
                 os.kill(os.getpid(), number)
             dist.barrier()
-            answers.append(str(signals.agreed()))
+            answers.append(str(signals.agreed(device)))
     assert signal.getsignal(signal.SIGTERM) is before
     return answers
 

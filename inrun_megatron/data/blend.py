@@ -107,23 +107,34 @@ def check_vocabulary(data: IndexedFile, tokenizer: Tokenizer) -> None:
 
     Raises UserError naming both vocabularies.
     """
-    summary = read_summary(data.prefix)
-    if summary is not None and tokenizer.name != "null":
-        record = summary["tokenizer"]
-        if record["vocab_size"] != tokenizer.vocab_size or record.get("sha256") != tokenizer.sha256:
-            raise UserError(
-                f"{data.prefix} was prepared with the tokenizer {record.get('name')!r} ({record['vocab_size']} tokens), "
-                f"the run uses {tokenizer.name!r} ({tokenizer.vocab_size} tokens): use the same tokenizer for both"
-            )
+    check_tokenizer(data.prefix, data, tokenizer)
     check_token_range(data.prefix, *data.token_range(), tokenizer.vocab_size)
 
 
-def check_token_range(prefix: str, smallest: int, largest: int, vocab_size: int) -> None:
+def check_tokenizer(where: str, data: IndexedFile, tokenizer: Tokenizer) -> None:
+    """UserError when PREFIX.json names another tokenizer or end of document than the run's. `where` names the data."""
+    summary = read_summary(data.prefix)
+    if summary is None or tokenizer.name == "null":
+        return
+    record = summary["tokenizer"]
+    if record["vocab_size"] != tokenizer.vocab_size or record.get("sha256") != tokenizer.sha256:
+        raise UserError(
+            f"{where} was prepared with the tokenizer {record.get('name')!r} ({record['vocab_size']} tokens), "
+            f"the run uses {tokenizer.name!r} ({tokenizer.vocab_size} tokens): use the same tokenizer for both"
+        )
+    if record.get("eod") not in (None, tokenizer.eod):
+        raise UserError(
+            f"{where} was prepared with the end-of-document token {record['eod']}, the run uses {tokenizer.eod}: prepare "
+            "all data with the same --eod-token"
+        )
+
+
+def check_token_range(where: str, smallest: int, largest: int, vocab_size: int) -> None:
     """UserError when tokens lie outside [0, vocab_size)."""
     if smallest < 0 or largest >= vocab_size:
         bad = smallest if smallest < 0 else largest
         raise UserError(
-            f"{prefix} holds the token {bad}, outside the vocabulary of {vocab_size}: use the tokenizer (or --vocab-size) "
+            f"{where} holds the token {bad}, outside the vocabulary of {vocab_size}: use the tokenizer (or --vocab-size) "
             "that the data was prepared with"
         )
 

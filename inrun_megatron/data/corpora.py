@@ -41,10 +41,12 @@ def tiny_corpus(
     seed: int = 0,
     domain: str = "tiny",
     tokenizer: str | Path = "bytes",
+    **options: Any,
 ) -> str:
     """Random sentences: `documents` of 1 to 2 x `words` words, with the metadata fields source and domain.
 
-    About 5 x words byte tokens per document. The same arguments give the same files. Returns the prefix.
+    About 5 x words byte tokens per document. The same arguments give the same files. `options` go to
+    `prepare`. Returns the prefix.
     """
     generator = random.Random(f"{seed} {domain}")
     vocabulary = WORDS.split()
@@ -56,4 +58,4 @@ def tiny_corpus(
         }
         for document in range(documents)
     ]
-    return write_corpus(prefix, records, tokenizer)
+    return write_corpus(prefix, records, tokenizer, **options)

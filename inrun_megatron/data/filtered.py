@@ -7,6 +7,7 @@ PREFIX.documents.parquet          and any other PREFIX.*.parquet with one row pe
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 from collections.abc import Mapping
@@ -64,7 +65,7 @@ def _carry_sidecars(source: IndexedFile, documents: np.ndarray, prefix: Path) ->
     known = {source.bin_path, source.idx_path, summary_path(source.prefix)}
     keep = np.zeros(source.num_documents, bool)
     keep[documents] = True
-    for path in sorted(origin.parent.glob(f"{_escaped(origin.name)}.*")):
+    for path in sorted(origin.parent.glob(f"{glob.escape(origin.name)}.*")):
         # "web" and "web.de" may be two datasets: the second one's files are not the first one's.
         suffix = path.name.removeprefix(origin.name)
         if path in known or not path.is_file() or _of_another_dataset(path, origin):
@@ -77,10 +78,6 @@ def _carry_sidecars(source: IndexedFile, documents: np.ndarray, prefix: Path) ->
         else:
             left.append(path.name)
     return left
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _of_another_dataset(path: Path, origin: Path) -> bool:

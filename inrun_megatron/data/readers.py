@@ -10,6 +10,7 @@ import glob
 import gzip
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,7 +213,7 @@ def read_piece(piece: Piece, options: ReadOptions) -> list[Document]:
         ]
     else:
         documents = [_read_text(piece.path, options)]
-    return [_encodable(document, piece.path, options) for document in documents]
+    return documents
 
 
 def _read_text(path: str, options: ReadOptions) -> Document:
@@ -236,19 +237,19 @@ def _decode(content: bytes, path: str, line: int | None, options: ReadOptions) -
         ) from None
 
 
-def _encodable(document: Document, path: str, options: ReadOptions) -> Document:
-    """JSON can escape half of a surrogate pair, which is text for Python but has no UTF-8."""
+def _encodable(value: Any, where: str, options: ReadOptions) -> Any:
+    """A value of JSON, whose strings can hold half of a surrogate pair: text for Python, but without UTF-8."""
+    errors = "replace" if options.replace_invalid else "strict"
     try:
-        document.text.encode("utf-8")
+        if isinstance(value, str):
+            return value.encode("utf-8", errors).decode("utf-8")
+        if isinstance(value, list | dict):
+            return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", errors))
     except UnicodeEncodeError:
-        if not options.replace_invalid:
-            raise UserError(
-                f"{path}:{document.line}: the text has half of a surrogate pair: repair it, or give --replace-invalid"
-            ) from None
-        return Document(
-            document.text.encode("utf-8", "replace").decode("utf-8"), document.line, document.kept
-        )
-    return document
+        raise UserError(
+            f"{where} has half of a surrogate pair: repair it, or give --replace-invalid"
+        ) from None
+    return value
 
 
 def _read_record(content: bytes, line: int, path: str, options: ReadOptions) -> Document:
@@ -259,6 +260,11 @@ def _read_record(content: bytes, line: int, path: str, options: ReadOptions) -> 
         raise UserError(f"{path}:{line}: invalid JSON ({error.msg} at column {error.colno})") from None
     except RecursionError:
         raise UserError(f"{path}:{line}: invalid JSON (nested too deeply)") from None
+    except ValueError:  # Python's own limit for integers
+        limit = sys.get_int_max_str_digits()
+        raise UserError(
+            f"{path}:{line}: an integer has more than {limit} digits: write it as a string, or leave it out"
+        ) from None
     if not isinstance(record, dict):
         raise UserError(
             f"{path}:{line}: a JSON {type(record).__name__} where an object with {options.text_field!r} was expected"
@@ -275,7 +281,12 @@ def _read_record(content: bytes, line: int, path: str, options: ReadOptions) -> 
         raise UserError(
             f"{path}:{line}: field {options.text_field!r} holds a {type(value).__name__}, not text"
         )
-    return Document(value, line, {name: record[name] for name in options.keep if name in record})
+    kept = {
+        name: _encodable(record[name], f"{path}:{line}: field {name!r}", options)
+        for name in options.keep
+        if name in record
+    }
+    return Document(_encodable(value, f"{path}:{line}: the text", options), line, kept)
 
 
 def _read_parquet(piece: Piece, options: ReadOptions) -> list[Document]:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from inrun_megatron.data.blend import check_token_range
+from inrun_megatron.data.blend import check_token_range, check_tokenizer
 from inrun_megatron.data.indexed import IndexedFile, normalise_prefix
 from inrun_megatron.data.megatron import document_ids, masks_and_positions
+from inrun_megatron.data.tokenizers import Tokenizer
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import sha256_of
 
@@ -115,9 +116,8 @@ def load_target(
     spec: TargetSpec,
     *,
     seq_length: int,
-    eod: int | None,
+    tokenizer: Tokenizer,
     eod_mask_loss: bool,
-    vocab_size: int,
     reset_position_ids: bool = False,
     reset_attention_mask: bool = False,
 ) -> Target:
@@ -127,11 +127,12 @@ def load_target(
     Where the spec asks for fewer sequences than there are, they are spread evenly over the file. Masks and positions
     follow the rules of the training data (GPTDataset).
 
-    Raises UserError: missing or truncated files, fewer tokens than one sequence, more sequences asked for than there are,
-    a token outside the vocabulary, no token with a loss.
+    Raises UserError: missing or truncated files, data of another tokenizer, fewer tokens than one sequence, more sequences
+    asked for than there are, a token outside the vocabulary, no token with a loss.
     """
     data = IndexedFile(spec.path)
     where = f"target {spec.name} ({data.prefix})"
+    check_tokenizer(where, data, tokenizer)
     available = (data.num_tokens - 1) // seq_length
     if available < 1:
         raise UserError(
@@ -144,17 +145,12 @@ def load_target(
             f"{where} holds {available} sequences of {seq_length} tokens, not {count}: ask for at most {available}, or "
             "leave the number out"
         )
-    if (eod_mask_loss or reset_position_ids or reset_attention_mask) and eod is None:
-        raise UserError(
-            f"{where}: --eod-mask-loss, --reset-position-ids and --reset-attention-mask need a tokenizer with an end "
-            f"of document"
-        )
     starts = np.arange(count) * available // count * seq_length
     tokens = torch.from_numpy(
         np.stack([data.tokens(i, i + seq_length + 1) for i in starts.tolist()]).astype(np.int64)
     )
-    check_token_range(where, int(tokens.min()), int(tokens.max()), vocab_size)
-    rows = [masks_and_positions(row[:-1], eod, reset_position_ids, eod_mask_loss) for row in tokens]
+    check_token_range(where, int(tokens.min()), int(tokens.max()), tokenizer.vocab_size)
+    rows = [masks_and_positions(row[:-1], tokenizer.eod, reset_position_ids, eod_mask_loss) for row in tokens]
     loss_mask = torch.stack([mask for mask, _ in rows])
     if not loss_mask.any():
         raise UserError(
@@ -178,5 +174,5 @@ def load_target(
         loss_mask,
         torch.stack([positions for _, positions in rows]),
         description,
-        documents=document_ids(tokens[:, :-1], eod) if reset_attention_mask and eod is not None else None,
+        documents=document_ids(tokens[:, :-1], tokenizer.eod) if reset_attention_mask else None,
     )

@@ -105,13 +105,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: str | Path, eod: str | int | None = None) -> None:
         from tokenizers import Tokenizer as FastTokenizer
 
-        file = Path(path)
-        if file.is_dir():
-            file = file / "tokenizer.json"
-        if not file.is_file():
-            raise UserError(
-                f"tokenizer {str(path)!r} is neither 'bytes' nor an existing tokenizer.json: give the path of the file"
-            )
+        file = _tokenizer_file(path)
         try:
             self._fast = FastTokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare Exception for anything it cannot parse
@@ -143,6 +137,17 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._fast.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def _tokenizer_file(path: str | Path) -> Path:
+    file = Path(path)
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(
+            f"tokenizer {str(path)!r} is neither 'bytes' nor an existing tokenizer.json: give the path of the file"
+        )
+    return file
 
 
 class NullTokenizer(Tokenizer):
@@ -182,6 +187,28 @@ def build_tokenizer_from(record: dict[str, Any]) -> Tokenizer:
             f"{str(tokenizer.sha256)[:12]}): restore it, or prepare the data again"
         )
     return tokenizer
+
+
+def tokenizer_for_data(path: str | Path, prefixes: Sequence[str | Path]) -> Tokenizer:
+    """The tokenizer.json `path` with the end of document that datasets were prepared with, where it made any of them.
+
+    Raises UserError when they were prepared with different ones: `inrun prepare --eod-token` may name any token.
+    """
+    from inrun_megatron.data.documents import read_summary
+
+    sha256 = sha256_of(_tokenizer_file(path))
+    ends: dict[int, str] = {}
+    for prefix in map(normalise_prefix, prefixes):
+        record = (read_summary(prefix) or {}).get("tokenizer", {})
+        if record.get("sha256") == sha256 and record.get("eod") is not None:
+            ends.setdefault(int(record["eod"]), prefix)
+    if len(ends) > 1:
+        (one, first), (other, second) = list(ends.items())[:2]
+        raise UserError(
+            f"{first} was prepared with the end-of-document token {one} and {second} with {other}: prepare both with the "
+            "same --eod-token"
+        )
+    return HuggingFaceTokenizer(path, next(iter(ends), None))
 
 
 def prepared_tokenizer(prefixes: Sequence[str | Path]) -> Tokenizer:

@@ -23,7 +23,7 @@ from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.report.documents import Documents
 from inrun_megatron.report.domains import domain_figures
 from inrun_megatron.report.phases import Phase
-from inrun_megatron.report.query import Query, quoted
+from inrun_megatron.report.query import Query, parquet_files, quoted
 from inrun_megatron.report.ranking import Level, create_figures
 from inrun_megatron.report.scores import Measure, Per
 from inrun_megatron.report.summary import with_place
@@ -62,10 +62,7 @@ def compare(
                 domains.append(domain_figures(query, [side.phase]))
         with Query(b.ledger) as query:
             names = ", ".join(quoted(name) for name in targets)
-            scores = [
-                f"(SELECT * FROM read_parquet({quoted(str(file))}) WHERE target IN ({names}))"
-                for file in files
-            ]
+            scores = [f"(SELECT * FROM {parquet_files([file])} WHERE target IN ({names}))" for file in files]
             query.run(
                 f"CREATE TEMP TABLE shared AS SELECT a.target, a.dataset AS dataset_a, a.{column} AS {column}_a, "
                 f"b.dataset AS dataset_b, b.{column} AS {column}_b, a.score AS a, b.score AS b "

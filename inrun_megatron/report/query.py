@@ -25,8 +25,10 @@ normalised values, and use this one for single steps and to compare with other w
 
 from __future__ import annotations
 
+import glob
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -87,10 +89,8 @@ class Query:
             self.register("no_values", VALUES_SCHEMA.empty_table())
             self._connection.execute(f"CREATE TEMP VIEW ledger_values AS SELECT {columns} FROM no_values")
             return
-        files = ", ".join(quoted(path) for path in paths)
         self._connection.execute(
-            f"CREATE TEMP VIEW ledger_values AS SELECT {columns} "
-            f"FROM read_parquet([{files}], hive_partitioning = false)"
+            f"CREATE TEMP VIEW ledger_values AS SELECT {columns} FROM {parquet_files(paths)}"
         )
 
     def register(self, name: str, table: pa.Table) -> None:
@@ -168,6 +168,12 @@ class Query:
 def quoted(text: str) -> str:
     """A SQL string literal."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def parquet_files(paths: Sequence[str | Path]) -> str:
+    """These files as a relation. DuckDB takes a path for a glob: the one of `web[1]` would read `web1`."""
+    files = ", ".join(quoted(glob.escape(str(path))) for path in paths)
+    return f"read_parquet([{files}], hive_partitioning = false)"
 
 
 def _names(column: str, kind: pa.DataType, names: list[str]) -> pa.Table:

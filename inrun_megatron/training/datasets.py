@@ -10,7 +10,13 @@ from inrun_megatron.data.blend import parse_blend, parse_split
 from inrun_megatron.data.documents import read_summary
 from inrun_megatron.data.sampler import microbatch_indices
 from inrun_megatron.data.targets import Target, load_target, parse_targets
-from inrun_megatron.data.tokenizers import NullTokenizer, Tokenizer, build_tokenizer, prepared_tokenizer
+from inrun_megatron.data.tokenizers import (
+    NullTokenizer,
+    Tokenizer,
+    build_tokenizer,
+    prepared_tokenizer,
+    tokenizer_for_data,
+)
 from inrun_megatron.data.train import build_datasets
 from inrun_megatron.errors import UserError
 from inrun_megatron.training.deepspeed_config import Batch
@@ -37,7 +43,8 @@ def check_arguments(config: Config) -> None:
 
 
 def vocabulary(config: Config) -> Tokenizer:
-    """The tokenizer of --tokenizer-type; with `auto` the one that all the data was prepared with.
+    """The tokenizer of --tokenizer-type, with the data's end of document; with `auto` the one that all the data was
+    prepared with.
 
     UserError: the data's tokenizers differ or are unknown, or --vocab-size is not the tokenizer's.
     """
@@ -47,7 +54,8 @@ def vocabulary(config: Config) -> Tokenizer:
         tokenizer = build_tokenizer("bytes")
     elif data.tokenizer_type == "HuggingFaceTokenizer":
         assert data.tokenizer_model is not None  # training/validation.py
-        tokenizer = build_tokenizer(data.tokenizer_model)
+        specs = parse_targets(config.shapley.target) if config.shapley.enabled else []
+        tokenizer = tokenizer_for_data(data.tokenizer_model, [*prefixes, *(spec.path for spec in specs)])
     elif data.vocab_size is not None and any(read_summary(prefix) is None for prefix in prefixes):
         # Data that was tokenized elsewhere: the flag states the vocabulary.
         needing = {
@@ -79,9 +87,8 @@ def targets(config: Config, tokenizer: Tokenizer) -> list[Target]:
         load_target(
             spec,
             seq_length=config.data.seq_length,
-            eod=tokenizer.eod,
+            tokenizer=tokenizer,
             eod_mask_loss=config.data.eod_mask_loss,
-            vocab_size=tokenizer.vocab_size,
             reset_position_ids=config.data.reset_position_ids,
             reset_attention_mask=config.data.reset_attention_mask,
         )

@@ -72,7 +72,7 @@ class Run:
             for iteration in range(start + 1, total + 1):
                 last = iteration == total or _at(iteration, self.config.training.exit_interval)
                 self._step(iteration, loader, last, reporter)
-                stop = signals.agreed()
+                stop = signals.agreed(self.trainer.device)
                 if stop is None:
                     self._evaluate(iteration, last, bar)
                 self._save(iteration, last or stop is not None)

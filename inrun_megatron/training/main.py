@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.training.exit_codes import FAILED
+from inrun_megatron.training.signals import StopSignals
 
 REPORT_SECONDS = 60.0
 """How long a rank that found bad input leaves its machine's first rank to say so; that one's exit ends the wait."""
@@ -22,6 +23,8 @@ def main(argv: Sequence[str]) -> int:
     Codes: training/exit_codes.py. A UserError is one line on stderr; what every rank finds wrong alike is reported by
     one of them.
     """
+    signals = StopSignals()
+    signals.note_early()
     # Optional packages that megatron-core does without, and torch's renamings that upstream has yet to follow: on every
     # rank, they would bury the run's own messages.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
@@ -42,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
             time.sleep(REPORT_SECONDS)
         return _fail(error, reports)
     try:
-        code = run(settled)
+        code = run(settled, signals)
     except AgreedError as error:
         code = _fail(error, rank == 0)
     except UserError as error:

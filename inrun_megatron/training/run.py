@@ -61,18 +61,21 @@ def _check_precision(config: Config) -> None:
             )
 
 
-def run(settled: Settled) -> int:
-    """Train as configured, from a checkpoint where there is one; returns the exit code. Collective over the world."""
+def run(settled: Settled, signals: StopSignals | None = None) -> int:
+    """Train as configured, from a checkpoint where there is one; returns the exit code. Collective over the world.
+
+    signals: may have been listening for a while.
+    """
     parallel = settled.config.parallel
     distributed.meet(parallel)
     distributed.share_cores()
     # Its own limit comes first: the collective's error would name no rank.
     stall = 0.9 * 60 * parallel.distributed_timeout_minutes
     with Watchdog(parallel.heartbeat_timeout, stall) as watchdog:
-        return _run(settled, watchdog)
+        return _run(settled, watchdog, signals or StopSignals())
 
 
-def _run(settled: Settled, watchdog: Watchdog) -> int:
+def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
     config, batch = settled.config, settled.batch
     # Whatever may be wrong with the input comes before DeepSpeed, which may compile for a minute.
     vocabulary = all_ranks(lambda: datasets.vocabulary(config))
@@ -121,7 +124,7 @@ def _run(settled: Settled, watchdog: Watchdog) -> int:
         scoring=scoring,
     )
     watchdog.arm()
-    with StopSignals(trainer.device) as signals:
+    with signals:
         stop = loop.train(signals)
         if scoring is not None:
             scoring.close()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:  # torch takes its time, and a rank listens before that (training/main.py)
+    import torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """SIGTERM: launchers, `kill`, `scancel`. SIGUSR1: what `sbatch --signal` is usually asked to send before the time is up."""
@@ -31,16 +31,17 @@ class StopSignals:
 
     After an error they still do: the process is about to end by itself, with its reason.
 
-    The handlers are Python's, so they run in the main thread, which must be the one that opens this. A signal that
-    arrives before has its usual effect: there is nothing to save yet.
-
-    device: where the world group's backend reduces (the GPU under nccl).
+    The handlers are Python's, so they run in the main thread, which must be the one that opens this. A SIGTERM that
+    arrives before ends the process: there is nothing to save yet.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._received = 0
         self._before: dict[signal.Signals, Any] = {}
+
+    def note_early(self) -> None:
+        """SIGUSR1 leaves a note from now on. Under launch/slurm it would be ignored until here, and the request lost."""
+        signal.signal(signal.SIGUSR1, self._note)
 
     def __enter__(self) -> Self:
         for number in SIGNALS:
@@ -58,14 +59,19 @@ class StopSignals:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._received = number
 
-    def agreed(self) -> StopRequest | None:
+    def agreed(self, device: torch.device) -> StopRequest | None:
         """Whether any rank was signalled; the same answer on every rank. Collective over the world.
+
+        device: where the world group's backend reduces (the GPU under nccl).
 
         One all-reduce of eight bytes. It cannot ride on the training loss: that is reduced over replicas only, and
         tensor-parallel ranks or stages of one replica would disagree.
         """
+        import torch
+        import torch.distributed as dist
+
         note = self._received << _RANK_BITS | dist.get_rank() if self._received else 0
-        notes = torch.tensor([note], dtype=torch.int64, device=self._device)
+        notes = torch.tensor([note], dtype=torch.int64, device=device)
         dist.all_reduce(notes, op=dist.ReduceOp.MAX)
         highest = int(notes)
         if not highest:
