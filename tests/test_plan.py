@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,16 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from inrun_megatron import cli
 from inrun_megatron.config import ModelConfig
-from inrun_megatron.data.corpora import tiny_corpus
 from inrun_megatron.defaults import STRETCH
 from inrun_megatron.ledger import LedgerWriter, RunDescription, create_ledger
 from inrun_megatron.plan import costs, predict, times
 from inrun_megatron.plan.costs import ESTIMATORS
 from inrun_megatron.plan.job import Job, count
 from inrun_megatron.plan.presets import PRESETS
-from inrun_megatron.training.arguments import parse, write_yaml
 from tests.counting import standing_in
 from tests.distributed import assert_cases, run_cases
 from tests.layout_engine import build_engine
@@ -402,88 +398,3 @@ def test_time_follows_from_the_counts() -> None:
     assert costs["simpson", "current"].overhead == pytest.approx(1 + 3 * ratio)
     assert 1 + ratio < costs["midpoint", "current"].overhead < 1 + 1.4 * ratio
     assert costs["first_order", "drift"].overhead == pytest.approx(ratio)
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["plan", *arguments])
-    captured = capsys.readouterr()
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code, captured.out, captured.err
-
-
-def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    names = [text for preset in PRESETS for text in ("--preset", preset)]
-    code, out, _ = run(capsys, *names)
-    assert code == 0 and "16,384" in out and max(map(len, out.splitlines())) <= 100 and "…" not in out
-    plan = json.loads(run(capsys, "--preset", "7b", "--targets", "3", "--json")[1])
-    assert plan["memory"]["directions"] == 3 * 4 * plan["parameters_per_rank"]
-    half = json.loads(
-        run(capsys, "--preset", "7b", "--targets", "3", "--direction-dtype", "bf16", "--json")[1]
-    )
-    assert half["memory"]["directions"] == half["memory"]["sums"] == plan["memory"]["directions"] // 2
-    assert half["communication"]["bytes"] < plan["communication"]["bytes"]
-    shape = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --vocab-size 512 --seq-length 128"
-    rest = (
-        "--world-size 4 --global-batch-size 16 --zero-stage 3 --precision fp32 --llama --num-query-groups 2"
-    )
-    code, out, _ = run(capsys, *shape.split(), *rest.split())
-    assert code == 0 and "fill directions" in out
-    config = tmp_path / "config.yaml"
-    config.write_text(
-        "model: {num_layers: 2, hidden_size: 64, num_attention_heads: 4}\n"
-        "data: {data_path: [x], seq_length: 128, vocab_size: 512}\n"
-        "training: {micro_batch_size: 2, global_batch_size: 16, train_iters: 50, lr: 1e-3}\n"
-        "shapley: {target: ['code=x:24'], interval: 5, estimator: simpson}\n"
-    )
-    plan = json.loads(run(capsys, "--config", str(config), "--world-size", "4", "--json")[1])
-    assert plan["ledger"]["rows"] == 10 * 16 and plan["job"]["target_sequences"] == 24
-    assert plan["job"]["parameter_bytes"] == 4 and plan["memory"]["batch_gradient"] > 0
-
-
-def test_the_vocabulary_of_a_run_is_that_of_its_data(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """A run's config.yaml names no vocabulary size where the flag was not given."""
-    path, data = tmp_path / "config.yaml", tiny_corpus(tmp_path / "c", documents=3)
-    argv = f"--data-path {data} --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 128 --lr 1e-3"
-    rest = "--micro-batch-size 2 --global-batch-size 16 --train-iters 50 --tensor-model-parallel-size 2"
-    write_yaml(parse([*argv.split(), *rest.split()]), path)
-    arguments = ("--config", str(path), "--world-size", "4", "--json")
-    assert json.loads(run(capsys, *arguments)[1])["job"]["vocab_size"] == 512  # 257 in steps of 128 x 2
-    Path(f"{data}.json").unlink()
-    code, _, err = run(capsys, *arguments)
-    assert code == 1 and "give --vocab-size" in err and err.count("\n") == 1
-    assert json.loads(run(capsys, *arguments, "--vocab-size", "300")[1])["job"]["vocab_size"] == 300
-
-
-def test_the_table_of_the_documentation_is_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).resolve().parents[1] / "docs" / "scaling.md").read_text()
-    names = [text for preset in PRESETS for text in ("--preset", preset)]
-    assert f"inrun plan {' '.join(names)} --markdown\n\n{run(capsys, *names, '--markdown')[1]}\n" in page
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "the plan needs --num-layers, --hidden-size"),
-        (("--preset", "1t"), "--preset '1t' does not exist; use 7b, 70b, 405b"),
-        (("--preset", "7b", "--world-size", "63"), "63 GPUs are no multiple of"),
-        (("--preset", "7b", "--global-batch-size", "1000"), "--global-batch-size 1000 is no multiple"),
-        (("--preset", "70b", "--zero-stage", "3"), "ZeRO stage 3 does not work with 4 pipeline stages"),
-        (
-            ("--preset", "7b", "--refresh", "2", "--estimator", "simpson"),
-            "--refresh 2 with --estimator simpson",
-        ),
-        (("--preset", "7b", "--targets", "0"), "--targets is 0: it must be positive"),
-        (("--preset", "7b", "--config", "x"), "give one of them"),
-    ],
-)
-def test_bad_input_is_one_line(
-    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
-) -> None:
-    code, out, err = run(capsys, *arguments)
-    assert code == 1 and out == "" and message in err and err.count("\n") == 1
