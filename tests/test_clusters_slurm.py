@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,53 @@ def test_the_array_runs_every_variant(slurm: Slurm, cluster_reference: Reference
     cluster_reference.agrees(tmp_path / "plain")
     rows, steps = ledger(tmp_path / "other")
     assert steps.num_rows == STEPS and not rows.equals(cluster_reference.rows)
+
+
+PLAIN = """
+import os
+from inrun_megatron.training import distributed
+_, promised = distributed.launched()
+distributed._discover_mpi(promised)
+print([os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")])
+"""
+
+
+@pytest.mark.parametrize(
+    ("tasks", "expected"), [(4, ["3", "4", "1", "node1"]), (2, ["0", "1", "0", "127.0.0.1"])]
+)
+def test_slurm_s_pmi_of_another_mpi(tmp_path: Path, tasks: int, expected: list[str]) -> None:
+    """The environment of rank 3 of 4 under `srun --mpi=pmi2`; and where the step's tasks are another launcher's daemons."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\nprintf 'node1\\nnode2\\n'\n")
+    scontrol.chmod(0o755)
+    slurm = {
+        "STEP_NUM_TASKS": tasks,
+        "PROCID": 3,
+        "LOCALID": 1,
+        "STEP_NODELIST": "x",
+        "JOB_ID": 7,
+        "STEP_ID": 0,
+    }
+    variables = {f"SLURM_{name}": str(value) for name, value in slurm.items()} | {
+        "PMI_SIZE": "4",
+        "PMI_RANK": "3",
+    }
+    environment = hosts_module.environment(**variables)
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.stdout == f"{expected}\n", done.stderr[-3000:]
+
+
+@pytest.mark.long
+def test_a_plain_srun_needs_no_mpi(slurm: Slurm, cluster_reference: Reference, tmp_path: Path) -> None:
+    """Where the cluster's default is an MPI that is not ours."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = ["srun", "--nodes=2", "--ntasks-per-node=2", "--time=60", "--mpi=pmi2", sys.executable, SCRIPT]
+    process = slurm.hosts.start(1, [*command, *cluster_reference.flags(run)], log, ROOT, slurm.environment)
+    assert process.wait(TIMEOUT) == 0, log.read_text(errors="replace")[-5000:]
+    cluster_reference.agrees(run)
 
 
 @pytest.mark.long
