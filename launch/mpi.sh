@@ -13,9 +13,10 @@ EXTRA="--map-by slot"                      # EDIT: more flags for mpirun
 SRUN="--mpi=pmix"                          # EDIT: what `srun --mpi=list` offers (pmi2 with an MPICH library)
 
 if [ -n "${SLURM_JOB_ID:-}" ]; then
-    # A rank that ends with an error takes the others along, on all nodes.
+    # A rank that ends with an error takes the others along, on all nodes. From 22.05 on srun does not take
+    # --cpus-per-task from the allocation.
     # shellcheck disable=SC2086
-    exec srun $SRUN --kill-on-bad-exit=1 "$PYTHON" -u launch/pretrain.py "$@"
+    exec srun $SRUN ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 "$PYTHON" -u launch/pretrain.py "$@"
 fi
 ranks=0
 for host in ${HOSTS//,/ }; do ranks=$((ranks + ${host#*:})); done

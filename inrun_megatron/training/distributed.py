@@ -51,8 +51,11 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _discover_mpi() -> None:
-    """Fill the rendezvous variables from MPI.
+def _discover_mpi(promised: int) -> None:
+    """Fill the rendezvous variables from MPI; from Slurm's where srun speaks another MPI's language than mpi4py's library.
+
+    Slurm's default MPI may be pmi2: a plain srun then sets PMI_SIZE although nobody asked for MPI, and Open MPI, which
+    does not speak it, starts every task alone. mpirun in an allocation is not meant: its daemons are the step's tasks.
 
     DeepSpeed's own `mpi_discovery` (deepspeed/comm/comm.py) needs the `hostname` program and uses a fixed port, on
     which two runs on one machine collide.
@@ -60,6 +63,9 @@ def _discover_mpi() -> None:
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
+    if world.size == 1 < promised == int(os.environ.get(_SLURM[0], "1")):
+        _discover_slurm()
+        return
     hosts = world.allgather(MPI.Get_processor_name())
     address = "127.0.0.1" if len(set(hosts)) == 1 else socket.gethostbyname(socket.gethostname())
     rendezvous = (os.environ.get("MASTER_ADDR", address), os.environ.get("MASTER_PORT", str(_free_port())))
@@ -89,7 +95,7 @@ def meet(config: ParallelConfig) -> None:
     if all(name in os.environ for name in _RENDEZVOUS):
         pass
     elif _under_mpi():
-        _discover_mpi()
+        _discover_mpi(promised)
     elif _SLURM[0] in os.environ:
         _discover_slurm()
     elif "RANK" not in os.environ:
