@@ -52,6 +52,7 @@ class ScoredStep:
         self.consumed_samples: int | None = None
         self._started = time.perf_counter()
         self._rows = StepRows(len(owner.targets), owner.device)
+        self._scorers: list[RowScorer] = []
         self._microbatches = 0
         self._target_losses: Tensor | None = None  # [K], on the device until the step is settled
         self._terms: tuple[Tensor, Tensor] | None = None
@@ -117,10 +118,11 @@ class ScoredStep:
             scorer.settle()
 
     def scorer(self, dataset: Any, sample: Any, tokens: Any, segments: Any = None) -> RowScorer:
-        """What takes the dots of a further microbatch (arguments as of ``samples``); to be settled after its backward."""
+        """What takes the dots of a further microbatch (arguments as of ``samples``); settled after its backward."""
         self.owner.directions.rewind()
         rows = self._rows.add(dataset, sample, tokens, segments)
-        return RowScorer(self.owner.directions, rows.dots, rows.segments)
+        self._scorers.append(RowScorer(self.owner.directions, rows.dots, rows.segments))
+        return self._scorers[-1]
 
     def settle(self) -> None:
         """Steps 4 to 6, after ``engine.step()``."""
@@ -161,6 +163,8 @@ class ScoredStep:
                 f"step {self.iteration} saw {len(self._rows)} microbatches, but the engine accumulates {expected}; "
                 f"put all microbatches of one optimizer step inside one `with shapley.step(...)`"
             )
+        for scorer in self._scorers:  # of backwards that ran outside their ``samples`` block
+            scorer.settle()
         scores = self._rows.dots()
         terms = self._terms or (torch.zeros_like(scores[0]), torch.zeros_like(scores[0]))
         if layout.mp_size > 1:

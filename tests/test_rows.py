@@ -12,7 +12,7 @@ from inrun_megatron.host import to_host
 from inrun_megatron.rows import StepRows
 from tests.counting import HostReads
 from tests.distributed import assert_cases, run_cases
-from tests.layout_engine import build_engine, forward_backward, share
+from tests.layout_engine import build_engine, share
 from tests.layouts import LayoutCase
 
 NOWHERE = torch.device("meta")  # any read of a tensor there raises
@@ -88,10 +88,11 @@ class _Ledger:
         pass
 
 
-def _step(rank: int, world: int, elsewhere: bool) -> tuple[list[Any], list[Any], list[Any], int]:
-    """Tokens of a step in the ledger, of its masks and as they came from the device, and reads.
+def _step(rank: int, world: int, elsewhere: bool) -> tuple[list[Any], list[Any], list[Any], int, list[Any]]:
+    """Tokens of a step in the ledger, of its masks and as they came from the device; reads, and values.
 
-    A microbatch's dots are complete when its ``samples`` block ends: nothing of it waits for the end of the step.
+    A microbatch's dots are complete when its ``samples`` block ends: nothing of it waits for the end of the step. Where
+    ``elsewhere``, its backward runs after the block, which the step's end makes up for.
 
     The masks are taken to be on a device where ``elsewhere``.
     """
@@ -123,14 +124,21 @@ def _step(rank: int, world: int, elsewhere: bool) -> tuple[list[Any], list[Any],
                 mask[0, : 1 + len(expected)] = 0
                 expected.append(mask.sum(1).long())
                 with step.samples(*identity, mask):
-                    forward_backward(engine, {**microbatch, "loss_mask": mask})
+                    losses = token_losses(engine, microbatch)
+                    if not elsewhere:
+                        engine.backward((losses * mask).sum() / mask.sum())
                 dots.append(step._rows.microbatches[-1].dots.clone())
+                if elsewhere:
+                    engine.backward((losses * mask).sum() / mask.sum())
+                engine.step()
     finally:
         rows_module._is_on_host, StepRows.read = original, place  # type: ignore[method-assign]
-    assert torch.equal(torch.cat(dots), step._rows.dots()) and all(d.abs().max() > 0 for d in dots)
+    assert torch.equal(torch.cat(dots), step._rows.dots()) is not elsewhere
     (tokens,) = ledger.tokens
     assert tokens.dtype == np.int64 and step.result.scored
-    return tokens.tolist(), torch.cat(expected).tolist(), arrived, sum(reads.counts.values())
+    assert step.result.values is not None
+    values = step.result.values.tolist()
+    return tokens.tolist(), torch.cat(expected).tolist(), arrived, sum(reads.counts.values()), values
 
 
 def test_a_step_reads_them_with_its_other_figures() -> None:
@@ -139,3 +147,4 @@ def test_a_step_reads_them_with_its_other_figures() -> None:
     assert len(set(here[0])) > 1
     assert here[2] == [] and there[2] == there[1]
     assert here[3] == there[3] > 0
+    assert here[4] == there[4]
