@@ -21,7 +21,6 @@ from inrun_megatron.ledger import (
     Ledger,
     LedgerWriter,
     PartInfo,
-    RunDescription,
     commit,
     create_ledger,
     lock,
@@ -30,10 +29,7 @@ from inrun_megatron.ledger import (
 )
 from inrun_megatron.ledger import files as ledger_files
 from inrun_megatron.ledger import run as ledger_run
-from inrun_megatron.ledger.belongs import UNKNOWN, Origin, require_own
-from inrun_megatron.ledger.description import Starts
 from inrun_megatron.ledger.schema import SCHEMA_VERSION
-from tests.data_cases import build, write_pair
 from tests.synthetic_ledger import TARGETS, description, step_record
 from tests.test_ledger_write import sorted_values
 
@@ -204,116 +200,6 @@ def test_another_runs_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "values" / "part-x.parquet").write_bytes(b"")
     with pytest.raises(UserError, match=r"1 ledger files but no run\.json"):
         create_ledger(tmp_path, description())
-
-
-def test_a_resume_needs_the_same_targets_and_datasets(tmp_path: Path) -> None:
-    create_ledger(tmp_path, description([{"name": "code", "index": 0, "idx_sha256": "aa"}])).close()
-    other = description([{"name": "code", "index": 0, "idx_sha256": "bb"}])
-    with pytest.raises(UserError, match=r"dataset 0 .code. .* had idx_sha256 'aa', the resumed run has 'bb'"):
-        open_ledger(tmp_path, other)
-    with pytest.raises(UserError, match="has 1 datasets, the resumed run 3"):
-        open_ledger(tmp_path, description())
-    same = description([{"name": "code", "index": 0, "idx_sha256": "aa"}], training={"lr": 5})
-    open_ledger(tmp_path, same).close()
-
-
-def test_a_longer_run_goes_on_while_samples_mean_the_same(tmp_path: Path) -> None:
-    """Megatron's description names the samples asked for; what a sample is depends on the index arrays alone."""
-    a, b = write_pair(tmp_path)
-
-    def table(samples: int, *data_path: str, **options: Any) -> RunDescription:
-        train, _ = build(*(data_path or (a,)), train_samples=samples, **options)
-        training = {"train_iters": samples // 10, "global_batch_size": 10}
-        return description([row.to_dict() for row in train.table], training=training)
-
-    def resume(name: str, described: RunDescription) -> None:
-        open_ledger(tmp_path / name, described).close()
-
-    create_ledger(tmp_path / "one", table(50)).close()
-    create_ledger(tmp_path / "blend", table(20, "0.7", a, "0.3", b)).close()
-    resume("one", table(50))
-    resume("one", table(100))
-    resume("blend", table(60, "0.7", a, "0.3", b))
-    # b has 25 samples an epoch: 31 of it are another shuffle, while a still needs one epoch
-    with pytest.raises(
-        UserError, match=r"dataset 1 \(.*b\) .*--train-iters was 2, now 10, .*for 31 samples"
-    ) as error:
-        resume("blend", table(100, "0.7", a, "0.3", b))
-    assert "--exit-interval" in str(error.value) and "--shapley-dir" in str(error.value)
-    with pytest.raises(UserError, match=r"dataset 0 .*--train-iters was 5, now 12, the data is repeated"):
-        resume("one", table(120))
-    with pytest.raises(UserError, match=r"other text than in the ledger: --seed was 7, now 8; resume with"):
-        resume("one", table(50, seed=8))
-    with pytest.raises(UserError, match=r"other text .*: --seq-length was 32, now 16;"):
-        resume("one", table(50, seq_length=16))
-    with pytest.raises(UserError, match=r"had weight 0\.7, the resumed run has 0\.6"):
-        resume("blend", table(20, "0.6", a, "0.4", b))
-    # Data that has moved is the same data.
-    moved = table(50)
-    moved.datasets[0]["description"]["dataset_path"] = moved.datasets[0]["path_prefix"] = "/elsewhere"
-    resume("one", moved)
-
-
-@pytest.mark.parametrize(
-    ("flag", "before", "after"),
-    [
-        ("credit", "step", "trajectory"),
-        ("optimizer", "auto", "sgd"),
-        ("estimator", "first_order", "midpoint"),
-    ],
-)
-def test_a_resume_needs_the_same_kind_of_values(tmp_path: Path, flag: str, before: str, after: str) -> None:
-    create_ledger(tmp_path, description()).close()
-    message = f"values of --shapley-{flag} {before}, the resumed run has {after}; resume with --shapley-{flag} {before},"
-    with pytest.raises(UserError, match=message):
-        open_ledger(tmp_path, description(shapley={flag: after}))
-    open_ledger(tmp_path, description(shapley={flag: before})).close()
-
-
-def require(directory: Path, origin: Origin, *, save: str | None = None, train_iters: int = 100) -> None:
-    with open_ledger(directory) as ledger:
-        starts = Starts(directory, ledger.run)
-        require_own(ledger, starts, origin, save=save, train_iters=train_iters)
-
-
-def test_only_the_checkpoints_own_ledger_is_taken_back(tmp_path: Path) -> None:
-    run_or_resume(tmp_path)  # commits of checkpoints 2, 4 and 6
-    own = Ledger(tmp_path).run_id
-    require(tmp_path, Origin(4, own, 4))
-    require(tmp_path, Origin(8, own, 6))  # steps 7 and 8 were not scored
-    require(tmp_path, Origin(4, UNKNOWN, 4))  # of an older version
-    for origin, message in (
-        (Origin(8, own, 8), "ends at step 6, but the checkpoint of step 8 follows its commit of step 8"),
-        (Origin(4, "another", 4), "with rows up to step 4, but the checkpoint of step 4 is not its own"),
-        (Origin(1, "another", 1), "that has saved iter_4, but the checkpoint of step 1 is not its own"),
-        (Origin(1, None), "that has saved iter_4"),
-        (Origin(), "that has saved iter_4, but no checkpoint is loaded, so that its commits up to step 6"),
-    ):
-        with pytest.raises(UserError, match=message):
-            require(tmp_path, origin)
-    with pytest.raises(UserError, match="finished after step 6, but no checkpoint is loaded"):
-        require(tmp_path, Origin(), train_iters=6)
-
-
-def test_what_a_crash_before_the_first_checkpoint_left_is_taken_back(tmp_path: Path) -> None:
-    described = description(checkpoint={"save": str(tmp_path / "run")}, training={"train_iters": 4})
-    with create_ledger(tmp_path, described):
-        writer = LedgerWriter(tmp_path, 0)
-        for step in (2, 3):  # the run began after step 1; its first checkpoint is not complete
-            writer.append(step, [0], [step], [64], np.ones((1, 2)))
-            commit(tmp_path, step, writer.write_parts(), "iter_3" if step == 3 else None)
-    for origin in (Origin(), Origin(1, "another", 1), Origin(1, UNKNOWN, 1)):
-        require(tmp_path, origin, save=str(tmp_path / "run"))
-        with pytest.raises(UserError, match=f"of --save {tmp_path}/run"):
-            require(tmp_path, origin, save=str(tmp_path / "other"))
-    with pytest.raises(UserError, match="with rows up to step 2"):
-        require(tmp_path, Origin(2, "another", 2))
-    with open_ledger(tmp_path):
-        writer = LedgerWriter(tmp_path, 0)
-        writer.append(4, [0], [4], [64], np.ones((1, 2)))
-        commit(tmp_path, 4, writer.write_parts())
-    with pytest.raises(UserError, match="finished after step 4"):  # more steps were asked for since
-        require(tmp_path, Origin(), save=str(tmp_path / "run"), train_iters=8)
 
 
 def test_rollback_removes_only_what_a_ledger_writes(tmp_path: Path) -> None:

@@ -44,6 +44,19 @@ def _linear_reference(
     return torch.stack(blocks).sum(0), dots
 
 
+def _require_the_reference(
+    compute: Any, a: Tensor, b: Tensor, directions: list[Tensor], batch_dim: int, bounds: Bounds | None
+) -> None:
+    """Dots to fp32 accumulation, whatever the buffers' precision; the weight gradient to their rounding."""
+    grad, expected = _linear_reference(a, b, directions, batch_dim, bounds)
+    dots = torch.zeros_like(expected)
+    found, parts = compute(a, b, directions, batch_dim, bounds)
+    add_parts(dots, [parts])
+    close(dots, expected, 2e-6)
+    assert found.dtype == a.dtype
+    close(found.double(), grad, ROUNDING[a.dtype])
+
+
 @pytest.mark.parametrize("targets", [1, TARGETS])
 @pytest.mark.parametrize("precise", [False, True], ids=["bf16 directions", "fp32 directions"])
 @pytest.mark.parametrize(
@@ -63,14 +76,8 @@ def test_linear(
     a, b = tokens_of(batch_dim, IN, dtype), tokens_of(batch_dim, OUT, dtype, seed=1)
     directions = list(tensor(targets, OUT, IN, dtype=torch.float32 if precise else torch.bfloat16))
     assert copy_engine.fits(a, b, directions, batch_dim)
-    grad, expected = _linear_reference(a, b, directions, batch_dim, bounds)
     for compute in (_in_one_kernel, triton_blocks.blocks_and_dots):
-        dots = torch.zeros_like(expected)
-        found, parts = compute(a, b, directions, batch_dim, bounds)
-        add_parts(dots, [parts])
-        close(dots, expected, 2e-6)  # fp32 accumulation, whatever the buffers' precision
-        assert found.dtype == dtype
-        close(found.double(), grad, ROUNDING[dtype])
+        _require_the_reference(compute, a, b, directions, batch_dim, bounds)
 
 
 def _in_one_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -103,14 +110,9 @@ def test_blocks_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = tokens_of(1, IN, torch.bfloat16), tokens_of(1, OUT, torch.bfloat16, seed=1)
     directions = list(tensor(TARGETS, OUT, IN))
     for bounds in (None, DOCUMENTS):
-        grad, expected = _linear_reference(a, b, directions, 1, bounds)
         for blocks in (1, 2):
             monkeypatch.setattr(triton_blocks, "CHUNK", blocks * OUT * IN)
-            found, parts = triton_blocks.blocks_and_dots(a, b, directions, 1, bounds)
-            dots = torch.zeros_like(expected)
-            add_parts(dots, [parts])
-            close(dots, expected, 2e-6)
-            close(found.double(), grad, ROUNDING[torch.bfloat16])
+            _require_the_reference(triton_blocks.blocks_and_dots, a, b, directions, 1, bounds)
 
 
 @pytest.mark.parametrize("targets", [1, 3])
@@ -129,12 +131,7 @@ def test_whole_steps_of_tokens(batch_dim: int, rows: int, targets: int) -> None:
     rests = Bounds.of((row, *part) for row in range(rows) for part in ((0, 5), (5, steps)))
     mixed = Bounds.of([(0, 0, 20), (0, 20, steps), *((row, 0, steps) for row in range(1, rows))])
     for bounds in (None, whole_rows(rows, steps), rests, mixed):
-        grad, expected = _linear_reference(a, b, directions, batch_dim, bounds)
-        dots = torch.zeros_like(expected)
-        found, parts = _in_one_kernel(a, b, directions, batch_dim, bounds)
-        add_parts(dots, [parts])
-        close(dots, expected, 2e-6)
-        close(found.double(), grad, ROUNDING[torch.bfloat16])
+        _require_the_reference(_in_one_kernel, a, b, directions, batch_dim, bounds)
 
 
 @pytest.mark.parametrize("batch_dim", [0, 1])
@@ -149,12 +146,7 @@ def test_buffers_that_are_parts_of_larger_ones(batch_dim: int) -> None:
     directions = list(tensor(1, features, features, dtype=torch.bfloat16))
     assert copy_engine.fits(a, b, directions, batch_dim)
     for bounds in (None, Bounds.of((row, *part) for row in range(ROWS) for part in ((0, 5), (5, steps)))):
-        grad, expected = _linear_reference(a, b, directions, batch_dim, bounds)
-        dots = torch.zeros_like(expected)
-        found, parts = _in_one_kernel(a, b, directions, batch_dim, bounds)
-        add_parts(dots, [parts])
-        close(dots, expected, 2e-6)
-        close(found.double(), grad, ROUNDING[torch.bfloat16])
+        _require_the_reference(_in_one_kernel, a, b, directions, batch_dim, bounds)
 
 
 def test_what_the_copy_engine_reads() -> None:
@@ -242,7 +234,4 @@ def test_linear_default_tile() -> None:
     a, b = tokens_of(1, IN, torch.bfloat16), tokens_of(1, OUT, torch.bfloat16, seed=1)
     directions = list(tensor(1, OUT, IN))
     for bounds in (None, TOKENS):
-        _, expected = _linear_reference(a, b, directions, 1, bounds)
-        dots = torch.zeros_like(expected)
-        add_parts(dots, [triton_linear.weight_gradient_and_dots(a, b, directions, 1, bounds)[1]])
-        close(dots, expected, 2e-6)
+        _require_the_reference(triton_linear.weight_gradient_and_dots, a, b, directions, 1, bounds)
