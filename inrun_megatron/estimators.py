@@ -141,15 +141,17 @@ def condition(
     clips: Sequence[float] | Tensor,
     counted: Sequence[tuple[int, int]],
     path: Tensor | None = None,
+    out: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Turn K gradients ``[n]`` of one optimizer tensor into directions, in place.
+    """Turn K gradients ``[n]`` of one optimizer tensor into directions.
 
     Args:
         step: the coming step.
-        gradients: grad L_k, fp32.
+        gradients: grad L_k, fp32; not kept.
         clips: what the optimizer would multiply each of them by.
         counted: stretches of the tensor that this rank counts in sums over all parameters.
         path: c G ``[n]`` for the path estimators; None: first order.
+        out: K rows ``[n]`` that get the directions, in their precision; None: the gradients become them.
 
     Returns:
         ``<grad L_k, w - Phi(0)>`` over the counted stretches, momentum and decay part, ``[K]`` fp64 each.
@@ -158,7 +160,7 @@ def condition(
     if path is None and isinstance(clips, Tensor) and _fused(step, gradients[0]):
         from . import triton_adam
 
-        momentum, decay = triton_adam.condition(step, gradients, clips, counted)
+        momentum, decay = triton_adam.condition(step, gradients, clips, counted, out)
         return momentum, decay
     terms = torch.zeros(2, len(gradients), dtype=torch.float64, device=device)
     each_clip = list(clips.to(home)) if isinstance(clips, Tensor) else clips
@@ -179,9 +181,9 @@ def condition(
                     dot = torch.dot(gradient[lo:hi], vector[lo:hi].to(gradient.dtype)) * factor
                     terms[which, k] += dot
         _multiply(here, near, each_clip, None if path is None else path[part], work)
-        for gradient, own in zip(parts, near, strict=True):
-            if own.device != gradient.device:
-                gradient.copy_(own)
+        for written, own in zip(parts if out is None else [row[part] for row in out], near, strict=True):
+            if written is not own:
+                written.copy_(own)
     return terms[0], terms[1]
 
 

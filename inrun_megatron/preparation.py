@@ -246,24 +246,29 @@ class Preparation:
         if norms is None:
             nothing = torch.zeros(len(self.targets), dtype=torch.float64, device=directions.device)
             norms = directions.norms() if self.needs_norms else nothing
-        terms = self._multiply(self.adapter.clip_coefficients(norms), path)
-        directions.publish()
+        leaving = directions.leaving()
+        terms = self._multiply(self.adapter.clip_coefficients(norms), path, leaving)
+        directions.publish(leaving)
         return terms
 
-    def _multiply(self, clips: Tensor, path: Directions | None) -> tuple[Tensor, Tensor]:
-        """The shards times the Jacobian; returns the terms."""
+    def _multiply(
+        self, clips: Tensor, path: Directions | None, leaving: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """The shards times the Jacobian, into those of ``leaving`` that are there; returns the terms."""
         directions = self.directions
         momentum_terms = torch.zeros(len(self.targets), dtype=torch.float64, device=directions.device)
         decay_terms = torch.zeros_like(momentum_terms)
         along = None if path is None else path.shards()
         for index, (group, shard) in enumerate(zip(self.adapter.groups, directions.shards(), strict=True)):
+            out = leaving[index]
             for piece in group.pieces:
                 momentum, decay = condition(
                     self._step(piece),
                     [_part(row, piece) for row in shard],
                     clips,
-                    directions.counted(index, piece.start, piece.numel),
+                    directions.counting.stretches(index, piece.start, piece.numel),
                     None if along is None else _part(along[index][0], piece),
+                    None if out is None else [_part(row, piece) for row in out],
                 )
                 momentum_terms += momentum
                 decay_terms += decay

@@ -1,6 +1,6 @@
 """Adam's elementwise work of a scored step, in one Triton pass each over what it reads and writes.
 
-    condition   grad L_k  <-  J_k * grad L_k, and <grad L_k, w - Phi(0)> on the way      (estimators.condition)
+    condition   d_k       <-  J_k * grad L_k, and <grad L_k, w - Phi(0)> on the way      (estimators.condition)
     idle        out       <-  Phi(0)                                                    (AdamStep.idle)
     inner       <d_k, vector>                                                           (Directions.inner_products)
 
@@ -31,10 +31,12 @@ def _condition_kernel(
     exp_avg_ptr,
     exp_avg_sq_ptr,
     clips_ptr,
+    out_ptr,
     partial_ptr,
     start,
     stop,
     gradient_target,
+    out_target,
     num_targets,
     gain,
     eps,
@@ -55,14 +57,14 @@ def _condition_kernel(
         by_momentum = tl.load(exp_avg_ptr + places, mask=inside, other=0.0) * momentum / still
         by_decay = tl.load(weights_ptr + places, mask=inside, other=0.0) * decay
     for k in range(num_targets):
-        own = of_target(gradient_ptr, k, gradient_target) + places
-        g = tl.load(own, mask=inside, other=0.0)
+        g = tl.load(of_target(gradient_ptr, k, gradient_target) + places, mask=inside, other=0.0)
         if TERMS:
-            out = partial_ptr + (program * num_targets + k) * 2
-            tl.store(out, tl.sum(g * by_momentum, axis=0))
-            tl.store(out + 1, tl.sum(g * by_decay, axis=0))
+            partial = partial_ptr + (program * num_targets + k) * 2
+            tl.store(partial, tl.sum(g * by_momentum, axis=0))
+            tl.store(partial + 1, tl.sum(g * by_decay, axis=0))
         h = g * (tl.load(clips_ptr + k).to(tl.float32) * share)
-        tl.store(own, g * gain / (tl.sqrt(v + fresh * h * h) + eps), mask=inside)
+        d = g * gain / (tl.sqrt(v + fresh * h * h) + eps)
+        tl.store(of_target(out_ptr, k, out_target) + places, d.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -109,21 +111,27 @@ def _inner_kernel(
 
 
 def condition(
-    step: AdamStep, gradients: Sequence[Tensor], clips: Tensor, counted: Sequence[tuple[int, int]]
+    step: AdamStep,
+    gradients: Sequence[Tensor],
+    clips: Tensor,
+    counted: Sequence[tuple[int, int]],
+    out: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """``estimators.condition`` for Adam without coupled decay, first order.
 
     Args:
         step: whose vectors are fp32, on the gradients' device.
-        gradients: K rows ``[n]`` of one buffer, fp32; become directions in place.
+        gradients: K rows ``[n]`` of one buffer, fp32.
         clips: ``[K]``.
         counted: stretches of ``[0, n)``, in order, that count in the terms.
+        out: K rows ``[n]`` of one buffer for the directions, in any precision; None: the gradients'.
 
     Returns:
         the terms, ``[2, K]`` fp64: momentum and decay part.
     """
     first, stride = equally_spaced(gradients)
-    assert first.data_ptr() == gradients[0].data_ptr(), "gradients are no rows of one buffer"
+    written, out_stride = equally_spaced(gradients if out is None else out)
+    assert written.data_ptr() == (gradients if out is None else out)[0].data_ptr(), "not rows of one buffer"
     bc1, bc2 = step.corrections()
     terms = torch.zeros(2, len(gradients), dtype=torch.float64, device=first.device)
     for start, stop, counts in _stretches(counted, first.numel()):
@@ -136,10 +144,12 @@ def condition(
             step.exp_avg,
             step.exp_avg_sq,
             clips,
+            written,
             partial,
             start,
             stop,
             stride,
+            out_stride,
             len(gradients),
             step.gain,
             step.eps,

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from inrun_megatron.directions import stored_type
+from inrun_megatron.dots import copy_engine
 from inrun_megatron.errors import UserError
 from tests.distributed import assert_cases, run_cases, run_distributed
 from tests.layout_engine import build_engine, forward_backward, share
 from tests.layout_runs import deviation, train
 from tests.layouts import LayoutCase
 from tests.test_exactness import TOLERANCE
-from tests.test_reductions import adding
+from tests.test_reductions import adding, publish_sums
 
 CASES = [
     LayoutCase(2, 1, False, 0, 1, "gpt2", "adamw", steps=2, direction_dtype="bf16"),
@@ -111,19 +112,21 @@ def _gathered(rank: int, world: int, dtype: str) -> list[Any]:
             add = torch.arange(weight.numel(), dtype=torch.float32).view(weight.shape)
             directions.accumulate(k, weight, adding(add + 10 * k + rank))
     directions.reduce()
-    directions.publish()
+    publish_sums(directions)
     running = directions._flat.running
     read = [directions.of(weights[0])[1].float().flatten().tolist()]
     after = directions._flat.running
     read.append(directions.of(weights[1])[0].float().tolist())
-    return [running, after, directions._flat.running, read]
+    first, second = directions.of(weights[1])
+    return [running, after, directions._flat.running, read, second.data_ptr() - first.data_ptr()]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_gathers_run_on_until_their_group_is_read(dtype: str) -> None:
-    """Each group's is waited for by its own first reader, and what is read is whole."""
-    for running, after, end, read in run_distributed(_gathered, 2, dtype):
+    """Each group's is waited for by its own first reader, and what is read is whole, at addresses for the copy engine."""
+    for running, after, end, read, step in run_distributed(_gathered, 2, dtype):
         assert (running, after, end) == (2, 1, 0)
+        assert step % copy_engine.ALIGNMENT == 0, "4 elements, of 2 or 4 bytes"
         assert read == [[2.0 * i + 21.0 for i in range(6)], [2.0 * i + 1.0 for i in range(4)]]
 
 

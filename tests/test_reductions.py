@@ -48,6 +48,15 @@ def adding(value: torch.Tensor) -> Callable[[torch.Tensor, bool], object]:
     return lambda out, fresh: out.copy_(value) if fresh else out.add_(value)
 
 
+def publish_sums(directions: Any) -> None:
+    """What layers read are the sums as they are."""
+    leaving = directions.leaving()
+    for shard, out in zip(directions.shards(), leaving, strict=True):
+        if out is not None:
+            out.copy_(shard)
+    directions.publish(leaving)
+
+
 def _sums(rank: int, world: int, residence: Residence, stretch: int) -> list[Any]:
     """Three steps of two targets, whose last weight is used twice: (collectives at the end of each backward, whether all
     shards and what layers read is right, stretches waited for after each read) per step."""
@@ -86,7 +95,7 @@ def _sums(rank: int, world: int, residence: Residence, stretch: int) -> list[Any
             for span in group.spans:
                 whole[:, span.start : span.start + span.numel] = expected[id(span.parameter)]
             right &= torch.equal(shard, whole[:, group.start : group.stop])
-        directions.publish()
+        publish_sums(directions)
         coming = directions._flat.running
         waiting = []
         for weight in uses:

@@ -258,7 +258,7 @@ for kernel, types, constants in [
     print(len(compiled(kernel, 4, types, {**constants, **blocks}).asm["cubin"]) > 0)
 numbers = {n: "fp32" for n in ("gain", "eps", "seen", "fresh", "share", "momentum", "decay")}
 for kernel, types, constants in [
-    (triton_adam._condition_kernel, {**numbers, "clips_ptr": "*fp64"}, {"TERMS": True}),
+    (triton_adam._condition_kernel, {**numbers, "clips_ptr": "*fp64", "out_ptr": "*bf16"}, {"TERMS": True}),
     (triton_adam._idle_kernel, {**numbers, "out_ptr": "*bf16"}, {}),
     (triton_adam._inner_kernel, {"direction_ptr": "*bf16"}, {}),
     (triton_blocks._kernel, {"direction_ptr": "*bf16", "grad_ptr": "*bf16"}, {"TARGETS": 1, "SUM": True, "ADD": False}),

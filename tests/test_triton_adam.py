@@ -69,6 +69,24 @@ def test_condition(t: int, counted: str) -> None:
     assert (terms.cpu() - torch.stack((momentum, decay))).abs().max() <= 1e-6 * size * N**0.5
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_directions_are_written_as_layers_read_them(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded on the way, into rows of another length; the terms are those of the gradients."""
+    monkeypatch.setattr(estimators, "_fused", lambda step, vector: fused)
+    step, shard = _on(_step(7), DEVICE), 1e-3 * torch.randn(len(CLIPS), N).to(DEVICE)
+    clips = torch.tensor(CLIPS, dtype=torch.float64, device=DEVICE)
+    expected = shard.clone()
+    terms = condition(step, list(expected), clips, COUNTED["some"])
+    rows = torch.full((len(CLIPS), N + 9), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    out = [row[3 : 3 + N] for row in rows]
+    found = condition(step, list(shard), clips, COUNTED["some"], out=out)
+    for row, wanted in zip(out, expected, strict=True):
+        torch.testing.assert_close(row.float(), wanted, rtol=2**-7, atol=0)
+    assert rows[:, :3].isnan().all() and rows[:, 3 + N :].isnan().all(), "and nothing beside them"
+    for own, wanted in zip(found, terms, strict=True):
+        assert torch.equal(own, wanted)
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("t", [1, 7])
 def test_idle(t: int, weight_decay: float) -> None:

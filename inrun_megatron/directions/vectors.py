@@ -17,7 +17,7 @@ first microbatch; a layer waits for its own (gathers.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,17 +25,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..dots.linear import HAS_TRITON
-from ..engines.shards import FlatGroup, Residence, Span, merged
+from ..engines.shards import FlatGroup, Residence, merged
 from ..engines.stretches import Cut, FlatGathers
 from ..errors import UserError
-from ..optimizers import block_size
 from ..parallel import Layout
 from ..taps import Sharding
+from .counting import Counting
 from .gathers import LayerGathers
 from .reductions import Reductions
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Elements from one target's row to the next are a multiple of it: 16 bytes of bf16.
+ROW_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,11 @@ class Directions:
         self._layers = LayerGathers(
             layout.dp_group, layout.dp_size, lambda key: self._own(self._places[key]).reshape(-1)
         )
-        # What this rank counts in sums over all parameters: replicated parameters on tensor rank 0 only.
-        self._counted = [merged(self._spans_that_count(g)) for g in groups]
-        self._sequence = [merged(self._spans_of(g, Sharding.SEQUENCE)) for g in groups]
+        self.counting = Counting(groups, sharding, layout)
+        self._sequence = [
+            merged(s for s in g.local_spans() if sharding.get(id(s.parameter)) is Sharding.SEQUENCE)
+            for g in groups
+        ]
 
     def like(self, vectors: int) -> Directions:
         """``vectors`` further vectors in the same layout, zero."""
@@ -126,20 +129,12 @@ class Directions:
 
     def _empty(self, group: FlatGroup, dtype: torch.dtype) -> Tensor:
         own = group.stop - group.start if group.residence is Residence.PARTITIONED else group.numel
-        return torch.empty(self.targets, own, dtype=dtype, device=group.device)
+        return self._rows(own, dtype, group.device)
 
-    def _spans_of(self, group: FlatGroup, sharding: Sharding) -> Iterator[Span]:
-        return (s for s in group.local_spans() if self._sharding.get(id(s.parameter)) is sharding)
-
-    def _spans_that_count(self, group: FlatGroup) -> Iterator[Span]:
-        if group.residence is Residence.REPLICATED and self.layout.dp_rank > 0:
-            return
-        for span in group.local_spans():
-            sharding = self._sharding.get(id(span.parameter))
-            if getattr(span.parameter, "ds_pipe_replicated", False):
-                continue  # DeepSpeed's mark: another pipeline stage holds this tied weight and counts it
-            if sharding is not None and (sharding.splits or self.layout.tp_rank == 0):
-                yield span
+    def _rows(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """``[K, numel]``, uninitialised. Every row begins where the copy engine can read (dots/copy_engine.py)."""
+        step = -(-numel // ROW_MULTIPLE) * ROW_MULTIPLE
+        return torch.empty(self.targets, step, dtype=dtype, device=device)[:, :numel]
 
     def hold(self, parameters: Iterable[Parameter]) -> None:
         """What is added to these is complete at ``reduce()`` only: another pipeline stage uses them, too."""
@@ -231,14 +226,28 @@ class Directions:
         group, buffer = self.groups[index], self._present[index]
         return buffer if group.residence is Residence.PARTITIONED else buffer[:, group.start : group.stop]
 
-    def publish(self) -> None:
-        """Bring the scaled shards to where the layers read them; at stages 1 and 2 by all-gathers that run on."""
+    def leaving(self) -> list[Tensor | None]:
+        """For every group a ``[K, n]`` that the scaled shard is to be written into, as layers read it; None: into itself."""
+        return [self._leaving(index) for index in range(len(self.groups))]
+
+    def _leaving(self, index: int) -> Tensor | None:
+        group, narrow = self.groups[index], self._narrow != self._dtype
+        if not narrow and index not in self._flat.order:
+            return None
+        out = self._rows(group.stop - group.start, self._narrow, group.device)
+        for lo, hi in group.unstepped():
+            out[:, lo:hi].zero_()
+        return out
+
+    def publish(self, leaving: Sequence[Tensor | None]) -> None:
+        """Bring ``leaving()``, written by now, to where the layers read it; at stages 1 and 2 by all-gathers that run on."""
         narrow = self._narrow != self._dtype
-        for index in range(len(self.groups)):
-            if narrow and index not in self._flat.order:
-                self._sums[index] = self._sums[index].to(self._narrow)
+        for index, out in enumerate(leaving):
+            if out is not None and index not in self._flat.order:
+                self._sums[index] = out
         for index in self._flat.order:
-            shards = self._local(index).to(self._narrow, copy=True)
+            shards = leaving[index]
+            assert shards is not None
             if narrow:
                 self._sums[index] = torch.empty(0)  # before directions take its room
                 self._sums[index] = self._empty(self.groups[index], self._narrow)
@@ -273,21 +282,9 @@ class Directions:
         """What this rank stores of a parameter's directions, ``[K, n]``."""
         return self._stored[place.group][:, place.start : place.start + place.numel]
 
-    def counted(self, group: int, start: int, numel: int) -> list[tuple[int, int]]:
-        """Stretches of ``[start, start + numel)`` of the group's local part that this rank counts, from 0."""
-        return [
-            (max(lo, start) - start, min(hi, start + numel) - start)
-            for lo, hi in self._counted[group]
-            if lo < start + numel and hi > start
-        ]
-
     def squares(self) -> Tensor:
         """This rank's part of the squared norms of the K vectors whose shards are held now, ``[K]`` fp64."""
-        squares = torch.zeros(self.targets, dtype=torch.float64, device=self.groups[0].device)
-        for shard, stretches in zip(self.shards(), self._counted, strict=True):
-            for lo, hi in stretches:
-                squares += torch.linalg.vector_norm(shard[:, lo:hi], dim=1).double().square()
-        return squares
+        return self.counting.squares(self.shards())
 
     def norms(self) -> Tensor:
         """Euclidean norms of the K vectors whose shards are held now, ``[K]`` fp64; a collective over the world."""
@@ -301,25 +298,9 @@ class Directions:
         ``vector`` lies in the local part of ``group`` from element ``start``.
         """
         self._flat.wait()
-        shard, numel = self._local(group), vector.numel()
+        shard = self._local(group)
         flat = vector.detach().reshape(-1).to(device=shard.device, dtype=self._dtype)
-        total = torch.zeros(self.targets, dtype=torch.float64, device=shard.device)
-        if shard.is_cuda and HAS_TRITON and self._dtype == torch.float32:
-            from .. import triton_adam  # where there is no GPU, Triton need not be installed
-
-            for lo, hi in self.counted(group, start, numel):
-                rows = list(shard[:, start + lo : start + hi])
-                total += triton_adam.inner_products(rows, flat[lo:hi])
-            return total
-        size = block_size(numel, shard.device)
-        products = torch.empty(self.targets, size, dtype=self._dtype, device=shard.device)
-        for begin, end in self.counted(group, start, numel):
-            for lo in range(begin, end, size):
-                hi = min(lo + size, end)
-                part, own = shard[:, start + lo : start + hi], products[:, : hi - lo]
-                # Summed in fp64: terms cancel to a thousandth of their absolute sum and less.
-                total += torch.mul(part, flat[lo:hi], out=own).sum(1, dtype=torch.float64)
-        return total
+        return self.counting.inner_products(group, shard, start, flat)
 
 
 def stored_type(name: str, *, precise: bool) -> torch.dtype:

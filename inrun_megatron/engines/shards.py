@@ -69,8 +69,18 @@ class FlatGroup:
 
     def gaps(self) -> list[tuple[int, int]]:
         """What lies between and behind the parameters."""
-        edges = [0, *(edge for stretch in merged(iter(self.spans)) for edge in stretch), self.numel]
-        return [(lo, hi) for lo, hi in zip(edges[::2], edges[1::2]) if lo < hi]
+        return _between(merged(iter(self.spans)), self.numel)
+
+    def unstepped(self) -> list[tuple[int, int]]:
+        """What the optimizer's tensors leave out of the local part, counted from its beginning."""
+        stepped = sorted((piece.start, piece.start + piece.numel) for piece in self.pieces)
+        return _between(stepped, self.stop - self.start)
+
+
+def _between(stretches: list[tuple[int, int]], end: int) -> list[tuple[int, int]]:
+    """The rest of ``[0, end)``; stretches in order."""
+    edges = [0, *(edge for stretch in stretches for edge in stretch), end]
+    return [(lo, hi) for lo, hi in zip(edges[::2], edges[1::2], strict=True) if lo < hi]
 
 
 def merged(spans: Iterator[Span]) -> list[tuple[int, int]]:
