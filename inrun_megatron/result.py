@@ -48,7 +48,7 @@ class StepResult:
     momentum_terms: list[float] | None = None
     decay_terms: list[float] | None = None
     clip_coefficient: float | None = None
-    gradient_norm: float | None = None
+    gradient_norm: float | None = None  # without scoring only where the host knows it: fp32 at ZeRO stage 0
     seconds_scoring: float = 0.0
 
     @property

@@ -127,6 +127,9 @@ class ScoredStep:
     def settle(self) -> None:
         """Steps 4 to 6, after ``engine.step()``."""
         owner, result = self.owner, self.result
+        if result.status == "off":  # nothing is read that plain training does not read
+            result.gradient_norm = owner.adapter.norm_on_host()
+            return
         started = time.perf_counter()
         if result.scored and not owner.adapter.step_applied():
             result.status = "skipped: overflow"
@@ -201,7 +204,7 @@ class ScoredStep:
 
     def _append(self) -> None:
         owner, result = self.owner, self.result
-        if owner.ledger is None or result.status == "off":
+        if owner.ledger is None:
             return
         rows = 0
         if result.scored:

@@ -20,6 +20,7 @@ class Case:
     layout: LayoutCase
     targets: int = 2
     scoring: bool = True
+    interval: int = 1  # the second step is counted: with 2 it is scored
 
 
 CASES = [
@@ -66,7 +67,9 @@ def _count(rank: int, world: int, counted: Case) -> Counted:
             ShapleyTarget(t.name, share(t, layout, 2, pipeline=False), t.num_tokens)
             for t in (case.targets() * 3)[: counted.targets]
         ]
-        shapley = InRunShapley(engine, given, token_losses, layout=layout, consumers=[count])
+        shapley = InRunShapley(
+            engine, given, token_losses, layout=layout, consumers=[count], interval=counted.interval
+        )
     before, during = Collectives(), Collectives()
     inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
 
@@ -83,8 +86,7 @@ def _count(rank: int, world: int, counted: Case) -> Counted:
                 with during:
                     for microbatch in microbatches:
                         forward_backward(engine, microbatch)
-                    norm = engine.get_global_grad_norm()  # what a training loop reports
-                    float(norm) if isinstance(norm, torch.Tensor) else norm
+                _read_norm(engine)
                 continue
             with before:
                 context = shapley.step(iteration)
@@ -96,8 +98,17 @@ def _count(rank: int, world: int, counted: Case) -> Counted:
                     ):
                         forward_backward(engine, microbatch)
                 context.__exit__(None, None, None)
-            assert step.result.scored
+            assert step.result.scored == (iteration % counted.interval == 0)
+            if not step.result.scored:
+                _read_norm(engine)
     return Counted(before.by_type(), during.by_type(), reads.counts, waits.counts, emissions)
+
+
+def _read_norm(engine: Any) -> None:
+    """What a training loop reports of a plain step."""
+    norm = engine.get_global_grad_norm()
+    if isinstance(norm, torch.Tensor):
+        float(norm)
 
 
 def _count_pipeline(rank: int, world: int, counted: Case) -> Counted:
@@ -127,8 +138,7 @@ def _count_pipeline(rank: int, world: int, counted: Case) -> Counted:
         with reads, waits, collectives:
             if shapley is None:
                 float(train_batch(engine, [engine.module.loss_fn.split(m) for m in batch[0]]))
-                norm = engine.get_global_grad_norm()
-                float(norm) if isinstance(norm, torch.Tensor) else norm
+                _read_norm(engine)
                 continue
             with shapley.step(iteration) as step:
                 step.train_batch(batch[0])
@@ -167,6 +177,16 @@ def test_no_read_by_the_host_that_plain_training_does_not_have(
         print(f"  waits: scored {dict(scored.waits)}, plain {dict(plain.waits)}")
         assert sum(plain.waits.values()) > 0, "the control: plain training reads its norm"
         assert not scored.waits - plain.waits, f"{case}: {scored.waits - plain.waits}"
+
+
+def test_a_step_between_two_scored_ones_asks_for_nothing(
+    counted: list[tuple[Case, Counted, Counted]],
+) -> None:
+    between = [replace(case, interval=3) for case in CASES]
+    found = [ranks[0] for ranks in assert_cases(run_cases(_count, 2, between, timeout=300))]
+    for own, (case, _, plain) in zip(found, counted, strict=True):
+        assert (own.rest, own.reads, own.waits) == (plain.rest, plain.reads, plain.waits), case
+        assert not own.prepare, case
 
 
 def test_no_read_by_the_host_through_a_pipeline() -> None:

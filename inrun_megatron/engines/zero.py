@@ -60,6 +60,10 @@ class ZeroAdapter(OptimizerState):
             return None if norm is None else norm.detach().reshape(()).to(device, torch.float64)
         return torch.full((), norm, dtype=torch.float64, device=device)
 
+    def norm_on_host(self) -> float | None:
+        """The same where the host has it already: from fp32 clipping at stage 0, of which DeepSpeed keeps none."""
+        return self._fp32_norm
+
     def clip_coefficients(self, norms: Tensor) -> Tensor:
         """``1 / max(1, (norm + 1e-6) / clip)``: what DeepSpeed would multiply gradients of these norms by."""
         clip = float(self.engine.gradient_clipping())
