@@ -2,10 +2,12 @@
 
     python -m benchmarks.gpu                            # 18 cases: GPT-2 124M, 350M, a 1B Llama shape
     python -m benchmarks.gpu --only "llama 1b" --json   # some of them
+    python -m benchmarks.gpu --train 128 --validation 16 --pairs 2   # steps of 131,072 tokens at sequence 1024 and more
     python -m benchmarks.gpu --smoke                    # tiny shapes, on any device
 
 bf16, ZeRO-2 on one rank, AdamW, no dropout, directions in bf16, sequence 1024 and 4096, microbatches of 1, 4 and 8; 16
-training and 2 validation sequences a step, so that the limit is 1.125. Two engines per model, a plain and a scored one,
+training and 2 validation sequences a step, so that the limit is 1.125 (a short step, in which what is done once per step
+weighs more than in pretraining). Two engines per model, a plain and a scored one,
 step alternately. Wall time is between synchronisations; device time is that of all kernels of one step, from torch's
 profiler: where it is the smaller one, the step waits for the host that starts them. Memory is what torch had
 allocated at most in a step, without what the other engine holds; its limit is 2 bytes per parameter and target. A case
@@ -76,7 +78,7 @@ class Found:
         return self.scored_device_s / self.plain_device_s if self.plain_device_s else None
 
 
-def cases(*, smoke: bool) -> dict[str, list[Case]]:
+def cases(*, smoke: bool, train: int = 16, validation: int = 2) -> dict[str, list[Case]]:
     """By model: every sequence length and microbatch size."""
     models = {"tiny": {"hidden": 64, "layers": 2}} if smoke else MODELS
     lengths, sizes = ((32,), (1, 4)) if smoke else ((1024, 4096), (1, 4, 8))
@@ -85,8 +87,8 @@ def cases(*, smoke: bool) -> dict[str, list[Case]]:
             Case(
                 f"{name}, sequence {length}, microbatch {size}",
                 seq_length=length,
-                train=16,
-                validation=2,
+                train=train,
+                validation=validation,
                 micro_batch=size,
                 zero_stage=2,
                 precision="bf16",
@@ -247,13 +249,21 @@ def _table(answers: list[Found], device: str) -> Table:
 def main(
     pairs: Annotated[int, typer.Option(help="pairs of steps counted per case")] = 5,
     only: Annotated[str, typer.Option(help="run the cases whose name contains this")] = "",
+    train: Annotated[int, typer.Option(help="training sequences a step; a multiple of 8")] = 16,
+    validation: Annotated[int, typer.Option(help="validation sequences a step")] = 2,
     smoke: Annotated[bool, typer.Option("--smoke", help="two cases of a tiny model, on any device")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Time and memory of scoring on one GPU. Example: python -m benchmarks.gpu --only "gpt2 124m" """
     if not smoke and not torch.cuda.is_available():
         raise typer.BadParameter("there is no GPU here; --smoke runs anywhere", param_hint="--smoke")
-    found = [[case for case in own if only in case.name] for own in cases(smoke=smoke).values()]
+    largest = 4 if smoke else 8
+    if train % largest:
+        raise typer.BadParameter(
+            f"{train} is no multiple of {largest}, the largest microbatch", param_hint="--train"
+        )
+    models = cases(smoke=smoke, train=train, validation=validation)
+    found = [[case for case in own if only in case.name] for own in models.values()]
     found = [own for own in found if own]
     if not found:
         raise typer.BadParameter(f"no case's name contains {only!r}", param_hint="--only")

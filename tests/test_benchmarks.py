@@ -60,12 +60,19 @@ def test_an_unknown_case_is_refused(benchmark: ModuleType) -> None:
     assert answer.exit_code == 2 and "no case's name contains 'nothing'" in answer.output
 
 
+def test_a_step_of_unequal_microbatches_is_refused() -> None:
+    app = typer.Typer()
+    app.command()(gpu.main)
+    answer = CliRunner().invoke(app, ["--smoke", "--train", "6"])
+    assert answer.exit_code == 2 and "6 is no multiple of 4, the largest microbatch" in answer.output
+
+
 def test_the_cases_of_a_gpu_run_in_one_process(capsys: pytest.CaptureFixture[str]) -> None:
     """In miniature, on whatever device there is."""
     assert [len(own) for own in gpu.cases(smoke=False).values()] == [6, 6, 6]
-    gpu.main(pairs=1, only="microbatch 4", smoke=True, as_json=True)
+    gpu.main(pairs=1, only="microbatch 4", train=8, validation=4, smoke=True, as_json=True)
     [found] = json.loads(capsys.readouterr().out)["cases"]
-    assert found["error"] is None and found["ratio"] > 0 and found["ideal"] == 1.125
+    assert found["error"] is None and found["ratio"] > 0 and found["ideal"] == 1.5
     assert found["limit_mib"] == pytest.approx(2 * found["parameters"] / 2**20)
 
 
