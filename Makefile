@@ -16,7 +16,7 @@ ifeq ($(STACK),cpu)
 export DS_ACCELERATOR := cpu
 endif
 
-.PHONY: help setup demo demo-pipeline test test-slow test-long check bench-smoke clean
+.PHONY: help setup demo demo-pipeline test test-slow test-long test-gpu check bench-smoke clean
 help:           ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -49,6 +49,9 @@ test-slow: $(READY) ## faults, miniatures and further layouts: what CI runs besi
 test-long: $(READY) ## the full products of layouts as well
 	$(BIN)/python launch/build_ops.py
 	$(BIN)/python -m pytest -q --long
+
+test-gpu: $(READY)  ## on a GPU: values of the CPU, kernels against fp64, nothing that the host waits for
+	$(BIN)/python -m pytest -q tests/test_gpu.py tests/test_triton.py tests/test_triton_linear.py tests/test_triton_adam.py
 
 bench-smoke: $(READY) ## what scoring costs in a tiny model, in seconds: figures, no judgement
 	$(BIN)/python -m benchmarks.overhead --smoke
