@@ -90,7 +90,7 @@ def test_summary_tells_the_story(run: tuple[Path, np.ndarray], inrun: Callable[.
 
 
 def test_a_summary_has_one_unit(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
-    units = re.findall(r"x 1e[+-]\d\d", inrun("summary", run[0]).out)
+    units = re.findall(r"nats x 1e[+-]\d\d", inrun("summary", run[0]).out)
     assert len(units) == 4 and len(set(units)) == 1  # domains and documents of both targets
     given = (1e-4, "x 1e-04")
     assert scale_near([-0.9, 0.2], given) == given  # 9,000 units
@@ -165,6 +165,7 @@ def test_top(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None
     )
     both = inrun("top", directory, "--by", "dataset", "--phase", "3/3", "--rank", "per-token").out
     assert all(f"for target {target}, steps 41-60, by per-token" in both for target in TARGETS)
+    assert len(re.findall(r"nats x 1e[+-]\d\d", both)) == 4  # sum and mean of both targets
 
 
 def test_show_sample_and_document(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
