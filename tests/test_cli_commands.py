@@ -143,6 +143,18 @@ def test_summary_without_the_data(tmp_path: Path, inrun: Callable[..., Result]) 
     )
 
 
+def test_datasets_that_lead_to_no_files(tmp_path: Path, inrun: Callable[..., Result]) -> None:
+    """A ledger of one's own loop may know its datasets by name alone."""
+    write_run(tmp_path / "shapley", Shape(steps=4))
+    result, reason = inrun("summary", tmp_path), "code with its name alone"
+    assert result.code == 0 and "Target prose" in result.out and reason in " ".join(result.out.split())
+    assert inrun("top", tmp_path, "--by", "sample").code == 0
+    result = inrun("top", tmp_path)
+    assert result.code == 1 and reason in result.err and result.err.count("\n") == 1
+    page = tmp_path / "page.html"
+    assert inrun("report", tmp_path, "--output", page).code == 0 and reason in page.read_text()
+
+
 def test_print_summary_of_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, Shape(steps=1))
     print_summary(tmp_path, documents=0)
