@@ -20,8 +20,8 @@ if [ -e "$RUN" ]; then
   rm -rf "$RUN"
 fi
 cat <<'EOF'
-Columns below: loss of the training batch; loss of the targets code and prose; scoring: its share of a step's time, of
-which most is the validation pass (8 target sequences beside 16 training samples).
+Columns below: loss of the training batch; loss of the targets code and prose, all in nats per token; scoring: its share of a
+step's time, most of it the validation pass (8 target sequences beside 16 training samples).
 Audit lines: additivity is exact and must stay near 0; the fall of a target's loss in one step is noisy, and its prediction
 is judged over the whole run, at the end.
 EOF
@@ -29,7 +29,7 @@ EOF
 # A free port: launches that overlap would collide on DeepSpeed's default.
 PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
-deepspeed --num_accelerators 2 --master_port "$PORT" launch/pretrain.py \
+deepspeed --quiet --num_accelerators 2 --master_port "$PORT" launch/pretrain.py \
   "${LAYOUT[@]}" --deepspeed_config ds_configs/zero1.json \
   --num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 256 \
   --global-batch-size 16 --train-iters 300 \

@@ -90,7 +90,7 @@ def test_summary_tells_the_story(run: tuple[Path, np.ndarray], inrun: Callable[.
 
 
 def test_a_summary_has_one_unit(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
-    units = re.findall(r"x 1e[+-]\d\d", inrun("summary", run[0]).out)
+    units = re.findall(r"nats x 1e[+-]\d\d", inrun("summary", run[0]).out)
     assert len(units) == 4 and len(set(units)) == 1  # domains and documents of both targets
     given = (1e-4, "x 1e-04")
     assert scale_near([-0.9, 0.2], given) == given  # 9,000 units
@@ -143,6 +143,18 @@ def test_summary_without_the_data(tmp_path: Path, inrun: Callable[..., Result]) 
     )
 
 
+def test_datasets_that_lead_to_no_files(tmp_path: Path, inrun: Callable[..., Result]) -> None:
+    """A ledger of one's own loop may know its datasets by name alone."""
+    write_run(tmp_path / "shapley", Shape(steps=4))
+    result, reason = inrun("summary", tmp_path), "code with its name alone"
+    assert result.code == 0 and "Target prose" in result.out and reason in " ".join(result.out.split())
+    assert inrun("top", tmp_path, "--by", "sample").code == 0
+    result = inrun("top", tmp_path)
+    assert result.code == 1 and reason in result.err and result.err.count("\n") == 1
+    page = tmp_path / "page.html"
+    assert inrun("report", tmp_path, "--output", page).code == 0 and reason in page.read_text()
+
+
 def test_print_summary_of_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, Shape(steps=1))
     print_summary(tmp_path, documents=0)
@@ -165,6 +177,7 @@ def test_top(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None
     )
     both = inrun("top", directory, "--by", "dataset", "--phase", "3/3", "--rank", "per-token").out
     assert all(f"for target {target}, steps 41-60, by per-token" in both for target in TARGETS)
+    assert len(re.findall(r"nats x 1e[+-]\d\d", both)) == 4  # sum and mean of both targets
 
 
 def test_show_sample_and_document(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:

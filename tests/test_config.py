@@ -329,6 +329,7 @@ def test_the_flags_document_is_current() -> None:
     assert (ROOT / "docs" / "flags.md").read_text() == text + "\n", (
         "run python -m inrun_megatron.training.arguments"
     )
+    assert "`--shapley-target NAME=PATH[:SEQUENCES]`" in text and "`--shapley-base {current,drift}`" in text
     for group, fields in yaml.safe_load(yaml.safe_dump(to_mapping(config()))).items():
         assert f"## {group}" in text
         assert all(f"{name.replace('_', '-')}" in text for name in fields if name != "enabled")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from inrun_megatron.ledger import Ledger
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -54,6 +56,8 @@ def test_library_page(tmp_path: Path) -> None:
     done = _run(code + '\nprint("ALL OF IT RAN", len(norms))\n', tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "ALL OF IT RAN 2" in done.stdout
+    ledger = Ledger(tmp_path / "runs/own")
+    assert ledger.values().count_rows() == 16 and all(check.ok for check in ledger.verify())
     assert re.search(r"^3 \[\d\.\d+\] tensor\(\[", done.stdout, flags=re.M), done.stdout
 
 

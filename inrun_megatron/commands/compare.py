@@ -20,7 +20,7 @@ from inrun_megatron.report.scores import Measure, Per
 from inrun_megatron.report.tables import console, print_json, signed, table, with_error
 
 _RUN_HELP = "Run directory, or its ledger directory (shapley/)."
-_DATA_HELP = "Where a dataset of this run lies now, if it has moved. Repeatable."
+_DATA_HELP = "Where a dataset of RUN_{} lies now, if it has moved. Repeatable."
 
 
 def compare(
@@ -29,7 +29,9 @@ def compare(
     target: Annotated[
         str | None, typer.Option("--target", help="Target. Default: every target that both runs have.")
     ] = None,
-    by: Annotated[Level, typer.Option(help="What is compared: document, or sample.")] = Level.document,
+    by: Annotated[
+        Level, typer.Option(help="document or sample; datasets are always compared.")
+    ] = Level.document,
     measure: Annotated[
         Measure, typer.Option(help="Values that are added up; normalised: every step weighs the same.")
     ] = Measure.normalised,
@@ -38,10 +40,10 @@ def compare(
     steps: StepsOption = None,
     phase: PhaseOption = None,
     data_a: Annotated[
-        list[str] | None, typer.Option("--data-a", metavar="NAME=PREFIX", help=_DATA_HELP)
+        list[str] | None, typer.Option("--data-a", metavar="NAME=PREFIX", help=_DATA_HELP.format("A"))
     ] = None,
     data_b: Annotated[
-        list[str] | None, typer.Option("--data-b", metavar="NAME=PREFIX", help=_DATA_HELP)
+        list[str] | None, typer.Option("--data-b", metavar="NAME=PREFIX", help=_DATA_HELP.format("B"))
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -25,7 +25,7 @@ from inrun_megatron.report.phases import Phase, choose_steps
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.ranking import Level, Measure, create_figures, level_of, ranked
 from inrun_megatron.report.summary import with_place
-from inrun_megatron.report.tables import console, print_json, scale_of, signed, table
+from inrun_megatron.report.tables import console, in_nats, print_json, scale_of, signed, table
 
 
 def top(
@@ -104,8 +104,8 @@ def _print(
     texts = by in (Level.sample, Level.document)
     columns: list[str | tuple[str, str]] = [
         (by.capitalize(), "left"),
-        f"Value\n{name}",
-        f"{heading}\n{each_name}",
+        f"Value\n{in_nats(name)}",
+        f"{heading}\n{in_nats(each_name)}",
         *([] if texts else ["± s.e.", "Negative", "Samples"]),
         "Relative" if rank is Measure.relative else "Normalised",
         "Tokens",

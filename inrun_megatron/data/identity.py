@@ -196,6 +196,11 @@ class SampleResolver:
         dataset = int(dataset)
         if dataset not in self._opened:
             row = self._row(dataset)
+            if "path_prefix" not in row:
+                raise UserError(
+                    f"the run recorded dataset {row['name']} with its name alone, which leads to no documents; record a "
+                    "DatasetDescription (docs/library.md)"
+                )
             prefix = normalise_prefix(self._prefixes.get(dataset, row["path_prefix"]))
             self._opened[dataset] = _OpenDataset(row, prefix, self._verify)
         return self._opened[dataset]

@@ -202,7 +202,7 @@ def _write(
             raise UserError(f"the input holds no text ({empty} empty documents): nothing was written")
         if table.absent_fields:
             raise UserError(
-                f"no record has a value for the field {', '.join(map(repr, table.absent_fields))} (--keep): check its "
+                f"no record has a value for the field {', '.join(map(repr, table.absent_fields))} (--metadata-fields): check its "
                 "spelling or leave it out"
             )
         builder.finalize(str(work / "idx"))

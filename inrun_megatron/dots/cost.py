@@ -2,9 +2,9 @@
 
 Beside the weight gradient, which training computes anyway (T tokens, G segments, K targets, weight [out, in]):
 
-    blocks       per segment a pass over accumulator and K directions:    G (K + 1) * out * in   elements moved
-    fused        the same in one kernel: the directions alone are read:   G K * out * in         elements moved
-    projection   A D^T for every target, then a dot per token:            2 K T * out * in       operations
+    blocks       the accumulator written and read; per direction both read:   G (2 + 2 K) * out * in   elements moved
+    fused        the same in one kernel: the directions alone are read:       G K * out * in           elements moved
+    projection   A D^T for every target, then a dot per token:                2 K T * out * in         operations
 
 Blocks and the kernel cost per segment, projection per token: they meet at a number of tokens per segment that is the
 machine's operations per element moved, whatever the weight. ``python -m benchmarks.dots`` measures rates and crossover

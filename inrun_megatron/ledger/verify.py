@@ -60,7 +60,12 @@ def _check_commits(ledger: Ledger) -> Check:
     }
     if ledger.damaged:
         return Check("commits", False, name_some("damaged commit records", sorted(ledger.damaged)), figures)
-    return Check("commits", True, f"{len(ledger.commits)} commits, up to step {ledger.last_step}", figures)
+    return Check(
+        "commits",
+        True,
+        f"{len(ledger.commits)} commit{'s' * (len(ledger.commits) != 1)}, up to step {ledger.last_step}",
+        figures,
+    )
 
 
 def _check_files(ledger: Ledger, parts: list[PartInfo]) -> tuple[list[PartInfo], Check]:

@@ -46,8 +46,8 @@ def _layout(plan: Mapping[str, Any]) -> str:
 
 def _scored(plan: Mapping[str, Any]) -> str:
     job = plan["job"]
-    drifts = job["base"] == "drift" and job["estimator"] == "first_order"
-    return f"{job['estimator']}, drift" if drifts else str(job["estimator"])
+    based = job["estimator"] == "first_order"  # the path estimators have no base
+    return f"{job['estimator']}, {job['base']}" if based else str(job["estimator"])
 
 
 def _second_pass(plan: Mapping[str, Any]) -> str:
@@ -60,7 +60,7 @@ ROWS: tuple[tuple[str, Cell], ...] = (
     ("layout", _layout),
     ("ZeRO stage", lambda p: str(p["job"]["zero_stage"])),
     ("sequence, batch", lambda p: f"{p['job']['seq_length']:,} x {p['job']['global_batch_size']:,}"),
-    ("estimator", _scored),
+    ("estimator, base", _scored),
     ("targets x sequences", lambda p: f"{p['job']['targets']} x {p['job']['target_sequences']}"),
     ("scored steps", lambda p: "every" if p["job"]["interval"] == 1 else f"1 of {p['job']['interval']}"),
     ("own direction", lambda p: "-" if p["job"]["refresh"] == 1 else f"1 of {p['job']['refresh']} scored"),

@@ -92,7 +92,7 @@ def training_chart(figures: dict[str, Any]) -> Chart:
                 "y": {
                     "field": "train_loss",
                     "type": "quantitative",
-                    "title": "training loss",
+                    "title": "loss, nats per token",
                     "scale": {"zero": False},
                 },
                 "tooltip": [

@@ -13,7 +13,7 @@ from inrun_megatron.ledger.checks import Check
 from inrun_megatron.ledger.schema import SCORED
 from inrun_megatron.report.attribution import IN_WORDS
 from inrun_megatron.report.documents import shorten
-from inrun_megatron.report.tables import scale_near, scale_of, signed, table, with_error
+from inrun_megatron.report.tables import in_nats, scale_near, scale_of, signed, table, with_error
 
 LARGE_SHARE = 0.05
 """A sample with more than this share of a phase's sum of |values| is named."""
@@ -117,7 +117,7 @@ def _domains(summary: dict[str, Any], target: str, out: Console) -> None:
             ("Phase", "left"),
             ("Domain", "left"),
             "Samples",
-            f"Mean ± s.e.\n{name}",
+            f"Mean ± s.e.\n{in_nats(name)}",
             "Sum\nnats",
             "Negative",
             "Normalised\nmean ± s.e.",
@@ -201,7 +201,7 @@ def _documents(summary: dict[str, Any], out: Console) -> None:
         made = table(
             [
                 ("", "left"),
-                f"Value\n{name}",
+                f"Value\n{in_nats(name)}",
                 "Tokens",
                 ("Document", "left"),
                 ("From", "left"),

@@ -67,6 +67,11 @@ def scale_of(numbers: Iterable[float]) -> tuple[float, str]:
     return (1.0, "") if exponent == 0 else (10.0**exponent, f"x 1e{exponent:+03d}")
 
 
+def in_nats(name: str) -> str:
+    """The second line of a heading: the unit of values with a scale's name."""
+    return f"nats {name}".rstrip()
+
+
 def scale_near(numbers: Iterable[float], scale: tuple[float, str]) -> tuple[float, str]:
     """`scale`, that of another table beside this one, where the largest of `numbers` then has one to four digits before
     the point; else their own."""

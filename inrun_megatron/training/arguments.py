@@ -91,9 +91,24 @@ def _groups() -> dict[str, Any]:
 
 def _flag(kind: type, field: dataclasses.Field[Any]) -> str:
     """A field's flag."""
-    hint = typing.get_type_hints(kind, include_extras=True)[field.name]
-    names = [setting.name for setting in getattr(hint, "__metadata__", ()) if getattr(setting, "name", None)]
+    names = _settings(kind, field, "name")
     return "--" + (names[0] if names else field.name.replace("_", "-"))
+
+
+def _form(kind: type, field: dataclasses.Field[Any]) -> list[str]:
+    """What a field's flag takes, where that is a form of its own or one of several words."""
+    hint = typing.get_type_hints(kind)[field.name]
+    kinds = [hint, *typing.get_args(hint)]  # of an optional one, what it may be
+    words = [
+        word for own in kinds if typing.get_origin(own) is typing.Literal for word in typing.get_args(own)
+    ]
+    return [f"{{{','.join(words)}}}"] if words else _settings(kind, field, "metavar")
+
+
+def _settings(kind: type, field: dataclasses.Field[Any], name: str) -> list[str]:
+    """What a field's annotations set ``name`` to."""
+    hint = typing.get_type_hints(kind, include_extras=True)[field.name]
+    return [value for setting in getattr(hint, "__metadata__", ()) if (value := getattr(setting, name, None))]
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -203,7 +218,9 @@ def flags_markdown() -> str:
                 "required" if required else f"`{field.default}`" if field.default not in (None, ()) else ""
             )
             meaning = " ".join((get_field_docstring(kind, field.name, ()) or "").split())
-            lines.append(f"| `{_flag(kind, field)}` | {default} | {meaning} |")
+            lines.append(
+                f"| `{' '.join([_flag(kind, field), *_form(kind, field)])}` | {default} | {meaning} |"
+            )
         lines.append("")
     return "\n".join(lines)
 
