@@ -82,6 +82,7 @@ class LayoutCase:
     refresh: int = 1
     direction_dtype: str = "fp32"
     lr_growth: float = 1.0  # of the learning rate from step to step
+    second_copy: int = 1  # ZeRO-3: ranks of a node that share a further copy of the weights (hpZ)
 
     @property
     def dp(self) -> int:

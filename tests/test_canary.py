@@ -54,6 +54,7 @@ def test_vocabulary_embedding_is_what_the_tap_replaces() -> None:
                 "get_param_id",
                 "sub_group_to_group_id",
                 "_partition_all_parameters",
+                "invalidate_secondary_tensor",
                 "_set_fp32_optimizer_param_groups",
                 "_clear_fp32_optimizer_param_groups",
             ),

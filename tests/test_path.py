@@ -31,6 +31,7 @@ TWO = [
     LayoutCase(2, 1, False, 2, 2, "gpt2", "adamw", estimator="midpoint", precision="bf16"),
     LayoutCase(2, 2, True, 1, 1, "llama", "adamw", estimator="midpoint", precision="fp16"),
     LayoutCase(2, 2, True, 3, 1, "gpt2", "adamw", estimator="simpson", proxy=True),
+    LayoutCase(2, 1, False, 3, 1, "llama", "adamw", base="drift", second_copy=2),
 ]
 
 
