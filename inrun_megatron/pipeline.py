@@ -199,19 +199,20 @@ class ScoringStream:
 
     @contextmanager
     def backward(self, index: int) -> Iterator[None]:
-        if index >= self.prepended:
-            if index == self.prepended and self.prepended:
-                with self._timed():
-                    self._finish_directions()
-            yield
-            if self._scorers:
-                self._scorers[index - self.prepended].settle()
-            return
-        with self._timed():
-            with self.owner.taps.untouched():
+        with self.owner.taps.during(self._passes[index]):  # for a checkpoint that runs the forward again
+            if index >= self.prepended:
+                if index == self.prepended and self.prepended:
+                    with self._timed():
+                        self._finish_directions()
                 yield
-            if index == self.prepended - 1:
-                self._start_directions()
+                if self._scorers:
+                    self._scorers[index - self.prepended].settle()
+                return
+            with self._timed():
+                with self.owner.taps.untouched():
+                    yield
+                if index == self.prepended - 1:
+                    self._start_directions()
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
