@@ -135,6 +135,8 @@ def _loose_groups(parameters: list[list[Parameter]], masters: list[list[Any]]) -
     """Parameters that the optimizer steps one by one (stage 0): laid out one after another here."""
     groups = []
     for index, (members, own) in enumerate(zip(parameters, masters, strict=True)):
+        if not members:  # a parameter group whose members are all frozen
+            continue
         offset, spans, pieces = 0, [], []
         for p, master in zip(members, own, strict=True):
             spans.append(Span(p, offset, p.numel()))

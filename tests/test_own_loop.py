@@ -1,0 +1,145 @@
+"""DeepSpeed engines as a loop of one's own may have them: what is followed, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from inrun_megatron.engines.zero import _refuse_offload
+from inrun_megatron.errors import UserError
+from tests.distributed import Workers
+
+VOCABULARY, LENGTH, ROWS = 23, 5, 3
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Workers]:
+    with Workers(2) as workers:
+        yield workers
+
+
+class Tiny(torch.nn.Module):
+    """Odd sizes: no parameter divides by the ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCABULARY, 9)
+        self.norm = torch.nn.LayerNorm(9)
+        self.hidden = torch.nn.Linear(9, 13)
+        self.output = torch.nn.Linear(13, VOCABULARY, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.output(F.gelu(self.hidden(self.norm(self.embedding(tokens)))))
+
+
+def _token_losses(module: Any, batch: Any) -> torch.Tensor:
+    logits = module(batch["tokens"])
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none").view_as(
+        batch["labels"]
+    )
+
+
+def _batch(seed: int) -> dict[str, torch.Tensor]:
+    text = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    return {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": torch.ones(ROWS, LENGTH)}
+
+
+def _engine(model: Tiny, optimizer: torch.optim.Optimizer, zero: dict[str, Any], clip: float = 0.1) -> Any:
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def _score(engine: Any, steps: int = 2) -> list[Any]:
+    """The results of some steps."""
+    from inrun_megatron import InRunShapley, ShapleyTarget
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    target = ShapleyTarget("held_out", [_batch(50 + rank)], num_tokens=world * ROWS * LENGTH)
+    shapley, results = InRunShapley(engine, [target], _token_losses), []
+    for iteration in range(1, steps + 1):
+        micro = _batch(10 * iteration + rank)
+        with shapley.step(iteration) as step:
+            with step.samples(torch.zeros(ROWS), torch.arange(ROWS), micro["loss_mask"]):
+                engine.backward(_token_losses(engine, micro).mean())
+                engine.step()
+        results.append(step.result)
+    shapley.close()
+    return results
+
+
+def _resume(rank: int, world: int, stage: int, directory: str) -> list[tuple[Any, ...]]:
+    torch.manual_seed(0)
+    first = Tiny()
+    engine = _engine(first, torch.optim.AdamW(first.parameters()), {"stage": stage}, clip=0.1)
+    engine.save_checkpoint(directory, tag="start")
+    second = Tiny()
+    engine = _engine(second, torch.optim.AdamW(second.parameters()), {"stage": stage}, clip=0.01)
+    engine.load_checkpoint(directory, tag="start")
+    return [(r.gradient_norm, r.clip_coefficient, r.additivity_lhs, r.additivity_rhs) for r in _score(engine)]
+
+
+@pytest.mark.parametrize(("stage", "clip"), [(0, 0.01), (2, 0.1), (3, 0.01)])
+def test_the_clip_coefficient_is_the_optimizers(
+    two_ranks: Workers, tmp_path: Path, stage: int, clip: float
+) -> None:
+    """DeepSpeed's optimizers of stages 1 and 2 go on with the threshold of the checkpoint that they loaded."""
+    for norm, coefficient, values, optimizer in two_ranks.run(_resume, stage, str(tmp_path))[0]:
+        assert coefficient == pytest.approx(clip / norm, rel=1e-4)
+        assert values == pytest.approx(optimizer, rel=1e-3)
+
+
+def _frozen_group(rank: int, world: int, stage: int) -> list[tuple[Any, ...]]:
+    torch.manual_seed(0)
+    model = Tiny()
+    frozen = [p for p in model.parameters() if p.ndim == 1]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    groups = [
+        {"params": frozen, "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+    ]
+    results = _score(_engine(model, torch.optim.AdamW(groups, lr=1e-2), {"stage": stage}))
+    return [(r.values, r.additivity_lhs, r.additivity_rhs) for r in results]
+
+
+def test_a_parameter_group_may_be_frozen_as_a_whole(two_ranks: Workers) -> None:
+    """At stages 1 and 2 DeepSpeed itself takes no such group."""
+    whole, sharded = (two_ranks.run(_frozen_group, stage)[0] for stage in (0, 3))
+    for (values, left, right), (others, *_) in zip(whole, sharded, strict=True):
+        assert left == pytest.approx(right, rel=1e-3)
+        torch.testing.assert_close(values, others, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        ({"device": "nvme", "nvme_path": "/disk"}, r"offload_optimizer\.device nvme"),
+        ({"device": "cpu", "ratio": 0.5}, r"offload_optimizer\.ratio 0\.5"),
+        ({"device": "cpu", "super_offload": True}, r"offload_optimizer\.super_offload true"),
+        ({"device": "cpu"}, None),
+        ({}, None),
+    ],
+)
+def test_an_optimizer_in_two_places_is_refused(settings: dict[str, Any], refusal: str | None) -> None:
+    """What stays on a GPU is stepped by an optimizer of its own there, whose moments would be taken for zero."""
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+
+    config = DeepSpeedZeroOffloadOptimizerConfig(**settings)
+    with nullcontext() if refusal is None else pytest.raises(UserError, match=refusal):
+        _refuse_offload(config)
