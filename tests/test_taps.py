@@ -13,6 +13,7 @@ from inrun_megatron.errors import UserError
 from inrun_megatron.scoring import RowScorer
 from inrun_megatron.taps import Emission, Pass, attach_taps
 from inrun_megatron.taps.emission import Sharding, Site
+from tests.distributed import run_distributed
 
 
 def _sites(tp_rank: int, tp_size: int, sharding: Sharding) -> list[Site]:
@@ -115,3 +116,38 @@ def test_a_layer_must_see_every_row(shape: tuple[int, ...]) -> None:
     scorer = RowScorer(None, torch.zeros(3, 1))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"layer wpe sees tokens of shape .* but the microbatch has 3 rows"):
         scorer(emission)
+
+
+def _column_with_a_frozen_bias(rank: int, world: int) -> list[Tensor]:
+    """Output and weight gradient of a column-parallel layer, plain and tapped."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+    from megatron.core.transformer import TransformerConfig
+
+    from inrun_megatron.models import cpu
+
+    parallel_state.initialize_model_parallel(world)
+    cpu.install()
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "tensor_model_parallel_size": world}
+    config = TransformerConfig(**sizes, use_cpu_initialization=True)
+    layer = ColumnParallelLinear(
+        8, 12, config=config, init_method=nn.init.normal_, bias=True, gather_output=False
+    )
+    nn.init.normal_(layer.bias.requires_grad_(False))
+    x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(1))
+
+    def run() -> list[Tensor]:
+        layer.zero_grad()
+        output, _ = layer(x)
+        output.square().sum().backward()
+        return [output.detach(), layer.weight.grad.clone()]
+
+    plain = run()
+    taps = attach_taps(layer)
+    assert taps.coverage().parameters == 1
+    return [*plain, *run()]
+
+
+def test_a_frozen_bias_of_a_column_parallel_layer_is_added() -> None:
+    for output, gradient, tapped_output, tapped_gradient in run_distributed(_column_with_a_frozen_bias, 2):
+        assert torch.equal(tapped_output, output) and torch.equal(tapped_gradient, gradient)
