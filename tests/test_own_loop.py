@@ -65,18 +65,19 @@ def _engine(model: Tiny, optimizer: torch.optim.Optimizer, zero: dict[str, Any],
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
-def _score(engine: Any, steps: int = 2) -> list[Any]:
-    """The results of some steps."""
+def _score(engine: Any, steps: int = 2, factor: float = 1.0, shares: tuple[int, ...] = (1, 1)) -> list[Any]:
+    """The results of some steps; the first one's loss times ``factor``, ``shares`` validation microbatches per rank."""
     from inrun_megatron import InRunShapley, ShapleyTarget
 
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    target = ShapleyTarget("held_out", [_batch(50 + rank)], num_tokens=world * ROWS * LENGTH)
+    held_out = [_batch(50 + rank + world * i) for i in range(shares[rank])]
+    target = ShapleyTarget("held_out", held_out, num_tokens=sum(shares) * ROWS * LENGTH)
     shapley, results = InRunShapley(engine, [target], _token_losses), []
     for iteration in range(1, steps + 1):
         micro = _batch(10 * iteration + rank)
         with shapley.step(iteration) as step:
             with step.samples(torch.zeros(ROWS), torch.arange(ROWS), micro["loss_mask"]):
-                engine.backward(_token_losses(engine, micro).mean())
+                engine.backward(_token_losses(engine, micro).mean() * (factor if iteration == 1 else 1.0))
                 engine.step()
         results.append(step.result)
     shapley.close()
@@ -143,3 +144,30 @@ def test_an_optimizer_in_two_places_is_refused(settings: dict[str, Any], refusal
     config = DeepSpeedZeroOffloadOptimizerConfig(**settings)
     with nullcontext() if refusal is None else pytest.raises(UserError, match=refusal):
         _refuse_offload(config)
+
+
+def _diverging(rank: int, world: int) -> list[tuple[str, float]]:
+    torch.manual_seed(0)
+    model = Tiny()
+    engine = _engine(model, torch.optim.AdamW(model.parameters()), {"stage": 0})
+    return [(r.status, r.clip_coefficient) for r in _score(engine, factor=1e22)]
+
+
+def test_a_norm_that_is_not_finite_leaves_a_step_without_values(two_ranks: Workers) -> None:
+    """In fp32 at stage 0 DeepSpeed clips such a gradient, whose squares overflow, to zero."""
+    first, second = two_ranks.run(_diverging)[0]
+    assert first == ("skipped: values are not finite", 0.0)
+    assert second[0] == "scored"
+
+
+def _share(rank: int, world: int, stage: int) -> str:
+    model = Tiny()
+    engine = _engine(model, torch.optim.AdamW(model.parameters()), {"stage": stage})
+    with pytest.raises(UserError) as refusal:
+        _score(engine, shares=(2, 1))
+    return str(refusal.value)
+
+
+def test_ranks_must_have_equally_many_validation_microbatches(two_ranks: Workers) -> None:
+    for refusal in two_ranks.run(_share, 3):
+        assert "target held_out has 1 microbatches on one rank and 2 on another" in refusal
