@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inrun_megatron.dots.segments import Segments
 from inrun_megatron.errors import UserError
 from inrun_megatron.scoring import RowScorer
 from inrun_megatron.taps import Emission, Pass, attach_taps
@@ -151,3 +152,36 @@ def _column_with_a_frozen_bias(rank: int, world: int) -> list[Tensor]:
 def test_a_frozen_bias_of_a_column_parallel_layer_is_added() -> None:
     for output, gradient, tapped_output, tapped_gradient in run_distributed(_column_with_a_frozen_bias, 2):
         assert torch.equal(tapped_output, output) and torch.equal(tapped_gradient, gradient)
+
+
+class _Given:
+    """Directions as they are given."""
+
+    def __init__(self, directions: Tensor) -> None:
+        self.directions = directions
+
+    def of(self, parameter: nn.Parameter) -> list[Tensor]:
+        return list(self.directions)
+
+
+@pytest.mark.parametrize("parts", [2, 12], ids=["long", "tokens"])
+def test_parts_of_a_plain_linear_that_sees_a_sequence_shard(parts: int) -> None:
+    """The shards' dots add up to those of whole rows: a part's positions count in the row, not in the shard."""
+    s, b, tp = 12, 3, 2
+    generator = torch.Generator().manual_seed(1)
+    a, g = (torch.randn(s, b, width, generator=generator, dtype=torch.float64) for width in (8, 6))
+    weight = nn.Parameter(torch.zeros(6, 8, dtype=torch.float64))
+    given = _Given(torch.randn(2, 6, 8, generator=generator, dtype=torch.float64))
+    segments = Segments.of((torch.arange(s) * parts // s).expand(b, s))
+
+    def dots(sharding: Sharding, rank: int, part: slice) -> Tensor:
+        found = torch.zeros(len(segments), 2, dtype=torch.float64)
+        scorer = RowScorer(given, found, segments)  # type: ignore[arg-type]
+        emission = Emission(Site("proj", "linear", sharding, 1, rank, tp), Pass(), weight, g[part], a[part])
+        scorer(emission)
+        scorer.settle()
+        return found
+
+    whole = dots(Sharding.COLUMN, 0, slice(None))
+    shards = [dots(Sharding.SEQUENCE, rank, slice(6 * rank, 6 * rank + 6)) for rank in range(tp)]
+    torch.testing.assert_close(sum(shards), whole)
