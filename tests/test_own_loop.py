@@ -50,7 +50,9 @@ def _batch(seed: int) -> dict[str, torch.Tensor]:
     return {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": torch.ones(ROWS, LENGTH)}
 
 
-def _engine(model: Tiny, optimizer: torch.optim.Optimizer, zero: dict[str, Any], clip: float = 0.1) -> Any:
+def _engine(
+    model: Tiny, optimizer: torch.optim.Optimizer, zero: dict[str, Any], clip: float = 0.1, **more: Any
+) -> Any:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
@@ -62,7 +64,7 @@ def _engine(model: Tiny, optimizer: torch.optim.Optimizer, zero: dict[str, Any],
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, **more)[0]
 
 
 def _score(engine: Any, steps: int = 2, factor: float = 1.0, shares: tuple[int, ...] = (1, 1)) -> list[Any]:
@@ -171,3 +173,16 @@ def _share(rank: int, world: int, stage: int) -> str:
 def test_ranks_must_have_equally_many_validation_microbatches(two_ranks: Workers) -> None:
     for refusal in two_ranks.run(_share, 3):
         assert "target held_out has 1 microbatches on one rank and 2 on another" in refusal
+
+
+def _split_sequences(rank: int, world: int) -> str:
+    model = Tiny()
+    engine = _engine(model, torch.optim.AdamW(model.parameters()), {"stage": 0}, mesh_param=(1, 2))
+    with pytest.raises(UserError) as refusal:
+        _score(engine)
+    return str(refusal.value)
+
+
+def test_deepspeeds_own_sequence_parallelism_is_refused(two_ranks: Workers) -> None:
+    for refusal in two_ranks.run(_split_sequences):
+        assert refusal.startswith("DeepSpeed's sequence parallel size 2")

@@ -97,6 +97,11 @@ def _refuse_unsupported(engine: Any, layout: Layout) -> None:
         raise UserError(
             "ZenFlow steps parts of the model at other times; remove zero_optimization.zenflow to score"
         )
+    if engine.sequence_parallel_size > 1:
+        raise UserError(
+            f"DeepSpeed's sequence parallel size {engine.sequence_parallel_size} lets ranks share samples as if they were "
+            "other replicas; use Megatron's sequence parallelism, over the tensor-parallel ranks, to score"
+        )
     if engine.torch_autocast_enabled():
         raise UserError(
             "torch_autocast is not supported while scoring; use bf16 or fp16 in the DeepSpeed config"
