@@ -87,6 +87,7 @@ def test_vocabulary_embedding_is_what_the_tap_replaces() -> None:
                 "zero_offload_optimizer",
                 "torch_autocast_enabled",
                 "self.sequence_parallel_size = ",
+                "self.dp_world_size = ",
                 "global_steps",
                 "skipped_steps",
                 "global_samples",

@@ -51,7 +51,11 @@ def _batch(seed: int) -> dict[str, torch.Tensor]:
 
 
 def _engine(
-    model: Tiny, optimizer: torch.optim.Optimizer, zero: dict[str, Any], clip: float = 0.1, **more: Any
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    zero: dict[str, Any],
+    clip: float = 0.1,
+    **more: Any,
 ) -> Any:
     import deepspeed
 
@@ -186,3 +190,70 @@ def _split_sequences(rank: int, world: int) -> str:
 def test_deepspeeds_own_sequence_parallelism_is_refused(two_ranks: Workers) -> None:
     for refusal in two_ranks.run(_split_sequences):
         assert refusal.startswith("DeepSpeed's sequence parallel size 2")
+
+
+class _Loss:
+    """The loss of a pipeline of Tiny's layers."""
+
+    def split(self, microbatch: Any) -> tuple[Any, Any]:
+        return microbatch["tokens"], microbatch["labels"]
+
+    def token_losses(self, outputs: Any, labels: Any) -> torch.Tensor:
+        return F.cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+
+    def __call__(self, outputs: Any, labels: Any) -> torch.Tensor:
+        return self.token_losses(outputs, labels).mean()
+
+
+def _pipeline(stages: int) -> tuple[Any, Tiny]:
+    """An engine around a PipelineModule that knows nothing of Megatron, and the model that its layers are of."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    torch.manual_seed(0)
+    model = Tiny()
+    layers = [model.embedding, model.norm, model.hidden, F.gelu, model.output]
+    module = PipelineModule(layers, num_stages=stages, loss_fn=_Loss(), partition_method="uniform")
+    return _engine(module, torch.optim.AdamW(module.parameters()), {"stage": 0}), model
+
+
+def _one_stage(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First values through a pipeline of one stage, and without a pipeline."""
+    import copy
+
+    from inrun_megatron import InRunShapley, PipelineShapley, ShapleyTarget
+
+    engine, model = _pipeline(1)
+    model = copy.deepcopy(model)
+    micro = _batch(10 + rank) | {"dataset": torch.zeros(ROWS), "sample": torch.arange(ROWS)}
+    target = ShapleyTarget("held_out", [_batch(50 + rank)], num_tokens=world * ROWS * LENGTH)
+    shapley = PipelineShapley(engine, [target], _Loss(), base="current")
+    with shapley.step(1) as step:
+        step.train_batch([micro])
+    through = step.result.values
+    engine = _engine(model, torch.optim.AdamW(model.parameters()), {"stage": 0})
+    with InRunShapley(engine, [target], _token_losses, base="current").step(1) as step:
+        with step.samples(micro["dataset"], micro["sample"], micro["loss_mask"]):
+            engine.backward(_token_losses(engine, micro).mean())
+            engine.step()
+    return through, step.result.values
+
+
+def test_a_pipeline_of_one_stage_has_the_values_of_none(two_ranks: Workers) -> None:
+    """Its ranks are replicas: the norms of the targets' gradients are summed over them once."""
+    for through, without in two_ranks.run(_one_stage):
+        torch.testing.assert_close(through, without, rtol=1e-4, atol=1e-9)
+
+
+def _unlike_the_engine(rank: int, world: int) -> str:
+    from inrun_megatron import PipelineShapley, ShapleyTarget
+
+    with pytest.raises(UserError) as refusal:
+        PipelineShapley(_pipeline(2)[0], [ShapleyTarget("held_out", [_batch(1)], ROWS * LENGTH)], _Loss())
+    return str(refusal.value)
+
+
+def test_a_layout_unlike_the_engines_is_refused(two_ranks: Workers) -> None:
+    for refusal in two_ranks.run(_unlike_the_engine):
+        assert refusal.startswith("the engine has 1 data-parallel ranks, the layout 2")

@@ -102,6 +102,11 @@ def _refuse_unsupported(engine: Any, layout: Layout) -> None:
             f"DeepSpeed's sequence parallel size {engine.sequence_parallel_size} lets ranks share samples as if they were "
             "other replicas; use Megatron's sequence parallelism, over the tensor-parallel ranks, to score"
         )
+    if engine.dp_world_size != layout.dp_size:
+        raise UserError(
+            f"the engine has {engine.dp_world_size} data-parallel ranks, the layout {layout.dp_size}: pass the engine's groups "
+            "as layout=Layout(...), or give the engine those of megatron.core.parallel_state (mpu=, topology=)"
+        )
     if engine.torch_autocast_enabled():
         raise UserError(
             "torch_autocast is not supported while scoring; use bf16 or fp16 in the DeepSpeed config"
