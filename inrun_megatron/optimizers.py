@@ -123,10 +123,14 @@ class SGDStep:
 
     def jacobian(self) -> float:
         """J, a number."""
+        return self.lr * self._passed()
+
+    def _passed(self) -> float:
+        """J without the learning rate: what momentum lets through of a gradient in its own step."""
         if self.momentum == 0.0:
-            return self.lr
+            return 1.0
         gain = 1.0 if self.momentum_buffer is None else 1.0 - self.dampening
-        return self.lr * (1.0 + self.momentum * gain if self.nesterov else gain)
+        return 1.0 + self.momentum * gain if self.nesterov else gain
 
     def precondition(self, gradient: Tensor, clip: float | Tensor, work: Tensor) -> None:
         gradient.mul_(self.jacobian())
@@ -150,7 +154,7 @@ class SGDStep:
         return self.jacobian()
 
     def reach(self) -> Callable[[int], float]:
-        own = self.jacobian() / self.lr if self.lr else 1.0
+        own = self._passed() or 1.0  # dampening 1 lets nothing through, later neither
         gain = 1.0 if self.momentum_buffer is None else 1.0 - self.dampening
         later = gain * self.momentum if self.nesterov else gain
         return lambda j: 1.0 if j == 0 else later * self.momentum**j / own

@@ -182,7 +182,7 @@ class ScoringStream:
             self._passes.append(Pass(consumers=consumers, microbatch=index))
         self._tied: list[tuple[list[Tensor], Tensor, dist.Work]] = []
         self._reduced = False
-        self._squares: tuple[Tensor, dist.Work] | None = None
+        self._squares: tuple[Tensor, dist.Work | None] | None = None
         if self.prepended:
             owner.directions.zero()
 
@@ -199,19 +199,20 @@ class ScoringStream:
 
     @contextmanager
     def backward(self, index: int) -> Iterator[None]:
-        if index >= self.prepended:
-            if index == self.prepended and self.prepended:
-                with self._timed():
-                    self._finish_directions()
-            yield
-            if self._scorers:
-                self._scorers[index - self.prepended].settle()
-            return
-        with self._timed():
-            with self.owner.taps.untouched():
+        with self.owner.taps.during(self._passes[index]):  # for a checkpoint that runs the forward again
+            if index >= self.prepended:
+                if index == self.prepended and self.prepended:
+                    with self._timed():
+                        self._finish_directions()
                 yield
-            if index == self.prepended - 1:
-                self._start_directions()
+                if self._scorers:
+                    self._scorers[index - self.prepended].settle()
+                return
+            with self._timed():
+                with self.owner.taps.untouched():
+                    yield
+                if index == self.prepended - 1:
+                    self._start_directions()
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -262,8 +263,10 @@ class ScoringStream:
             squares = owner.directions.squares()
             if layout.dp_size > 1:
                 dist.all_reduce(squares, group=layout.dp_group)
-            work = dist.all_reduce(squares, group=layout.mp_group, async_op=True)
-            self._squares = (squares, work)
+            self._squares = (squares, None)
+            if layout.mp_size > 1:
+                work = dist.all_reduce(squares, group=layout.mp_group, async_op=True)
+                self._squares = (squares, work)
 
     def _finish_directions(self) -> None:
         """Before this stage's first training backward."""
@@ -272,6 +275,7 @@ class ScoringStream:
         norms = torch.zeros_like(self.losses)
         if self._squares is not None:
             squares, work = self._squares
-            work.wait()
+            if work is not None:
+                work.wait()
             norms = squares.sqrt()
         self.terms = self.owner.preparation.condition(norms)

@@ -7,7 +7,7 @@ gradient beforehand. Each run fills and drains the pipeline.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -41,18 +41,24 @@ class PipelinePasses:
 
     def run(self, tasks: Sequence[Task], *, training: bool, arriving: Arriving | None = None) -> None:
         pairs = [self._loss.split(task.microbatch) for task in tasks]
-        self._pipeline.run_detached(_DetachedStream(self, tasks, training, arriving), pairs)
+        runs = [Pass(consumers=(task.consumer,), detached=True, arriving=arriving) for task in tasks]
+        self._pipeline.run_detached(_DetachedStream(self, tasks, runs, training), pairs)
 
     @contextmanager
-    def forward(self, task: Task, training: bool, arriving: Arriving | None) -> Iterator[None]:
+    def forward(self, task: Task, run: Pass, training: bool) -> Iterator[None]:
         """Around the forward of a task's microbatch on this stage."""
 
         def loss(outputs: Any, labels: Any) -> Tensor:
             return task.loss(self._loss.token_losses(outputs, labels).float())
 
-        with self._taps.during(Pass(consumers=(task.consumer,), detached=True, arriving=arriving)):
-            with self._pipeline.detached_forward(loss, training=training):
-                yield
+        with self._taps.during(run), self._pipeline.detached_forward(loss, training=training):
+            yield
+
+    @contextmanager
+    def backward(self, run: Pass) -> Iterator[None]:
+        """Around its backward, in which a checkpoint may run the forward again."""
+        with self._taps.during(run), self._taps.untouched():
+            yield
 
     def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
         coming = iter(microbatches)  # the last stage sees them in order
@@ -85,13 +91,12 @@ class _DetachedStream:
     prepended = 0
 
     def __init__(
-        self, passes: PipelinePasses, tasks: Sequence[Task], training: bool, arriving: Arriving | None
+        self, passes: PipelinePasses, tasks: Sequence[Task], runs: Sequence[Pass], training: bool
     ) -> None:
-        self._passes, self._tasks = passes, tasks
-        self._training, self._arriving = training, arriving
+        self._passes, self._tasks, self._runs, self._training = passes, tasks, runs, training
 
     def forward(self, index: int) -> AbstractContextManager[None]:
-        return self._passes.forward(self._tasks[index], self._training, self._arriving)
+        return self._passes.forward(self._tasks[index], self._runs[index], self._training)
 
     def backward(self, index: int) -> AbstractContextManager[None]:
-        return nullcontext()
+        return self._passes.backward(self._runs[index])

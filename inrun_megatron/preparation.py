@@ -222,8 +222,7 @@ class Preparation:
     @property
     def needs_norms(self) -> bool:
         """Does the Jacobian depend on the norm of a target's gradient? Adam's does, through the clipped stand-in h."""
-        clips = float(self.adapter.engine.gradient_clipping()) > 0.0
-        return clips and not self.proxy and is_adam(self.adapter.inner)
+        return self.adapter.clip_threshold > 0.0 and not self.proxy and is_adam(self.adapter.inner)
 
     def reduce(self, scale: float) -> None:
         """Sum the directions over ranks and take the loss scale out."""

@@ -189,8 +189,9 @@ class ScoredStep:
         """What ``_sum_scores`` made, on the host."""
         result, clip = self.result, self.result.clip_coefficient
         sums, optimizer_side, momentum, decay = figures
-        if not all(math.isfinite(x) for x in sums):
-            result.status = "skipped: values are not finite"  # a NaN loss in fp32 or bf16
+        # A NaN loss in fp32 or bf16; or c_t is 0: the gradient is finite, and its norm is not.
+        if clip == 0.0 or not all(math.isfinite(x) for x in sums):
+            result.status = "skipped: values are not finite"
             return
         assert result.credit_factor is not None and clip is not None
         factor = result.credit_factor if self.owner.credit == "trajectory" else 1.0

@@ -21,6 +21,7 @@ from .dots.elementwise import (
 from .dots.linear import HAS_TRITON, weight_gradient_and_dots, weight_gradient_fp32
 from .dots.parts import Parts
 from .dots.precision import wide
+from .dots.projection import token_dots
 from .dots.segments import Segments
 from .errors import UserError
 from .taps import Emission
@@ -102,6 +103,9 @@ class RowScorer:
         directions = self.directions.of(e.weight)
         if e.site.kind == "linear":
             assert a is not None
+            if self.segments is not None and e.site.sequence_shard[1] > 1:  # a plain layer among Megatron's
+                self._add_tokens(e, token_dots(a, b, directions))
+                return
             grad = weight_gradient_and_dots(a, b, directions, dim, self.dots, self.segments, self._parts)
             if not e.site.replicated:
                 e.weight_grad = grad

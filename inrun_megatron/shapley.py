@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from .audit import AdditivityProbe
 from .defaults import default_base
@@ -50,8 +51,8 @@ class InRunShapley:
         taps: taps that are in the model already; default: attach them.
 
     Raises:
-        UserError: no target, an optimizer without a known Jacobian, a trainable parameter without a tap, an
-            estimator, base or credit that does not exist.
+        UserError: no target, another number of its microbatches on another rank, an optimizer without a known Jacobian,
+            a trainable parameter without a tap, an estimator, base or credit that does not exist.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class InRunShapley:
         if interval < 1:
             raise UserError(f"interval {interval} is not a positive number of steps")
         require_refresh(refresh, estimator)
+        _require_equal_shares(targets, engine.device)  # here, where no rank has failed alone
         self.engine = engine
         self.targets = tuple(targets)
         self.credit, self.total_steps = credit, total_steps
@@ -145,3 +147,16 @@ class InRunShapley:
         self._probe.remove()
         self.preparation.remove()
         self.taps.detach()
+
+
+def _require_equal_shares(targets: Sequence[ShapleyTarget], device: torch.device) -> None:
+    """Ranks with other numbers of validation microbatches would wait for each other, or mix up their sums."""
+    counts = torch.tensor([len(target.microbatches) for target in targets], device=device)
+    both = torch.stack([counts, -counts])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    for target, most, least in zip(targets, both[0].tolist(), (-both[1]).tolist(), strict=True):
+        if most != least:
+            raise UserError(
+                f"target {target.name} has {least} microbatches on one rank and {most} on another: give every rank the same "
+                f"number (fill up with rows whose loss_mask is 0)"
+            )

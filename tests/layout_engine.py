@@ -39,6 +39,7 @@ def _configuration(case: LayoutCase) -> dict[str, Any]:
             "stage3_max_live_parameters": 0,
             "stage3_max_reuse_distance": 0,
             "stage3_prefetch_bucket_size": 0,
+            "zero_hpz_partition_size": case.second_copy,
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,8 @@ def train(rank: int, world: int, case: LayoutCase) -> Ran:
     taps = attach_taps(engine.module)
     if case.recompute and case.pp > 1:
         engine.module.recompute(taps.capture)
+    elif case.checkpoints:
+        _checkpoint_blocks(engine.module)
     elif case.recompute:
         enable_recompute(engine.module.decoder, 1, wrap=taps.capture)
     size = case.micro_batch if case.pp > 1 else 2  # a pipeline has one shape for all its microbatches
@@ -124,6 +127,16 @@ def train(rank: int, world: int, case: LayoutCase) -> Ran:
         parts=[_parts(r, s) for r, s in zip(results, samples)],
         ages=[r.direction_age for r in results],
     )
+
+
+def _checkpoint_blocks(module: Any) -> None:
+    """PipelineModule's own recomputation, as its constructor's arguments ask for it."""
+    from torch.utils.checkpoint import checkpoint
+
+    module.activation_checkpoint_interval = 1
+    module.activation_checkpoint_func = functools.partial(checkpoint, use_reentrant=True)
+    module.checkpointable_layers = ["Block"]
+    module._precompute_checkpointable_values()
 
 
 def _parts(result: Any, samples: Tensor) -> dict[tuple[int, int], Tensor]:

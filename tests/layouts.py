@@ -82,6 +82,10 @@ class LayoutCase:
     refresh: int = 1
     direction_dtype: str = "fp32"
     lr_growth: float = 1.0  # of the learning rate from step to step
+    checkpoints: bool = (
+        False  # recompute by the pipeline engine's own activation checkpoints, which know no taps
+    )
+    second_copy: int = 1  # ZeRO-3: ranks of a node that share a further copy of the weights (hpZ)
 
     @property
     def dp(self) -> int:

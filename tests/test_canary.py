@@ -42,7 +42,7 @@ def test_vocabulary_embedding_is_what_the_tap_replaces() -> None:
         (
             "deepspeed.runtime.zero.stage_1_and_2",
             "DeepSpeedZeroOptimizer",
-            ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups"),
+            ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "clip_grad"),
         ),
         (
             "deepspeed.runtime.zero.stage3",
@@ -54,6 +54,8 @@ def test_vocabulary_embedding_is_what_the_tap_replaces() -> None:
                 "get_param_id",
                 "sub_group_to_group_id",
                 "_partition_all_parameters",
+                "invalidate_secondary_tensor",
+                "clip_grad",
                 "_set_fp32_optimizer_param_groups",
                 "_clear_fp32_optimizer_param_groups",
             ),
@@ -61,14 +63,18 @@ def test_vocabulary_embedding_is_what_the_tap_replaces() -> None:
         (
             "deepspeed.runtime.bf16_optimizer",
             "BF16_Optimizer",
-            ("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition"),
+            ("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition", "clip_grad"),
         ),
         (
             "deepspeed.runtime.fp16.fused_optimizer",
             "FP16_Optimizer",
-            ("fp16_groups", "fp16_groups_flat", "fp32_groups_flat"),
+            ("fp16_groups", "fp16_groups_flat", "fp32_groups_flat", "clip_grad"),
         ),
-        ("deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer", ("fp16_groups", "fp32_groups")),
+        (
+            "deepspeed.runtime.fp16.unfused_optimizer",
+            "FP16_UnfusedOptimizer",
+            ("fp16_groups", "fp32_groups", "clip_grad"),
+        ),
         (
             "deepspeed.runtime.engine",
             "DeepSpeedEngine",
@@ -78,7 +84,10 @@ def test_vocabulary_embedding_is_what_the_tap_replaces() -> None:
                 "was_step_applied",
                 "gradient_clipping",
                 "zero_offload_param",
+                "zero_offload_optimizer",
                 "torch_autocast_enabled",
+                "self.sequence_parallel_size = ",
+                "self.dp_world_size = ",
                 "global_steps",
                 "skipped_steps",
                 "global_samples",

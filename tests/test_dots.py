@@ -64,6 +64,20 @@ def test_linear(rows: int, batch_dim: int, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("tokens", [(), (2, 3)], ids=["one a row", "in two dimensions"])
+def test_linear_of_rows_without_a_sequence(tokens: tuple[int, ...]) -> None:
+    """Such as a head on pooled features, ``[b, in]``, or tokens that lie in a plane."""
+    a, b, directions = _buffers(9, 0, torch.float64)
+    a, b = a[:, : max(1, len(tokens) * 3)], b[:, : max(1, len(tokens) * 3)]
+    grad, expected = _reference(a, b, directions, 0)
+    dots = torch.zeros(9, TARGETS, dtype=torch.float64)
+    found = weight_gradient_and_dots(
+        a.reshape(9, *tokens, IN), b.reshape(9, *tokens, OUT), directions, 0, dots
+    )
+    torch.testing.assert_close(found, grad)
+    torch.testing.assert_close(dots, expected)
+
+
 @pytest.mark.parametrize("rows", [1, 10])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_many_directions_of_one_buffer_are_read_together(

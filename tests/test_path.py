@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from inrun_megatron.estimators import credit_factor
+from inrun_megatron.optimizers import SGDStep
 from tests.distributed import assert_cases, run_cases
 from tests.layout_runs import Ran, by_sample, deviation, train
 from tests.layouts import LayoutCase
@@ -31,6 +32,7 @@ TWO = [
     LayoutCase(2, 1, False, 2, 2, "gpt2", "adamw", estimator="midpoint", precision="bf16"),
     LayoutCase(2, 2, True, 1, 1, "llama", "adamw", estimator="midpoint", precision="fp16"),
     LayoutCase(2, 2, True, 3, 1, "gpt2", "adamw", estimator="simpson", proxy=True),
+    LayoutCase(2, 1, False, 3, 1, "llama", "adamw", base="drift", second_copy=2),
 ]
 
 
@@ -125,3 +127,17 @@ def _values(ranks: list[Ran], step: int) -> dict[int, torch.Tensor]:
 def test_credit_sums_until_nothing_is_left() -> None:
     assert credit_factor(lambda j: 0.5**j, None) == pytest.approx(2.0)
     assert credit_factor(lambda j: 0.5**j, 2) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("step", "whole"),
+    [
+        (SGDStep(0.0, torch.zeros(1), momentum=0.5), 2.0),
+        (SGDStep(0.0, torch.zeros(1), momentum=0.5, nesterov=True), 1.0 + 0.5 / 1.5),
+        (SGDStep(0.1, torch.zeros(1), momentum=0.5, dampening=0.5, momentum_buffer=torch.zeros(1)), 2.0),
+        (SGDStep(0.1, torch.zeros(1), momentum=0.5, dampening=1.0, momentum_buffer=torch.zeros(1)), 1.0),
+    ],
+)
+def test_credit_does_not_depend_on_the_learning_rate(step: SGDStep, whole: float) -> None:
+    """A warm-up starts at 0; and with dampening 1 nothing of a gradient arrives, now or later."""
+    assert credit_factor(step.reach(), None) == pytest.approx(whole)

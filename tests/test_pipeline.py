@@ -60,6 +60,8 @@ BESIDES = [
     LayoutCase(2, 1, False, 1, 2, "llama", "adamw", pp=2, precision="bf16", grad_accum_fp32=True),
     LayoutCase(2, 1, False, 1, 2, "gpt2", "sgd", pp=2, precision="fp16"),
     LayoutCase(2, 1, False, 1, 2, "llama", "adamw", pp=2, precision="fp16", recompute=True),
+    LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, checkpoints=True),
+    LayoutCase(2, 1, False, 1, 2, "llama", "adamw", pp=2, checkpoints=True, base="drift"),
 ]
 
 

@@ -83,8 +83,10 @@ def four_ranks() -> Iterator[Workers]:
         yield workers
 
 
-def _pass_on(rank: int, world: int, argv: list[str]) -> list[dict[str, Any]]:
-    """Load a checkpoint and save it again, with nothing between; the optimizer's settings."""
+def _pass_on(rank: int, world: int, argv: list[str]) -> tuple[list[dict[str, Any]], float]:
+    """Load a checkpoint and save it again, with nothing between; the optimizer's settings, and what it clips to."""
+    from inrun_megatron.engines import ZeroAdapter
+    from inrun_megatron.parallel import Layout
     from inrun_megatron.training import checkpoint, datasets, distributed, run_state
     from inrun_megatron.training.arguments import parse
     from inrun_megatron.training.engine import build_trainer
@@ -98,7 +100,8 @@ def _pass_on(rank: int, world: int, argv: list[str]) -> list[dict[str, Any]]:
     assert resume is not None
     trainer = build_trainer(config, settled.deepspeed, settled.batch, vocabulary.vocab_size)
     checkpoint.save(config, trainer, checkpoint.load(config, trainer, resume)[0])
-    return [{key: group[key] for key in group if key != "params"} for group in trainer.optimizer.param_groups]
+    settings = [{k: group[k] for k in group if k != "params"} for group in trainer.optimizer.param_groups]
+    return settings, ZeroAdapter(trainer.engine, Layout.current()).clip_threshold
 
 
 def _in_fp16(
@@ -262,7 +265,7 @@ def test_buffers_in_another_order_are_another_layout(two_ranks: Workers, data: P
             assert torch.equal(*whole), (name, field)
 
 
-@pytest.mark.parametrize(("stage", "layout"), [("0", ""), ("3", ""), ("1", f"{TP} 2")])
+@pytest.mark.parametrize(("stage", "layout"), [("0", ""), ("2", ""), ("3", ""), ("1", f"{TP} 2")])
 def test_flags_decide_the_optimizers_settings(
     two_ranks: Workers, data: Path, tmp_path: Path, stage: str, layout: str
 ) -> None:
@@ -270,8 +273,9 @@ def test_flags_decide_the_optimizers_settings(
     argv = arguments(data, *FIXED, "--no-shapley", "--train-iters", "2", "--zero-stage", stage)
     two_ranks.run(_run, [*argv, "--save", str(tmp_path / "one")])
     argv += ["--load", str(tmp_path / "one"), "--save", str(tmp_path / "two"), *layout.split()]
-    flags = "--adam-beta2 0.5 --adam-eps 1e-6 --weight-decay 0.125"
-    settings = two_ranks.run(_pass_on, [*argv, *flags.split()])[0]
+    flags = "--adam-beta2 0.5 --adam-eps 1e-6 --weight-decay 0.125 --clip-grad 0.25"
+    settings, clip = two_ranks.run(_pass_on, [*argv, *flags.split()])[0]
+    assert clip == 0.25
     assert [group["weight_decay"] for group in settings] == [0.125, 0.0]
     assert all((group["betas"], group["eps"]) == ((0.9, 0.5), 1e-6) for group in settings)
     if not layout:

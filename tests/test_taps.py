@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inrun_megatron.dots.segments import Segments
 from inrun_megatron.errors import UserError
 from inrun_megatron.scoring import RowScorer
 from inrun_megatron.taps import Emission, Pass, attach_taps
 from inrun_megatron.taps.emission import Sharding, Site
+from tests.distributed import run_distributed
 
 
 def _sites(tp_rank: int, tp_size: int, sharding: Sharding) -> list[Site]:
@@ -115,3 +117,71 @@ def test_a_layer_must_see_every_row(shape: tuple[int, ...]) -> None:
     scorer = RowScorer(None, torch.zeros(3, 1))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"layer wpe sees tokens of shape .* but the microbatch has 3 rows"):
         scorer(emission)
+
+
+def _column_with_a_frozen_bias(rank: int, world: int) -> list[Tensor]:
+    """Output and weight gradient of a column-parallel layer, plain and tapped."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+    from megatron.core.transformer import TransformerConfig
+
+    from inrun_megatron.models import cpu
+
+    parallel_state.initialize_model_parallel(world)
+    cpu.install()
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "tensor_model_parallel_size": world}
+    config = TransformerConfig(**sizes, use_cpu_initialization=True)
+    layer = ColumnParallelLinear(
+        8, 12, config=config, init_method=nn.init.normal_, bias=True, gather_output=False
+    )
+    nn.init.normal_(layer.bias.requires_grad_(False))
+    x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(1))
+
+    def run() -> list[Tensor]:
+        layer.zero_grad()
+        output, _ = layer(x)
+        output.square().sum().backward()
+        return [output.detach(), layer.weight.grad.clone()]
+
+    plain = run()
+    taps = attach_taps(layer)
+    assert taps.coverage().parameters == 1
+    return [*plain, *run()]
+
+
+def test_a_frozen_bias_of_a_column_parallel_layer_is_added() -> None:
+    for output, gradient, tapped_output, tapped_gradient in run_distributed(_column_with_a_frozen_bias, 2):
+        assert torch.equal(tapped_output, output) and torch.equal(tapped_gradient, gradient)
+
+
+class _Given:
+    """Directions as they are given."""
+
+    def __init__(self, directions: Tensor) -> None:
+        self.directions = directions
+
+    def of(self, parameter: nn.Parameter) -> list[Tensor]:
+        return list(self.directions)
+
+
+@pytest.mark.parametrize("parts", [2, 12], ids=["long", "tokens"])
+def test_parts_of_a_plain_linear_that_sees_a_sequence_shard(parts: int) -> None:
+    """The shards' dots add up to those of whole rows: a part's positions count in the row, not in the shard."""
+    s, b, tp = 12, 3, 2
+    generator = torch.Generator().manual_seed(1)
+    a, g = (torch.randn(s, b, width, generator=generator, dtype=torch.float64) for width in (8, 6))
+    weight = nn.Parameter(torch.zeros(6, 8, dtype=torch.float64))
+    given = _Given(torch.randn(2, 6, 8, generator=generator, dtype=torch.float64))
+    segments = Segments.of((torch.arange(s) * parts // s).expand(b, s))
+
+    def dots(sharding: Sharding, rank: int, part: slice) -> Tensor:
+        found = torch.zeros(len(segments), 2, dtype=torch.float64)
+        scorer = RowScorer(given, found, segments)  # type: ignore[arg-type]
+        emission = Emission(Site("proj", "linear", sharding, 1, rank, tp), Pass(), weight, g[part], a[part])
+        scorer(emission)
+        scorer.settle()
+        return found
+
+    whole = dots(Sharding.COLUMN, 0, slice(None))
+    shards = [dots(Sharding.SEQUENCE, rank, slice(6 * rank, 6 * rank + 6)) for rank in range(tp)]
+    torch.testing.assert_close(sum(shards), whole)

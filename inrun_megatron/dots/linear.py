@@ -139,7 +139,7 @@ def _blocks(buffer: Tensor, batch_dim: int, segments: Segments | None) -> Sequen
     """The rows of a buffer as matrices ``[tokens, features]``, or their parts."""
     rows = buffer.unbind(batch_dim)
     if buffer.dim() != 3:
-        rows = tuple(row.flatten(0, -2) for row in rows)
+        rows = tuple(row.reshape(-1, row.shape[-1]) for row in rows)  # of [b, features], too
     return rows if segments is None else [rows[i][begin:end] for i, begin, end in segments.bounds]
 
 

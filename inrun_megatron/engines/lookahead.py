@@ -118,7 +118,7 @@ class Lookahead:
             assert group.flat is not None
             own = group.flat[group.start : group.stop].clone()
             self._gathers.start(index, own.unsqueeze(0), group.flat.unsqueeze(0), forward=True)
-        self._state.release_gathered_weights()
+        self._state.forget_gathered_weights()
 
 
 def _starts(group: FlatGroup) -> list[int]:

@@ -64,9 +64,14 @@ class ZeroAdapter(OptimizerState):
         """The same where the host has it already: from fp32 clipping at stage 0, of which DeepSpeed keeps none."""
         return self._fp32_norm
 
+    @property
+    def clip_threshold(self) -> float:
+        """The norm that DeepSpeed clips to, 0: none. Its optimizers keep their own, which is a loaded checkpoint's."""
+        return float(getattr(self.engine.optimizer, "clip_grad", self.engine.gradient_clipping()))
+
     def clip_coefficients(self, norms: Tensor) -> Tensor:
         """``1 / max(1, (norm + 1e-6) / clip)``: what DeepSpeed would multiply gradients of these norms by."""
-        clip = float(self.engine.gradient_clipping())
+        clip = self.clip_threshold
         return torch.ones_like(norms) if clip <= 0.0 else ((norms + 1e-6) / clip).clamp(min=1.0).reciprocal()
 
     def step_applied(self) -> bool:
@@ -86,17 +91,45 @@ def _refuse_unsupported(engine: Any, layout: Layout) -> None:
             "fp16 at ZeRO stage 0: DeepSpeed 0.19 divides gradients by a loss scale that engine.backward() never "
             "multiplied the loss by; use ZeRO stage 1, 2 or 3 for fp16"
         )
-    config = engine.zero_offload_param() if hasattr(engine, "zero_offload_param") else None
-    device = getattr(getattr(config, "device", None), "value", None)
-    if device not in (None, "none"):
+    device = _device(engine.zero_offload_param())
+    if device != "none":
         raise UserError(
             f"ZeRO-3 parameter offload to {device} is not supported while scoring; remove zero_optimization.offload_param"
         )
+    _refuse_offload(engine.zero_offload_optimizer())
     if getattr(engine, "zenflow", False):
         raise UserError(
             "ZenFlow steps parts of the model at other times; remove zero_optimization.zenflow to score"
+        )
+    if engine.sequence_parallel_size > 1:
+        raise UserError(
+            f"DeepSpeed's sequence parallel size {engine.sequence_parallel_size} lets ranks share samples as if they were "
+            "other replicas; use Megatron's sequence parallelism, over the tensor-parallel ranks, to score"
+        )
+    if engine.dp_world_size != layout.dp_size:
+        raise UserError(
+            f"the engine has {engine.dp_world_size} data-parallel ranks, the layout {layout.dp_size}: pass the engine's groups "
+            "as layout=Layout(...), or give the engine those of megatron.core.parallel_state (mpu=, topology=)"
         )
     if engine.torch_autocast_enabled():
         raise UserError(
             "torch_autocast is not supported while scoring; use bf16 or fp16 in the DeepSpeed config"
         )
+
+
+def _refuse_offload(config: Any) -> None:
+    """The optimizer's whole state must be in memory between steps, and one optimizer take them all."""
+    where = "zero_optimization.offload_optimizer"
+    if _device(config) == "nvme":
+        raise UserError(f"{where}.device nvme keeps masters and moments in files; offload to cpu to score")
+    if _device(config) != "none" and (config.ratio < 1.0 or config.super_offload):
+        setting = "super_offload true" if config.super_offload else f"ratio {config.ratio:g}"
+        raise UserError(
+            f"{where}.{setting}: a further optimizer, whose state scoring does not see, steps a part of the model; "
+            f"leave it out to score"
+        )
+
+
+def _device(offload: Any) -> str:
+    """Where an offload section of the configuration, or None, sends things."""
+    return "none" if offload is None else str(getattr(offload.device, "value", offload.device))

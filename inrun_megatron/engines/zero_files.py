@@ -75,6 +75,12 @@ def restore_counters(engine: Any, saved: dict[str, Any]) -> None:
     engine.skipped_steps = saved["skipped_steps"]
 
 
+def clip_as_configured(engine: Any) -> None:
+    """`load_checkpoint` also brings the threshold that the checkpoint's run clipped at (not at ZeRO stage 3)."""
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = engine.gradient_clipping()
+
+
 def _optimizer_state(path: Path) -> dict[str, Any]:
     file = opened(path)
     found: dict[str, Any] = file["optimizer"] if file.get("optimizer") else file["optimizer_state_dict"]

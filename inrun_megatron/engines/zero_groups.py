@@ -71,6 +71,16 @@ class OptimizerState:
         if self.stage == 3:
             self.engine.optimizer._partition_all_parameters()
 
+    def forget_gathered_weights(self) -> None:
+        """ZeRO-3: the shards were written to, so what was gathered from them is stale, on this rank and within its node.
+
+        With ``zero_hpz_partition_size`` ranks of a node keep a second copy of the weights, which DeepSpeed drops after its
+        own steps only.
+        """
+        self.release_gathered_weights()
+        if self.stage == 3:
+            self.engine.optimizer.invalidate_secondary_tensor()
+
 
 def _groups(wrapper: Any, inner: torch.optim.Optimizer, layout: Layout) -> list[FlatGroup]:
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
@@ -125,6 +135,8 @@ def _loose_groups(parameters: list[list[Parameter]], masters: list[list[Any]]) -
     """Parameters that the optimizer steps one by one (stage 0): laid out one after another here."""
     groups = []
     for index, (members, own) in enumerate(zip(parameters, masters, strict=True)):
+        if not members:  # a parameter group whose members are all frozen
+            continue
         offset, spans, pieces = 0, [], []
         for p, master in zip(members, own, strict=True):
             spans.append(Span(p, offset, p.numel()))

@@ -77,7 +77,8 @@ class Site:
     def sequence_shard(self) -> tuple[int, int]:
         """(which, of how many) shard of the sequence the buffers hold; (0, 1): whole rows.
 
-        Linear layers see whole rows under sequence parallelism too: gathered before the product, or not scattered yet.
+        Megatron's linear layers see whole rows under sequence parallelism too: gathered before the product, or not
+        scattered yet.
         """
         return (self.tp_rank, self.tp_size) if self.sharding is Sharding.SEQUENCE else (0, 1)
 

@@ -38,7 +38,7 @@ def _tap_product(taps: Taps, module: Any, site: Site) -> None:
     def forward_impl(input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
         if not weight.requires_grad:
             return original(module, input=input, weight=weight, bias=bias, **options)
-        assert bias is None, "biases of tapped layers go through skip_bias_add"
+        assert bias is None or not bias.requires_grad, "tapped biases go through skip_bias_add"
         call = LinearCall(
             site,
             taps.current,
@@ -47,7 +47,8 @@ def _tap_product(taps: Taps, module: Any, site: Site) -> None:
             sequence_parallel=options["sequence_parallel"],
             allreduce_dgrad=options["allreduce_dgrad"],
         )
-        return linear(input, call)
+        output = linear(input, call)
+        return output if bias is None else output + bias  # frozen
 
     module._forward_impl = forward_impl
 

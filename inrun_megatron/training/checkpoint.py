@@ -222,6 +222,7 @@ def _load(trainer: Trainer, path: Path) -> Progress:
     # The checkpoint brought its own hyperparameters; as in another layout, the flags decide.
     for group, own in zip(trainer.optimizer.param_groups, settings, strict=True):
         group.update(own)
+    zero_files.clip_as_configured(trainer.engine)
     progress = _follow(trainer, client_state)
     state = torch.load(path / f"rng_{dist.get_rank():05d}.pt", weights_only=True)
     name, key, *rest = state["numpy"]

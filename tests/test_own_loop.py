@@ -1,0 +1,259 @@
+"""DeepSpeed engines as a loop of one's own may have them: what is followed, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from inrun_megatron.engines.zero import _refuse_offload
+from inrun_megatron.errors import UserError
+from tests.distributed import Workers
+
+VOCABULARY, LENGTH, ROWS = 23, 5, 3
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Workers]:
+    with Workers(2) as workers:
+        yield workers
+
+
+class Tiny(torch.nn.Module):
+    """Odd sizes: no parameter divides by the ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCABULARY, 9)
+        self.norm = torch.nn.LayerNorm(9)
+        self.hidden = torch.nn.Linear(9, 13)
+        self.output = torch.nn.Linear(13, VOCABULARY, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.output(F.gelu(self.hidden(self.norm(self.embedding(tokens)))))
+
+
+def _token_losses(module: Any, batch: Any) -> torch.Tensor:
+    logits = module(batch["tokens"])
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none").view_as(
+        batch["labels"]
+    )
+
+
+def _batch(seed: int) -> dict[str, torch.Tensor]:
+    text = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    return {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": torch.ones(ROWS, LENGTH)}
+
+
+def _engine(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    zero: dict[str, Any],
+    clip: float = 0.1,
+    **more: Any,
+) -> Any:
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, **more)[0]
+
+
+def _score(engine: Any, steps: int = 2, factor: float = 1.0, shares: tuple[int, ...] = (1, 1)) -> list[Any]:
+    """The results of some steps; the first one's loss times ``factor``, ``shares`` validation microbatches per rank."""
+    from inrun_megatron import InRunShapley, ShapleyTarget
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    held_out = [_batch(50 + rank + world * i) for i in range(shares[rank])]
+    target = ShapleyTarget("held_out", held_out, num_tokens=sum(shares) * ROWS * LENGTH)
+    shapley, results = InRunShapley(engine, [target], _token_losses), []
+    for iteration in range(1, steps + 1):
+        micro = _batch(10 * iteration + rank)
+        with shapley.step(iteration) as step:
+            with step.samples(torch.zeros(ROWS), torch.arange(ROWS), micro["loss_mask"]):
+                engine.backward(_token_losses(engine, micro).mean() * (factor if iteration == 1 else 1.0))
+                engine.step()
+        results.append(step.result)
+    shapley.close()
+    return results
+
+
+def _resume(rank: int, world: int, stage: int, directory: str) -> list[tuple[Any, ...]]:
+    torch.manual_seed(0)
+    first = Tiny()
+    engine = _engine(first, torch.optim.AdamW(first.parameters()), {"stage": stage}, clip=0.1)
+    engine.save_checkpoint(directory, tag="start")
+    second = Tiny()
+    engine = _engine(second, torch.optim.AdamW(second.parameters()), {"stage": stage}, clip=0.01)
+    engine.load_checkpoint(directory, tag="start")
+    return [(r.gradient_norm, r.clip_coefficient, r.additivity_lhs, r.additivity_rhs) for r in _score(engine)]
+
+
+@pytest.mark.parametrize(("stage", "clip"), [(0, 0.01), (2, 0.1), (3, 0.01)])
+def test_the_clip_coefficient_is_the_optimizers(
+    two_ranks: Workers, tmp_path: Path, stage: int, clip: float
+) -> None:
+    """DeepSpeed's optimizers of stages 1 and 2 go on with the threshold of the checkpoint that they loaded."""
+    for norm, coefficient, values, optimizer in two_ranks.run(_resume, stage, str(tmp_path))[0]:
+        assert coefficient == pytest.approx(clip / norm, rel=1e-4)
+        assert values == pytest.approx(optimizer, rel=1e-3)
+
+
+def _frozen_group(rank: int, world: int, stage: int) -> list[tuple[Any, ...]]:
+    torch.manual_seed(0)
+    model = Tiny()
+    frozen = [p for p in model.parameters() if p.ndim == 1]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    groups = [
+        {"params": frozen, "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+    ]
+    results = _score(_engine(model, torch.optim.AdamW(groups, lr=1e-2), {"stage": stage}))
+    return [(r.values, r.additivity_lhs, r.additivity_rhs) for r in results]
+
+
+def test_a_parameter_group_may_be_frozen_as_a_whole(two_ranks: Workers) -> None:
+    """At stages 1 and 2 DeepSpeed itself takes no such group."""
+    whole, sharded = (two_ranks.run(_frozen_group, stage)[0] for stage in (0, 3))
+    for (values, left, right), (others, *_) in zip(whole, sharded, strict=True):
+        assert left == pytest.approx(right, rel=1e-3)
+        torch.testing.assert_close(values, others, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        ({"device": "nvme", "nvme_path": "/disk"}, r"offload_optimizer\.device nvme"),
+        ({"device": "cpu", "ratio": 0.5}, r"offload_optimizer\.ratio 0\.5"),
+        ({"device": "cpu", "super_offload": True}, r"offload_optimizer\.super_offload true"),
+        ({"device": "cpu"}, None),
+        ({}, None),
+    ],
+)
+def test_an_optimizer_in_two_places_is_refused(settings: dict[str, Any], refusal: str | None) -> None:
+    """What stays on a GPU is stepped by an optimizer of its own there, whose moments would be taken for zero."""
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+
+    config = DeepSpeedZeroOffloadOptimizerConfig(**settings)
+    with nullcontext() if refusal is None else pytest.raises(UserError, match=refusal):
+        _refuse_offload(config)
+
+
+def _diverging(rank: int, world: int) -> list[tuple[str, float]]:
+    torch.manual_seed(0)
+    model = Tiny()
+    engine = _engine(model, torch.optim.AdamW(model.parameters()), {"stage": 0})
+    return [(r.status, r.clip_coefficient) for r in _score(engine, factor=1e22)]
+
+
+def test_a_norm_that_is_not_finite_leaves_a_step_without_values(two_ranks: Workers) -> None:
+    """In fp32 at stage 0 DeepSpeed clips such a gradient, whose squares overflow, to zero."""
+    first, second = two_ranks.run(_diverging)[0]
+    assert first == ("skipped: values are not finite", 0.0)
+    assert second[0] == "scored"
+
+
+def _share(rank: int, world: int, stage: int) -> str:
+    model = Tiny()
+    engine = _engine(model, torch.optim.AdamW(model.parameters()), {"stage": stage})
+    with pytest.raises(UserError) as refusal:
+        _score(engine, shares=(2, 1))
+    return str(refusal.value)
+
+
+def test_ranks_must_have_equally_many_validation_microbatches(two_ranks: Workers) -> None:
+    for refusal in two_ranks.run(_share, 3):
+        assert "target held_out has 1 microbatches on one rank and 2 on another" in refusal
+
+
+def _split_sequences(rank: int, world: int) -> str:
+    model = Tiny()
+    engine = _engine(model, torch.optim.AdamW(model.parameters()), {"stage": 0}, mesh_param=(1, 2))
+    with pytest.raises(UserError) as refusal:
+        _score(engine)
+    return str(refusal.value)
+
+
+def test_deepspeeds_own_sequence_parallelism_is_refused(two_ranks: Workers) -> None:
+    for refusal in two_ranks.run(_split_sequences):
+        assert refusal.startswith("DeepSpeed's sequence parallel size 2")
+
+
+class _Loss:
+    """The loss of a pipeline of Tiny's layers."""
+
+    def split(self, microbatch: Any) -> tuple[Any, Any]:
+        return microbatch["tokens"], microbatch["labels"]
+
+    def token_losses(self, outputs: Any, labels: Any) -> torch.Tensor:
+        return F.cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+
+    def __call__(self, outputs: Any, labels: Any) -> torch.Tensor:
+        return self.token_losses(outputs, labels).mean()
+
+
+def _pipeline(stages: int) -> tuple[Any, Tiny]:
+    """An engine around a PipelineModule that knows nothing of Megatron, and the model that its layers are of."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    torch.manual_seed(0)
+    model = Tiny()
+    layers = [model.embedding, model.norm, model.hidden, F.gelu, model.output]
+    module = PipelineModule(layers, num_stages=stages, loss_fn=_Loss(), partition_method="uniform")
+    return _engine(module, torch.optim.AdamW(module.parameters()), {"stage": 0}), model
+
+
+def _one_stage(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """First values through a pipeline of one stage, and without a pipeline."""
+    import copy
+
+    from inrun_megatron import InRunShapley, PipelineShapley, ShapleyTarget
+
+    engine, model = _pipeline(1)
+    model = copy.deepcopy(model)
+    micro = _batch(10 + rank) | {"dataset": torch.zeros(ROWS), "sample": torch.arange(ROWS)}
+    target = ShapleyTarget("held_out", [_batch(50 + rank)], num_tokens=world * ROWS * LENGTH)
+    shapley = PipelineShapley(engine, [target], _Loss(), base="current")
+    with shapley.step(1) as step:
+        step.train_batch([micro])
+    through = step.result.values
+    engine = _engine(model, torch.optim.AdamW(model.parameters()), {"stage": 0})
+    with InRunShapley(engine, [target], _token_losses, base="current").step(1) as step:
+        with step.samples(micro["dataset"], micro["sample"], micro["loss_mask"]):
+            engine.backward(_token_losses(engine, micro).mean())
+            engine.step()
+    return through, step.result.values
+
+
+def test_a_pipeline_of_one_stage_has_the_values_of_none(two_ranks: Workers) -> None:
+    """Its ranks are replicas: the norms of the targets' gradients are summed over them once."""
+    for through, without in two_ranks.run(_one_stage):
+        torch.testing.assert_close(through, without, rtol=1e-4, atol=1e-9)
+
+
+def _unlike_the_engine(rank: int, world: int) -> str:
+    from inrun_megatron import PipelineShapley, ShapleyTarget
+
+    with pytest.raises(UserError) as refusal:
+        PipelineShapley(_pipeline(2)[0], [ShapleyTarget("held_out", [_batch(1)], ROWS * LENGTH)], _Loss())
+    return str(refusal.value)
+
+
+def test_a_layout_unlike_the_engines_is_refused(two_ranks: Workers) -> None:
+    for refusal in two_ranks.run(_unlike_the_engine):
+        assert refusal.startswith("the engine has 1 data-parallel ranks, the layout 2")
