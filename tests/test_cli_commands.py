@@ -143,6 +143,19 @@ def test_summary_without_the_data(tmp_path: Path, inrun: Callable[..., Result]) 
     )
 
 
+def test_a_dataset_table_without_files(tmp_path: Path, inrun: Callable[..., Result]) -> None:
+    """As a run in somebody's own loop may write it: name and index of each dataset."""
+    write_run(tmp_path / "shapley", Shape(steps=6))
+    result = inrun("summary", tmp_path)
+    assert result.code == 0 and "Documents cannot be shown: run.json says no path_prefix" in result.out
+    assert inrun("top", tmp_path, "--by", "sample").code == 0
+    assert inrun("report", tmp_path, "--json").json["documents"] is None
+    for arguments in (("top",), ("show", "--sample", "code:1"), ("curate", "--drop-negative", "--dry-run")):
+        refused = inrun(arguments[0], tmp_path, *arguments[1:])
+        assert refused.code == 1 and refused.err.count("\n") == 1
+        assert "of dataset code, so that its samples lead to no documents" in refused.err
+
+
 def test_print_summary_of_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path, Shape(steps=1))
     print_summary(tmp_path, documents=0)

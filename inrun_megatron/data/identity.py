@@ -33,6 +33,9 @@ from inrun_megatron.ledger.files import sha256_of
 
 INDEX_NAMES = ("document_index", "sample_index", "shuffle_index")
 
+_LEADS_TO_DOCUMENTS = ("idx_sha256", "description", "cache_files", "index_sha256")
+"""What a row of the table needs beside path_prefix; a run in somebody's own loop may say no more than name and index."""
+
 
 class Span(NamedTuple):
     """Tokens [start, end) of a document."""
@@ -131,11 +134,11 @@ class SampleResolver:
 
     def sequence_length(self, dataset: int) -> int:
         """Positions of a sample's row."""
-        return int(self._row(dataset)["description"]["sequence_length"])
+        return int(self._description(dataset)["sequence_length"])
 
     def end_of_document(self, dataset: int) -> int:
         """The token that ended documents in the run."""
-        return int(self._row(dataset)["description"]["tokenizer"]["eod"])
+        return int(self._description(dataset)["tokenizer"]["eod"])
 
     def document_tokens(self, dataset: int, document: int) -> np.ndarray:
         """All tokens of a document, int64."""
@@ -173,7 +176,7 @@ class SampleResolver:
         """Documents that the run's training split holds at least one sequence of."""
         from inrun_megatron.data.blend import split_range  # imports torch, which resolving does not need
 
-        data, description = self.file(dataset), self._row(dataset)["description"]
+        data, description = self.file(dataset), self._description(dataset)
         sequences = split_range(description["split_matrix"][0], data.num_sequences)
         first = np.searchsorted(data.document_boundaries, sequences.start, side="right") - 1
         last = np.searchsorted(data.document_boundaries, sequences.stop, side="left")
@@ -192,13 +195,29 @@ class SampleResolver:
             raise UserError(f"the run has the datasets {sorted(self._rows)}, not {dataset}")
         return self._rows[dataset]
 
+    def _description(self, dataset: int) -> Mapping[str, Any]:
+        """megatron-core's description of a dataset."""
+        self._open(dataset)  # refuses a row that has none
+        description: Mapping[str, Any] = self._row(dataset)["description"]
+        return description
+
     def _open(self, dataset: int) -> _OpenDataset:
         dataset = int(dataset)
         if dataset not in self._opened:
             row = self._row(dataset)
+            _require(row, ("path_prefix",))
             prefix = normalise_prefix(self._prefixes.get(dataset, row["path_prefix"]))
             self._opened[dataset] = _OpenDataset(row, prefix, self._verify)
         return self._opened[dataset]
+
+
+def _require(row: Mapping[str, Any], names: Sequence[str]) -> None:
+    absent = [name for name in names if name not in row]
+    if absent:
+        raise UserError(
+            f"run.json says no {', '.join(absent)} of dataset {row['name']}, so that its samples lead to no documents: ask "
+            "by sample or dataset (RunDescription takes DatasetDescription.to_dict() of each dataset)"
+        )
 
 
 class _OpenDataset:
@@ -207,6 +226,7 @@ class _OpenDataset:
     def __init__(self, row: Mapping[str, Any], prefix: str, verify: bool) -> None:
         self._row, self._verify = row, verify
         self.data = IndexedFile(prefix)
+        _require(row, _LEADS_TO_DOCUMENTS)
         if verify and sha256_of(self.data.idx_path) != row["idx_sha256"]:
             raise UserError(
                 f"{self.data.idx_path} is not the file that the run read (sha256 differs): restore it, or name where the "
