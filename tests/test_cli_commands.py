@@ -180,6 +180,13 @@ def test_top(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None
     assert all(f"for target {target}, steps 41-60, by per-token" in both for target in TARGETS)
 
 
+def test_top_has_one_unit_for_all_targets(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
+    units = re.findall(r"x 1e[+-]\d\d", inrun("top", run[0], "--by", "dataset").out)
+    assert len(units) == 4 and len(set(units)) == 1  # sums and means of both targets
+    units = re.findall(r"x 1e[+-]\d\d", inrun("top", run[0], "--by", "document").out)
+    assert len(units) == 4 and units[:2] == units[2:]  # per token is far from the sums
+
+
 def test_show_sample_and_document(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
     directory, rows = run
     row = rows[rows["dataset"] == 2][4]
