@@ -291,6 +291,13 @@ BAD = [
     (("show", "{run}", "--sample", "code"), "--sample 'code' is not DATASET:NUMBER"),
     (("show", "{run}", "--sample", "code:999999"), "not 999999"),
     (("show", "{run}", "--document", "code:999999"), "not 999999"),
+    (("show", "{run}", "--sample", f"code:{2**63}"), "numbers are below 2**63"),
+    (("show", "{run}", "--document", f"code:{2**63}"), "numbers are below 2**63"),
+    (
+        ("report", "{run}", "-n", "0", "-o", "{run}/shapley/run.json/x.html"),
+        "Not a directory; choose another --output",
+    ),
+    (("verify", "x" * 300), "File name too long"),
     (("export", "{run}", "-o", "{tmp}/x.xls"), "no suffix .csv, .jsonl or .parquet"),
     (("export", "{run}", "-o", "{tmp}/none/x.csv"), "is no directory"),
     (("export", "{run}", "-o", "{run}/shapley/run.json", "--format", "csv"), "exists; choose another"),
