@@ -74,6 +74,15 @@ def test_yaml_replays_a_run_and_flags_override_it(tmp_path: Path) -> None:
     assert dataclasses.replace(changed.training, lr=run.training.lr) == run.training
 
 
+def test_a_yaml_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run" / "config.yaml").mkdir(parents=True)
+    for path in (tmp_path / "file" / "run" / "config.yaml", tmp_path / "run" / "config.yaml"):
+        with pytest.raises(UserError, match=f"cannot write {path}: "):
+            write_yaml(parse(BASE), path)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]  # no temporary file
+
+
 def test_yaml_may_be_partial_and_is_checked(tmp_path: Path) -> None:
     path = tmp_path / "part.yaml"
     path.write_text("training: {lr: 1e-3, micro_batch_size: 4, train_iters: 5}\nmodel: {num_layers: 3}\n")
