@@ -91,6 +91,9 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
         progress, as_it_is = checkpoint.load(config, trainer, resume)
         other = "" if as_it_is else ", written in another layout"
         _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
+    elif config.checkpoint.load is not None:
+        why = " (--save-interval 0 writes none)" if config.checkpoint.save_interval == 0 else ""
+        _say(f"--load {config.checkpoint.load} holds no checkpoint{why}: starting from the beginning")
     scoring = None
     if config.shapley.enabled:
         # Imported here so that training without scoring does not depend on it.
