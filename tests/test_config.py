@@ -97,8 +97,9 @@ def test_yaml_may_be_partial_and_is_checked(tmp_path: Path) -> None:
         ("model: {num_layers: true}", "num_layers is True, not int"),
         ("training: [", "is not YAML"),
         ("- 1", "no mapping"),
+        (b"\xff\xfe", "is not YAML: 'utf-8' codec"),
     ):
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(UserError, match=message):
             parse(["--config", str(path), *flags])
     with pytest.raises(UserError, match="No such file"):
@@ -317,9 +318,10 @@ def test_impossible_settings_are_refused(tmp_path: Path, flags: str, content: di
 
 
 def test_a_broken_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
-        merge(config("--deepspeed_config", str(tmp_path / "x.json")), 1)
+    for content in (b"{", b"\xff\xfe"):
+        (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(UserError, match="is not JSON"):
+            merge(config("--deepspeed_config", str(tmp_path / "x.json")), 1)
     with pytest.raises(UserError, match="No such file"):
         merge(config("--deepspeed_config", str(tmp_path / "y.json")), 1)
 
