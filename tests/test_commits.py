@@ -146,6 +146,23 @@ def test_a_start_without_a_checkpoint_says_what_it_repeats(
     assert first and ledger(tmp_path, "values") == first
 
 
+def test_a_stretch_without_scoring_is_no_lost_record(
+    two_ranks: Workers,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Steps 4 to 6 are trained with --no-shapley, between starts that score."""
+    argv = [*arguments(data, *TARGETS, *FLAGS), "--save", str(tmp_path), "--load", str(tmp_path)]
+    for flags in (("--exit-interval", "3"), ("--exit-interval", "6", "--no-shapley"), ()):
+        two_ranks.run(_train, [*argv, *flags], timeout=300.0)
+    found = Ledger(tmp_path)
+    assert sorted(set(found.steps()["step"].to_pylist())) == [1, 2, 3, 7, 8]
+    (steps,) = [check for check in found.verify() if check.name == "steps"]
+    assert steps.ok, steps.detail
+    starts = json.loads((tmp_path / "shapley" / "starts.json").read_text())["starts"]
+    assert [(start["step"], start["ledger_step"]) for start in starts] == [(6, 3)]
+
+
 def test_a_full_disk_of_one_rank_ends_the_run_on_all(
     two_ranks: Workers,
     data: Path,  # noqa: F811

@@ -235,9 +235,9 @@ def test_additivity(tmp_path: Path, share: float, training: dict[str, bool], ok:
         assert "(step 17)" in found["additivity"].detail
 
 
-def started_again(directory: Path, step: int, **configuration: Any) -> None:
+def started_again(directory: Path, step: int, ledger_step: int | None = None, **configuration: Any) -> None:
     with open_ledger(directory) as ledger:
-        Starts(directory, ledger.run).append(step, description(**configuration))
+        Starts(directory, ledger.run).append(step, description(**configuration), ledger_step)
 
 
 def test_a_step_is_judged_by_the_settings_that_made_it(tmp_path: Path) -> None:
@@ -261,6 +261,8 @@ def test_a_step_is_judged_by_the_settings_that_made_it(tmp_path: Path) -> None:
     assert "steps" not in failed(tmp_path / "sparse")
     started_again(tmp_path / "sparse", 6, shapley={"interval": 1})
     assert failed(tmp_path / "sparse")["steps"].figures["missing_steps"] == [7]
+    started_again(tmp_path / "sparse", 7, 6, shapley={"interval": 1})  # step 7 with --no-shapley
+    assert "steps" not in failed(tmp_path / "sparse")
 
 
 def test_additivity_must_be_recorded(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ class Scoring:
                 train_iters=config.training.train_iters,
             )
             _say_what_is_repeated(rollback(self.directory, progress.iteration), progress.iteration)
-            starts.append(progress.iteration, description)
+            starts.append(progress.iteration, description, progress.ledger_step)
         except BaseException:
             ledger.close()
             raise
