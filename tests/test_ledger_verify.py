@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from inrun_megatron import cli
+from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import Check, Ledger, LedgerWriter, StepRecord, commit, create_ledger, open_ledger
 from inrun_megatron.ledger.audits import judge_efficiency, precision_of
 from inrun_megatron.ledger.description import Starts
@@ -250,6 +251,11 @@ def test_a_step_is_judged_by_the_settings_that_made_it(tmp_path: Path) -> None:
     assert "additivity" not in failed(tmp_path)
     starts = json.loads((tmp_path / "starts.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [16]  # the other start's steps were taken back
+
+    for damaged in ({"starts": 3}, {"starts": ["x"]}, {"starts": [{}]}):
+        (tmp_path / "starts.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="holds a start without its step; restore it"):
+            Ledger(tmp_path)
 
     with create_ledger(tmp_path / "sparse", description()):
         writer = LedgerWriter(tmp_path / "sparse", 0)

@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from inrun_megatron.data.documents import documents_path, read_summary
+from inrun_megatron.data.documents import documents_path, read_summary, read_table
 from inrun_megatron.data.indexed import IndexedFile, normalise_prefix
 from inrun_megatron.data.tokenizers import NullTokenizer, Tokenizer, build_tokenizer_from
 from inrun_megatron.errors import UserError
@@ -268,7 +267,7 @@ class _OpenDataset:
         path = documents_path(self.data.prefix)
         if not path.exists():
             return None
-        table = pq.read_table(path, memory_map=True)
+        table = read_table(path, memory_map=True)
         if table.num_rows != self.data.num_documents:
             raise UserError(
                 f"{path} has {table.num_rows} documents where {self.data.idx_path} has {self.data.num_documents}: they are "

@@ -39,7 +39,9 @@ class Starts:
         self._later: list[dict[str, Any]] = []
         if self._path.exists():
             self._later = read_json(self._path).get("starts", [])
-            if not all(isinstance(start.get("step"), int) for start in self._later):
+            if not isinstance(self._later, list) or not all(
+                isinstance(start, dict) and isinstance(start.get("step"), int) for start in self._later
+            ):
                 raise UserError(f"{self._path} holds a start without its step; restore it from a copy")
 
     def at(self, step: int) -> Mapping[str, Any]:
