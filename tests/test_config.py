@@ -173,6 +173,10 @@ def test_a_misspelt_required_flag_is_unknown_and_not_missing() -> None:
         ("--save-interval 5", "needs --save"),
         ("--micro-batch-size 0", "--micro-batch-size is 0"),
         ("--shapley-refresh 0", "--shapley-refresh is 0: it must be positive"),
+        ("--weight-decay nan", "--weight-decay is nan: it must be a number"),
+        ("--clip-grad nan", "--clip-grad is nan: it must be a number"),
+        ("--norm-epsilon -1", "--norm-epsilon is -1.0: it must be positive"),
+        ("--rotary-base 0", "--rotary-base is 0: it must be positive"),
         (
             "--shapley --shapley-refresh 2 --shapley-estimator simpson",
             "--shapley-refresh 2 with --shapley-estimator simpson: .* leave --shapley-refresh out",
