@@ -63,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # The reader (head, less) has seen enough; without this Python complains while it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        # What no command foresees: a folder that may not be read, a full disk for temporary files, a name too long.
+        code = _complain(name, f"{error.filename or 'the system'}: {error.strerror or error}")
     except Exception as error:
         # What typer raises on a bad command line; its class has moved between releases, its method has not.
         if not hasattr(error, "format_message"):

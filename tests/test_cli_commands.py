@@ -143,16 +143,17 @@ def test_summary_without_the_data(tmp_path: Path, inrun: Callable[..., Result]) 
     )
 
 
-def test_datasets_that_lead_to_no_files(tmp_path: Path, inrun: Callable[..., Result]) -> None:
-    """A ledger of one's own loop may know its datasets by name alone."""
-    write_run(tmp_path / "shapley", Shape(steps=4))
-    result, reason = inrun("summary", tmp_path), "code with its name alone"
-    assert result.code == 0 and "Target prose" in result.out and reason in " ".join(result.out.split())
+def test_a_dataset_table_without_files(tmp_path: Path, inrun: Callable[..., Result]) -> None:
+    """As a run in somebody's own loop may write it: name and index of each dataset."""
+    write_run(tmp_path / "shapley", Shape(steps=6))
+    result = inrun("summary", tmp_path)
+    assert result.code == 0 and "Documents cannot be shown: run.json says no path_prefix" in result.out
     assert inrun("top", tmp_path, "--by", "sample").code == 0
-    result = inrun("top", tmp_path)
-    assert result.code == 1 and reason in result.err and result.err.count("\n") == 1
-    page = tmp_path / "page.html"
-    assert inrun("report", tmp_path, "--output", page).code == 0 and reason in page.read_text()
+    assert inrun("report", tmp_path, "--json").json["documents"] is None
+    for arguments in (("top",), ("show", "--sample", "code:1"), ("curate", "--drop-negative", "--dry-run")):
+        refused = inrun(arguments[0], tmp_path, *arguments[1:])
+        assert refused.code == 1 and refused.err.count("\n") == 1
+        assert "of dataset code, so that its samples lead to no documents" in refused.err
 
 
 def test_print_summary_of_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,6 +179,13 @@ def test_top(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None
     both = inrun("top", directory, "--by", "dataset", "--phase", "3/3", "--rank", "per-token").out
     assert all(f"for target {target}, steps 41-60, by per-token" in both for target in TARGETS)
     assert len(re.findall(r"nats x 1e[+-]\d\d", both)) == 4  # sum and mean of both targets
+
+
+def test_top_has_one_unit_for_all_targets(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
+    units = re.findall(r"x 1e[+-]\d\d", inrun("top", run[0], "--by", "dataset").out)
+    assert len(units) == 4 and len(set(units)) == 1  # sums and means of both targets
+    units = re.findall(r"x 1e[+-]\d\d", inrun("top", run[0], "--by", "document").out)
+    assert len(units) == 4 and units[:2] == units[2:]  # per token is far from the sums
 
 
 def test_show_sample_and_document(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
@@ -284,6 +292,13 @@ BAD = [
     (("show", "{run}", "--sample", "code"), "--sample 'code' is not DATASET:NUMBER"),
     (("show", "{run}", "--sample", "code:999999"), "not 999999"),
     (("show", "{run}", "--document", "code:999999"), "not 999999"),
+    (("show", "{run}", "--sample", f"code:{2**63}"), "numbers are below 2**63"),
+    (("show", "{run}", "--document", f"code:{2**63}"), "numbers are below 2**63"),
+    (
+        ("report", "{run}", "-n", "0", "-o", "{run}/shapley/run.json/x.html"),
+        "Not a directory; choose another --output",
+    ),
+    (("verify", "x" * 300), "File name too long"),
     (("export", "{run}", "-o", "{tmp}/x.xls"), "no suffix .csv, .jsonl or .parquet"),
     (("export", "{run}", "-o", "{tmp}/none/x.csv"), "is no directory"),
     (("export", "{run}", "-o", "{run}/shapley/run.json", "--format", "csv"), "exists; choose another"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import threading
@@ -116,6 +118,49 @@ def test_steps_that_fail_have_no_rows_and_a_count(
     assert steps.ok and sum(steps.figures["statuses"].values()) == 8
     for status in {statuses[step] for step in skipped}:
         assert f"{sum(own == status for own in statuses.values())} {status}" in steps.detail
+
+
+def _train_aloud(rank: int, world: int, argv: list[str]) -> str:
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        _train(rank, world, argv)
+    return told.getvalue()
+
+
+def test_a_start_without_a_checkpoint_says_what_it_repeats(
+    two_ranks: Workers,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    argv = arguments(data, *TARGETS, *FLAGS, "--save", str(tmp_path), "--save-interval", "0")
+    two_ranks.run(_train, [*argv, "--exit-interval", "3"], timeout=300.0)
+    first = ledger(tmp_path, "values")
+    told, _ = two_ranks.run(
+        _train_aloud, [*argv, "--load", str(tmp_path), "--exit-interval", "3"], timeout=300.0
+    )
+    assert (
+        f"--load {tmp_path} holds no checkpoint (--save-interval 0 writes none): starting from the beginning"
+        in told
+    )
+    assert "the ledger's values of steps 1 to 3 are taken back: these steps are repeated" in told
+    assert first and ledger(tmp_path, "values") == first
+
+
+def test_a_stretch_without_scoring_is_no_lost_record(
+    two_ranks: Workers,
+    data: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Steps 4 to 6 are trained with --no-shapley, between starts that score."""
+    argv = [*arguments(data, *TARGETS, *FLAGS), "--save", str(tmp_path), "--load", str(tmp_path)]
+    for flags in (("--exit-interval", "3"), ("--exit-interval", "6", "--no-shapley"), ()):
+        two_ranks.run(_train, [*argv, *flags], timeout=300.0)
+    found = Ledger(tmp_path)
+    assert sorted(set(found.steps()["step"].to_pylist())) == [1, 2, 3, 7, 8]
+    (steps,) = [check for check in found.verify() if check.name == "steps"]
+    assert steps.ok, steps.detail
+    starts = json.loads((tmp_path / "shapley" / "starts.json").read_text())["starts"]
+    assert [(start["step"], start["ledger_step"]) for start in starts] == [(6, 3)]
 
 
 def test_a_full_disk_of_one_rank_ends_the_run_on_all(

@@ -74,6 +74,15 @@ def test_yaml_replays_a_run_and_flags_override_it(tmp_path: Path) -> None:
     assert dataclasses.replace(changed.training, lr=run.training.lr) == run.training
 
 
+def test_a_yaml_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run" / "config.yaml").mkdir(parents=True)
+    for path in (tmp_path / "file" / "run" / "config.yaml", tmp_path / "run" / "config.yaml"):
+        with pytest.raises(UserError, match=f"cannot write {path}: "):
+            write_yaml(parse(BASE), path)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]  # no temporary file
+
+
 def test_yaml_may_be_partial_and_is_checked(tmp_path: Path) -> None:
     path = tmp_path / "part.yaml"
     path.write_text("training: {lr: 1e-3, micro_batch_size: 4, train_iters: 5}\nmodel: {num_layers: 3}\n")
@@ -88,8 +97,9 @@ def test_yaml_may_be_partial_and_is_checked(tmp_path: Path) -> None:
         ("model: {num_layers: true}", "num_layers is True, not int"),
         ("training: [", "is not YAML"),
         ("- 1", "no mapping"),
+        (b"\xff\xfe", "is not YAML: 'utf-8' codec"),
     ):
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(UserError, match=message):
             parse(["--config", str(path), *flags])
     with pytest.raises(UserError, match="No such file"):
@@ -163,6 +173,10 @@ def test_a_misspelt_required_flag_is_unknown_and_not_missing() -> None:
         ("--save-interval 5", "needs --save"),
         ("--micro-batch-size 0", "--micro-batch-size is 0"),
         ("--shapley-refresh 0", "--shapley-refresh is 0: it must be positive"),
+        ("--weight-decay nan", "--weight-decay is nan: it must be a number"),
+        ("--clip-grad nan", "--clip-grad is nan: it must be a number"),
+        ("--norm-epsilon -1", "--norm-epsilon is -1.0: it must be positive"),
+        ("--rotary-base 0", "--rotary-base is 0: it must be positive"),
         (
             "--shapley --shapley-refresh 2 --shapley-estimator simpson",
             "--shapley-refresh 2 with --shapley-estimator simpson: .* leave --shapley-refresh out",
@@ -308,9 +322,10 @@ def test_impossible_settings_are_refused(tmp_path: Path, flags: str, content: di
 
 
 def test_a_broken_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
-        merge(config("--deepspeed_config", str(tmp_path / "x.json")), 1)
+    for content in (b"{", b"\xff\xfe"):
+        (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(UserError, match="is not JSON"):
+            merge(config("--deepspeed_config", str(tmp_path / "x.json")), 1)
     with pytest.raises(UserError, match="No such file"):
         merge(config("--deepspeed_config", str(tmp_path / "y.json")), 1)
 

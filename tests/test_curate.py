@@ -38,6 +38,7 @@ from inrun_megatron.report.curation import (
     blend_weights,
     decide,
 )
+from inrun_megatron.report.curation_data import output_names, pasted
 from tests.synthetic_ledger import DOMAINS, Shape, description, prepared_datasets, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,6 +153,20 @@ def test_blend_by_value() -> None:
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_every_dataset_has_files_of_its_own() -> None:
+    assert output_names(["web", "books/en"]) == ["web", "books_en"]
+    assert output_names(["a b", "a_b", "a_b_1"]) == ["a_b_2", "a_b_3", "a_b_1"]
+    assert output_names(["curation", "keep_list"]) == ["curation_1", "keep_list_2"]  # beside curation.json
+
+
+def test_the_line_of_the_next_run_is_one_for_a_shell() -> None:
+    path = ["0.5", "my data/it's", "0.5", "web"]
+    line = pasted({"data_path": path, "split": "100,0,0"})
+    assert shlex.split(line) == ["--data-path", *path, "--split", "100,0,0"] and line.endswith(
+        " 0.5 web --split 100,0,0"
+    )
 
 
 def test_a_dry_run_says_what_would_go(run: Path, inrun: Inrun) -> None:

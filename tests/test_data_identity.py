@@ -15,6 +15,7 @@ from inrun_megatron.data import identity
 from inrun_megatron.data.corpora import tiny_corpus
 from inrun_megatron.data.identity import SampleResolver
 from inrun_megatron.data.indexed import IndexedFile
+from inrun_megatron.data.origin import origin_of
 from inrun_megatron.errors import UserError
 from tests.data_cases import build, check_identity, write_pair
 
@@ -145,6 +146,17 @@ class TestIdentity:
         for part, spans in zip((train, valid), expected, strict=True):
             resolver = SampleResolver(part.table)
             assert [resolver.resolve(d, s) for d, s in map(part.locate, range(20))] == spans
+
+    def test_damaged_documents_are_named(self, pair: tuple[str, str]) -> None:
+        path = Path(f"{pair[0]}.documents.parquet")
+        path.write_bytes(path.read_bytes()[:-20])
+        train, _ = build(pair[0])
+        with pytest.raises(UserError, match=f"{path} cannot be read: .*; restore it from a copy"):
+            SampleResolver(train.table).document_metadata(0, 1)
+
+    def test_a_file_of_the_name_that_curation_uses_is_nobody_s_origin(self, pair: tuple[str, str]) -> None:
+        (Path(pair[0]).parent / "curation.json").write_text('{"curator": "somebody else"}')
+        assert origin_of(IndexedFile(pair[0]), "x").numbers is None
 
     def test_changed_data_is_refused(self, pair: tuple[str, str], tmp_path: Path) -> None:
         train, _ = build(pair[0])

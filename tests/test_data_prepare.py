@@ -229,8 +229,18 @@ class TestRefusals:
         with pytest.raises(UserError, match="text files have no fields"):
             prepare([tmp_path / "in"], tmp_path / "out2", keep=["url"])
         (tmp_path / "in/b.txt.gz").write_bytes(gzip.compress(b"x" * 9999)[:-20])
-        with pytest.raises(UserError, match="truncated gzip"):
+        with pytest.raises(UserError, match=r"b.txt.gz is a truncated or damaged gzip"):
             prepare([tmp_path / "in/b.txt.gz"], tmp_path / "out2")
+        damaged = bytearray(gzip.compress(b'{"text": "x"}\n' * 999))
+        damaged[12:40] = bytes(255 - byte for byte in damaged[12:40])
+        for name in ("damaged.txt.gz", "damaged.jsonl.gz"):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(UserError, match=f"{name} is a truncated or damaged gzip"):
+                prepare([tmp_path / name], tmp_path / "out2")
+        (tmp_path / "names").mkdir()
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/names/caf\xe9.txt")).write_text("hello")
+        with pytest.raises(UserError, match="caf\ufffd\\.txt is not UTF-8: rename the file"):
+            prepare([tmp_path / "names"], tmp_path / "out2")
         (tmp_path / "in/c.jsonl.gz").write_bytes(b"no gzip")
         with pytest.raises(UserError, match=r"c.jsonl.gz cannot be read"):
             prepare([tmp_path / "in/c.jsonl.gz"], tmp_path / "out2")

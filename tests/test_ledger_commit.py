@@ -320,6 +320,15 @@ def test_a_dead_hosts_lock_is_waited_for(
     assert len(lines) == 1 and "process 5 on node7" in lines[0] and lines[0].endswith("waiting 20 s")
 
 
+def test_a_lock_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """As on a read-only file system, which a test may not be allowed to mount."""
+    (tmp_path / "LOCK").mkdir()
+    with pytest.raises(
+        UserError, match="LOCK: Is a directory; free or repair the file system, or choose another"
+    ):
+        create_ledger(tmp_path, description())
+
+
 def test_one_process_cannot_open_a_directory_twice(tmp_path: Path) -> None:
     with create_ledger(tmp_path, description()):
         with pytest.raises(UserError, match="already open for writing in this process"):

@@ -108,6 +108,19 @@ def test_samples_and_datasets_are_ranked(run: tuple[Path, np.ndarray]) -> None:
         assert ranked(query, Level.dataset, "prose") == []  # only the target that was asked for
 
 
+def test_samples_of_a_target_of_several_words_are_ranked(tmp_path: Path) -> None:
+    """Names in somebody's own loop may be any text, also one that looks like SQL."""
+    names = ("one step ahead", "its target 's")
+    described = description()
+    described.targets = [{"name": name} for name in names]
+    rows = write_run(tmp_path, Shape(steps=3), described)
+    with Query(Ledger(tmp_path)) as query:
+        for name, column in zip(names, TARGETS, strict=True):
+            create_figures(query, Level.sample, whole_run(3), target=name)
+            best = ranked(query, Level.sample, name, n=100)
+            assert [row["value"] for row in best] == np.sort(rows[column])[::-1].tolist()
+
+
 def test_document_values_are_shares_of_their_samples(run: tuple[Path, np.ndarray]) -> None:
     directory, rows = run
     ledger = Ledger(directory)

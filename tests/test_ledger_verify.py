@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from inrun_megatron import cli
+from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import Check, Ledger, LedgerWriter, StepRecord, commit, create_ledger, open_ledger
 from inrun_megatron.ledger.audits import judge_efficiency, precision_of
 from inrun_megatron.ledger.description import Starts
@@ -235,9 +236,9 @@ def test_additivity(tmp_path: Path, share: float, training: dict[str, bool], ok:
         assert "(step 17)" in found["additivity"].detail
 
 
-def started_again(directory: Path, step: int, **configuration: Any) -> None:
+def started_again(directory: Path, step: int, ledger_step: int | None = None, **configuration: Any) -> None:
     with open_ledger(directory) as ledger:
-        Starts(directory, ledger.run).append(step, description(**configuration))
+        Starts(directory, ledger.run).append(step, description(**configuration), ledger_step)
 
 
 def test_a_step_is_judged_by_the_settings_that_made_it(tmp_path: Path) -> None:
@@ -251,6 +252,11 @@ def test_a_step_is_judged_by_the_settings_that_made_it(tmp_path: Path) -> None:
     starts = json.loads((tmp_path / "starts.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [16]  # the other start's steps were taken back
 
+    for damaged in ({"starts": 3}, {"starts": ["x"]}, {"starts": [{}]}):
+        (tmp_path / "starts.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="holds a start without its step; restore it"):
+            Ledger(tmp_path)
+
     with create_ledger(tmp_path / "sparse", description()):
         writer = LedgerWriter(tmp_path / "sparse", 0)
         for step in (1, 2, 3, 4, 6, 8):
@@ -261,6 +267,8 @@ def test_a_step_is_judged_by_the_settings_that_made_it(tmp_path: Path) -> None:
     assert "steps" not in failed(tmp_path / "sparse")
     started_again(tmp_path / "sparse", 6, shapley={"interval": 1})
     assert failed(tmp_path / "sparse")["steps"].figures["missing_steps"] == [7]
+    started_again(tmp_path / "sparse", 7, 6, shapley={"interval": 1})  # step 7 with --no-shapley
+    assert "steps" not in failed(tmp_path / "sparse")
 
 
 def test_additivity_must_be_recorded(tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def test_the_table_of_the_documentation_is_the_commands(capsys: pytest.CaptureFi
             "--refresh 2 with --estimator simpson",
         ),
         (("--preset", "7b", "--targets", "0"), "--targets is 0: it must be positive"),
+        (("--preset", "7b", "--segments", "nan"), "--segments is nan: it must be positive and finite"),
+        (("--preset", "7b", "--tflops", "inf"), "--tflops inf must be a positive number"),
         (("--preset", "7b", "--config", "x"), "give one of them"),
     ],
 )

@@ -22,8 +22,9 @@ import yaml
 
 from inrun_megatron.data.prepare import prepare as prepare_data
 from inrun_megatron.training.exit_codes import STOPPED
-from tests.distributed import DistributedError, Workers
+from tests.distributed import DistributedError, Workers, run_distributed
 from tests.hosts import wait_for
+from tests.test_ledger_write import file_size_limit
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = (
@@ -299,6 +300,33 @@ def test_a_checkpoint_is_durable_before_it_is_named(two_ranks: Workers, data: Pa
         file.write_bytes(content)
     file.unlink()
     assert f"{file} is missing" in refused(two_ranks, argv)
+
+
+def _run_on_a_full_disk(rank: int, world: int, argv: list[str], size: int) -> None:
+    """Checkpoints meet a disk without space for files beyond `size` bytes."""
+    from inrun_megatron.training import checkpoint
+
+    save = checkpoint.save
+
+    def limited(*given: Any) -> Path:
+        with file_size_limit(size):
+            return save(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", limited)
+        _run(rank, world, argv)
+
+
+@pytest.mark.parametrize("size", [10_000, 50_000])
+def test_a_full_disk_at_a_checkpoint_is_one_line(data: Path, tmp_path: Path, size: int) -> None:
+    argv = arguments(
+        data, "--no-shapley", "--train-iters", "1", "--lr-warmup-iters", "0", "--save", str(tmp_path)
+    )
+    with pytest.raises(
+        DistributedError, match=r"UserError: cannot write \S+/iter_0000001: .* free or repair it"
+    ):
+        run_distributed(_run_on_a_full_disk, 1, argv, size)
+    assert not (tmp_path / "checkpoints" / "latest").exists()
 
 
 def test_bad_data_is_refused_by_all_ranks_before_deepspeed_compiles(

@@ -29,6 +29,7 @@ from inrun_megatron.report.curation_data import (
     data_path,
     lowest,
     output_names,
+    pasted,
     write_curation,
 )
 from inrun_megatron.report.documents import Documents, parse_moved, shorten
@@ -241,4 +242,4 @@ def _print(
     )
     out.print(Text(f"\n{heading}", style="bold"))
     # One line, however long: it is there to be pasted.
-    out.print(f"--data-path {' '.join(record['data_path'])} --split {record['split']}", soft_wrap=True)
+    out.print(Text(pasted(record)), soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Annotated, Any, Literal
 
 import typer
@@ -95,8 +96,8 @@ def plan(
     if json and as_markdown:
         raise UserError("give one of --json and --markdown")
     for flag, value in (("tflops", tflops), ("memory-gbps", memory_gbps), ("network-gbps", network_gbps)):
-        if not value > 0:
-            raise UserError(f"--{flag} {value:g} must be positive")
+        if not 0 < value < math.inf:
+            raise UserError(f"--{flag} {value:g} must be a positive number")
     hardware = Hardware(tflops * 1e12, memory_gbps * 1e9, network_gbps * 1e9)
     model: dict[str, Any] = {
         "num_layers": num_layers,

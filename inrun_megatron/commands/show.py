@@ -62,6 +62,8 @@ def _key(ledger: Ledger, text: str, option: str) -> tuple[int, int]:
     name, colon, number = text.rpartition(":")
     if not colon or not number.isdecimal():
         raise UserError(f"{option} {text!r} is not DATASET:NUMBER, such as {ledger.dataset_names[0]}:17")
+    if int(number) >= 2**63:
+        raise UserError(f"{option} {text!r}: no dataset has so many; numbers are below 2**63")
     return dataset_index(ledger, name), int(number)
 
 

@@ -25,7 +25,7 @@ from inrun_megatron.report.phases import Phase, choose_steps
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.ranking import Level, Measure, create_figures, level_of, ranked
 from inrun_megatron.report.summary import with_place
-from inrun_megatron.report.tables import console, in_nats, print_json, scale_of, signed, table
+from inrun_megatron.report.tables import console, in_nats, print_json, scale_near, scale_of, signed, table
 
 
 def top(
@@ -86,21 +86,38 @@ def top(
         )
         return
     out = console()
+    units = _units([row for rows in found.values() for row in rows], level)
     for name, rows in found.items():
-        _print(out, rows, f"{'Worst' if worst else 'Best'} {by}s for target {name}", level, rank, chosen)
+        title = f"{'Worst' if worst else 'Best'} {by}s for target {name}"
+        _print(out, rows, title, level, rank, chosen, units)
 
 
 def _with_text(documents: Documents, by: Level | str, row: dict[str, Any]) -> dict[str, Any]:
     return with_place(documents, by, row) if by in (Level.sample, Level.document) else row
 
 
+def _each(by: Level | str) -> tuple[str, str]:
+    """What stands beside the sum, and its heading. A document is part of samples, so that "per sample" says little of it."""
+    return ("per_token", "Per token") if by is Level.document else ("mean", "Per sample")
+
+
+def _units(rows: list[dict[str, Any]], by: Level | str) -> tuple[tuple[float, str], tuple[float, str]]:
+    """Units of the sums and of what stands beside them: of all targets' tables, and one for both where it suits."""
+    each = scale_of([row[_each(by)[0]] or 0.0 for row in rows])
+    return scale_near([row["value"] for row in rows], each), each
+
+
 def _print(
-    out: Console, rows: list[dict[str, Any]], title: str, by: Level | str, rank: Measure, phase: Phase
+    out: Console,
+    rows: list[dict[str, Any]],
+    title: str,
+    by: Level | str,
+    rank: Measure,
+    phase: Phase,
+    units: tuple[tuple[float, str], tuple[float, str]],
 ) -> None:
-    # A document is part of samples, so that "per sample" says little of it.
-    each, heading = ("per_token", "Per token") if by is Level.document else ("mean", "Per sample")
-    unit, name = scale_of([row["value"] for row in rows])
-    each_unit, each_name = scale_of([row[each] or 0.0 for row in rows])
+    each, heading = _each(by)
+    (unit, name), (each_unit, each_name) = units
     texts = by in (Level.sample, Level.document)
     columns: list[str | tuple[str, str]] = [
         (by.capitalize(), "left"),

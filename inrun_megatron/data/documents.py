@@ -51,6 +51,16 @@ def read_summary(prefix: str | Path) -> dict[str, Any] | None:
     return summary
 
 
+def read_table(path: Path, **options: Any) -> pa.Table:
+    """A Parquet file beside the data; `options` as of pyarrow. UserError naming it when it is damaged."""
+    try:
+        return pq.read_table(path, **options)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(
+            f"{path} cannot be read: {' '.join(str(error).split())[:200]}; restore it from a copy, or prepare the data again"
+        ) from error
+
+
 class DocumentTable:
     """Collects the rows of documents.parquet in any number and writes them with one type per column.
 

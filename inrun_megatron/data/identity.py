@@ -23,15 +23,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from inrun_megatron.data.documents import documents_path, read_summary
+from inrun_megatron.data.documents import documents_path, read_summary, read_table
 from inrun_megatron.data.indexed import IndexedFile, normalise_prefix
 from inrun_megatron.data.tokenizers import NullTokenizer, Tokenizer, build_tokenizer_from
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import sha256_of
 
 INDEX_NAMES = ("document_index", "sample_index", "shuffle_index")
+
+_LEADS_TO_DOCUMENTS = ("idx_sha256", "description", "cache_files", "index_sha256")
+"""What a row of the table needs beside path_prefix; a run in somebody's own loop may say no more than name and index."""
 
 
 class Span(NamedTuple):
@@ -131,11 +133,11 @@ class SampleResolver:
 
     def sequence_length(self, dataset: int) -> int:
         """Positions of a sample's row."""
-        return int(self._row(dataset)["description"]["sequence_length"])
+        return int(self._description(dataset)["sequence_length"])
 
     def end_of_document(self, dataset: int) -> int:
         """The token that ended documents in the run."""
-        return int(self._row(dataset)["description"]["tokenizer"]["eod"])
+        return int(self._description(dataset)["tokenizer"]["eod"])
 
     def document_tokens(self, dataset: int, document: int) -> np.ndarray:
         """All tokens of a document, int64."""
@@ -173,7 +175,7 @@ class SampleResolver:
         """Documents that the run's training split holds at least one sequence of."""
         from inrun_megatron.data.blend import split_range  # imports torch, which resolving does not need
 
-        data, description = self.file(dataset), self._row(dataset)["description"]
+        data, description = self.file(dataset), self._description(dataset)
         sequences = split_range(description["split_matrix"][0], data.num_sequences)
         first = np.searchsorted(data.document_boundaries, sequences.start, side="right") - 1
         last = np.searchsorted(data.document_boundaries, sequences.stop, side="left")
@@ -192,18 +194,29 @@ class SampleResolver:
             raise UserError(f"the run has the datasets {sorted(self._rows)}, not {dataset}")
         return self._rows[dataset]
 
+    def _description(self, dataset: int) -> Mapping[str, Any]:
+        """megatron-core's description of a dataset."""
+        self._open(dataset)  # refuses a row that has none
+        description: Mapping[str, Any] = self._row(dataset)["description"]
+        return description
+
     def _open(self, dataset: int) -> _OpenDataset:
         dataset = int(dataset)
         if dataset not in self._opened:
             row = self._row(dataset)
-            if "path_prefix" not in row:
-                raise UserError(
-                    f"the run recorded dataset {row['name']} with its name alone, which leads to no documents; record a "
-                    "DatasetDescription (docs/library.md)"
-                )
+            _require(row, ("path_prefix",))
             prefix = normalise_prefix(self._prefixes.get(dataset, row["path_prefix"]))
             self._opened[dataset] = _OpenDataset(row, prefix, self._verify)
         return self._opened[dataset]
+
+
+def _require(row: Mapping[str, Any], names: Sequence[str]) -> None:
+    absent = [name for name in names if name not in row]
+    if absent:
+        raise UserError(
+            f"run.json says no {', '.join(absent)} of dataset {row['name']}, so that its samples lead to no documents: ask "
+            "by sample or dataset (RunDescription takes DatasetDescription.to_dict() of each dataset)"
+        )
 
 
 class _OpenDataset:
@@ -212,6 +225,7 @@ class _OpenDataset:
     def __init__(self, row: Mapping[str, Any], prefix: str, verify: bool) -> None:
         self._row, self._verify = row, verify
         self.data = IndexedFile(prefix)
+        _require(row, _LEADS_TO_DOCUMENTS)
         if verify and sha256_of(self.data.idx_path) != row["idx_sha256"]:
             raise UserError(
                 f"{self.data.idx_path} is not the file that the run read (sha256 differs): restore it, or name where the "
@@ -253,7 +267,7 @@ class _OpenDataset:
         path = documents_path(self.data.prefix)
         if not path.exists():
             return None
-        table = pq.read_table(path, memory_map=True)
+        table = read_table(path, memory_map=True)
         if table.num_rows != self.data.num_documents:
             raise UserError(
                 f"{path} has {table.num_rows} documents where {self.data.idx_path} has {self.data.num_documents}: they are "

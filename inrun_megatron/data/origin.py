@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from inrun_megatron.data.documents import read_table
 from inrun_megatron.data.indexed import IndexedFile
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import read_json
@@ -41,10 +41,11 @@ def origin_of(data: IndexedFile, idx_sha256: str) -> Origin:
     path = prefix.parent / CURATION_FILE
     if not path.is_file():
         return Origin(idx_sha256)
-    rows = [row for row in read_json(path)["datasets"] if row["rewritten"] and row["file"] == prefix.name]
+    datasets = read_json(path).get("datasets", [])  # none in somebody else's file of that name
+    rows = [row for row in datasets if row["rewritten"] and row["file"] == prefix.name]
     if not rows:
         return Origin(idx_sha256)
-    table = pq.read_table(
+    table = read_table(
         prefix.parent / KEEP_LIST_FILE,
         columns=["new_document", "origin_document"],
         filters=(pc.field("dataset") == rows[0]["name"]) & pc.field("kept"),

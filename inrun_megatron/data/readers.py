@@ -11,6 +11,7 @@ import gzip
 import json
 import os
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,10 +88,20 @@ def find_inputs(inputs: Sequence[str | Path], format: Format = "auto") -> list[s
         else:
             raise UserError(f"the input {item} does not exist")
         for path in found:
+            _check_name(path)
             files.setdefault(os.path.realpath(path), path)
     if not files:
         raise UserError("no input is given: name files, directories or globs")
     return list(files.values())
+
+
+def _check_name(path: str) -> None:
+    """documents.parquet keeps the name of every document's file, as UTF-8."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", errors="replace")
+        raise UserError(f"the name of the input {shown} is not UTF-8: rename the file") from None
 
 
 def _suffixes(format: Format) -> tuple[str, ...]:
@@ -162,8 +173,12 @@ def _line_pieces(path: str, kind: Format) -> Iterator[Piece]:
 def _lines(file: BinaryIO, path: str) -> Iterator[bytes]:
     try:
         yield from file
-    except EOFError:
-        raise UserError(f"{path} is a truncated gzip file: copy it again") from None
+    except (EOFError, zlib.error):
+        raise _damaged(path) from None
+
+
+def _damaged(path: str) -> UserError:
+    return UserError(f"{path} is a truncated or damaged gzip file: copy it again")
 
 
 def _parquet_pieces(path: str, options: ReadOptions) -> Iterator[Piece]:
@@ -222,8 +237,8 @@ def _read_text(path: str, options: ReadOptions) -> Document:
             content = file.read()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except EOFError:
-        raise UserError(f"{path} is a truncated gzip file: copy it again") from None
+    except (EOFError, zlib.error):
+        raise _damaged(path) from None
     return Document(_decode(content.removeprefix(b"\xef\xbb\xbf"), path, None, options), 1)
 
 

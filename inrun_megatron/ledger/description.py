@@ -39,7 +39,9 @@ class Starts:
         self._later: list[dict[str, Any]] = []
         if self._path.exists():
             self._later = read_json(self._path).get("starts", [])
-            if not all(isinstance(start.get("step"), int) for start in self._later):
+            if not isinstance(self._later, list) or not all(
+                isinstance(start, dict) and isinstance(start.get("step"), int) for start in self._later
+            ):
                 raise UserError(f"{self._path} holds a start without its step; restore it from a copy")
 
     def at(self, step: int) -> Mapping[str, Any]:
@@ -50,10 +52,17 @@ class Starts:
     def last(self) -> Mapping[str, Any]:
         return self._later[-1] if self._later else self._first
 
-    def append(self, step: int, description: RunDescription) -> None:
-        """A start that goes on after `step`, once the ledger is taken back to it. Rank 0 only."""
+    def without_scoring(self, step: int) -> bool:
+        """Was `step` made by a start that scored nothing (--no-shapley), between two that did?"""
+        return any(start.get("ledger_step", start["step"]) < step <= start["step"] for start in self._later)
+
+    def append(self, step: int, description: RunDescription, ledger_step: int | None = None) -> None:
+        """A start that goes on after `step`, once the ledger is taken back to it. Rank 0 only.
+
+        ledger_step: the last commit before it (default: `step`); what lies between was trained without scoring.
+        """
         record = description.to_dict()
-        start = {"step": step, "created": now()}
+        start = {"step": step, "ledger_step": step if ledger_step is None else ledger_step, "created": now()}
         start |= {key: record[key] for key in ("configuration", "versions", "layout")}
         self._later = [earlier for earlier in self._later if earlier["step"] < step] + [start]
         write_json(self._path, {"starts": self._later})

@@ -45,7 +45,13 @@ class DirectoryLock:
         if self.directory in _HELD:
             raise UserError(f"{directory} is already open for writing in this process; close it first")
         self.path = self.directory / LOCK_FILE
-        self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._descriptor: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror or error}; free or repair the file system, or choose another "
+                "--shapley-dir"
+            ) from error
         try:
             self._acquire()
         except BaseException:

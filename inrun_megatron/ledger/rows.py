@@ -170,7 +170,7 @@ def steps_of(ledger: Ledger, whole: list[PartInfo]) -> list[dict[str, Any]]:
 
 def _due(ledger: Ledger, step: int) -> bool:
     interval = int(setting(ledger.starts.at(step), "interval", 0, group="shapley") or 0)
-    return bool(interval) and step % interval == 0
+    return bool(interval) and step % interval == 0 and not ledger.starts.without_scoring(step)
 
 
 def check_steps(ledger: Ledger, steps: list[dict[str, Any]], totals: StepTotals, complete: bool) -> Check:

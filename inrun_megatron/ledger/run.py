@@ -87,7 +87,7 @@ def create_ledger(directory: Path | str, description: RunDescription) -> OpenLed
                 f"restore {RUN_FILE}, or choose another --shapley-dir"
             )
         for table in (VALUES, STEPS, COMMITS):
-            make_directory(directory / table)
+            _make_ledger_directory(directory / table)
         write_json(directory / RUN_FILE, record)
     except BaseException:
         lock.close()

@@ -86,8 +86,8 @@ class LedgerWriter:
         """Buffer n samples of `step`: dataset [n], sample [n], tokens [n] (loss tokens), values [n, K] in
         nats, segment [n] (part of the sample, 0 where samples are not cut). Touches no file.
 
-        Steps may not go back. Raises ValueError on shapes that do not fit and on a dataset index that
-        run.json lacks.
+        Steps may not go back. Raises ValueError on shapes that do not fit, on a dataset index that
+        run.json lacks, and on sample numbers below 0 or beyond int64.
         """
         block: Block = {
             "dataset": np.asarray(dataset).reshape(-1),
@@ -109,6 +109,11 @@ class LedgerWriter:
             raise ValueError(
                 f"step {step}: dataset indices {block['dataset'].min()}..{block['dataset'].max()}, but run.json lists "
                 f"{self._datasets} datasets"
+            )
+        if n and block["sample"].min() < 0:
+            raise ValueError(
+                f"step {step}: sample number {block['sample'].min()}; numbers go from 0 to 2**63 - 1 (a hash of 64 bits does "
+                "not fit: take it modulo 2**63)"
             )
         if step < self._last_step:
             raise ValueError(f"step {step} appended after step {self._last_step}; steps may not go back")

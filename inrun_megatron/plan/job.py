@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, prod
+from math import ceil, inf, prod
 
 from inrun_megatron.config import ModelConfig
 from inrun_megatron.defaults import default_base
@@ -86,8 +86,10 @@ class Job:
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive")
+            if not 0 < getattr(self, name) < inf:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive and finite"
+                )
         t, p = self.tensor_parallel, self.pipeline_parallel
         if self.world_size % (t * p):
             raise UserError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ from inrun_megatron.report.curation import REASONS, Candidates
 from inrun_megatron.report.documents import Documents
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.summary import with_text
+
+_OWN_NAMES = {Path(CURATION_FILE).stem, Path(KEEP_LIST_FILE).stem}
+"""A dataset of such a name would have its files take the place of these."""
 
 KEEP_LIST_SCHEMA = pa.schema(
     [
@@ -90,7 +94,15 @@ def output_names(names: Sequence[str]) -> list[str]:
     safe = [
         "".join(c if c.isalnum() or c in "._-" else "_" for c in name).lstrip(".") or "data" for name in names
     ]
-    return [name if safe.count(name) == 1 else f"{name}_{index + 1}" for index, name in enumerate(safe)]
+    single = {name for name in safe if safe.count(name) == 1 and name not in _OWN_NAMES}
+    taken, found = {*safe, *_OWN_NAMES}, []
+    for index, name in enumerate(safe):
+        file, number = name, index + 1
+        while file in taken and name not in single:
+            file, number = f"{name}_{number}", number + 1
+        taken.add(file)
+        found.append(file)
+    return found
 
 
 def data_path(prefixes: Sequence[str], weights: Sequence[float]) -> list[str]:
@@ -101,6 +113,11 @@ def data_path(prefixes: Sequence[str], weights: Sequence[float]) -> list[str]:
         if weight > 0
         for piece in (f"{weight:.6g}", prefix)
     ]
+
+
+def pasted(record: Mapping[str, Any]) -> str:
+    """The flags of the next run as one line for a shell. record: content of curation.json."""
+    return shlex.join(["--data-path", *record["data_path"], "--split", record["split"]])
 
 
 def check_output(directory: Path, overwrite: bool, read: Sequence[str]) -> None:
@@ -144,8 +161,7 @@ def write_curation(
                     named = {"run": record["run"], "from": str(Path(source.prefix).absolute())}
                     left += write_filtered(source, kept, work / Path(row["prefix"]).name, named)
                 keep_list.write_table(_keep_list(data, origin, row["rewritten"]))
-        pasted = f"--data-path {' '.join(record['data_path'])} --split {record['split']}\n"
-        (work / "data_path.txt").write_text(pasted, encoding="utf-8")
+        (work / "data_path.txt").write_text(f"{pasted(record)}\n", encoding="utf-8")
         (work / CURATION_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if directory.exists():
             old = directory.with_name(f".{directory.name}.{os.getpid()}.old")

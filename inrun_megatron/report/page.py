@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -77,7 +78,8 @@ def write_page(figures: dict[str, Any], path: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another --output") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
 
 
 def write_png(figures: dict[str, Any], directory: Path) -> list[str]:

@@ -140,12 +140,11 @@ def _once(query: Query, phase: Phase) -> bool:
 
 
 def _samples_as_they_are(query: Query, scope: str) -> None:
-    qualified = scope.replace("step ", "s.step ").replace("target ", "s.target ")
     query.run(f"""
         CREATE TEMP VIEW figures AS
         SELECT s.dataset, d.name AS dataset_name, s.sample, s.target, CAST(1 AS BIGINT) AS samples,
                CAST(s.tokens AS BIGINT) AS tokens, s.step AS first_step, s.step AS last_step, s.value, s.value AS mean,
                CAST(NULL AS DOUBLE) AS standard_error, CASE WHEN s.value < 0 THEN 1.0 ELSE 0.0 END AS negative_share,
                CASE WHEN s.tokens > 0 THEN s.value / s.tokens END AS per_token, s.normalised, s.relative
-        FROM scored s JOIN datasets d ON s.dataset = d.dataset WHERE {qualified}
+        FROM (SELECT * FROM scored WHERE {scope}) s JOIN datasets d ON s.dataset = d.dataset
     """)

@@ -22,6 +22,7 @@ import yaml
 
 from inrun_megatron.config import Config
 from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.files import make_directory, refused, write_atomically
 
 # Set by the launcher or by how the run was started: they do not describe the run. A replay that loaded would go on from the
 # end of the run instead of repeating it.
@@ -116,7 +117,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} holds no mapping of configuration groups")
@@ -178,15 +179,14 @@ def to_mapping(config: Config) -> dict[str, Any]:
 
 
 def write_yaml(config: Config, path: Path) -> None:
-    """Write the replayable configuration; the file is replaced in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(
-        "# Repeat this run: pretrain.py --config <this file> --save <another directory>\n"
-        + yaml.safe_dump(to_mapping(config), sort_keys=False),
-        encoding="utf-8",
-    )
-    temporary.replace(path)
+    """Write the replayable configuration; the file is replaced in one step. UserError when the file system refuses."""
+    text = "# Repeat this run: pretrain.py --config <this file> --save <another directory>\n"
+    text += yaml.safe_dump(to_mapping(config), sort_keys=False)
+    try:
+        make_directory(path.parent)
+    except OSError as error:
+        raise refused(path, error) from error
+    write_atomically(path, text.encode())
 
 
 def flags_markdown() -> str:

@@ -43,6 +43,9 @@ from inrun_megatron.training.distributed import all_ranks
 from inrun_megatron.training.engine import Trainer, seed_streams
 from inrun_megatron.training.run_state import DIRECTORY, RUN_STATE_FILE, Resume
 
+_FAILED_WRITES = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""In torch.save's answers to a write that failed. The last one it raises is about the archive that it then closes."""
+
 
 @dataclass
 class Progress:
@@ -121,11 +124,11 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
     except OSError as error:
         raise refused(path, error) from error
     except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error):  # torch.save's answer to a write that failed
+        if not any(name in str(error) for name in _FAILED_WRITES):
             raise
         raise UserError(
-            f"cannot write {path}: {str(error).splitlines()[0]}; free or repair the file system, then resume from the "
-            "last checkpoint with --load"
+            f"cannot write {path}: the file system is full or failing (torch.save: {str(error).splitlines()[0]}); free or "
+            "repair it, then resume from the last checkpoint with --load"
         ) from error
     return path
 

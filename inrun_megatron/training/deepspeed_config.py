@@ -40,7 +40,7 @@ def read_json(path: str | None) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--deepspeed_config {path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"--deepspeed_config {path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--deepspeed_config {path} holds no JSON object")

@@ -91,6 +91,9 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
         progress, as_it_is = checkpoint.load(config, trainer, resume)
         other = "" if as_it_is else ", written in another layout"
         _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
+    elif config.checkpoint.load is not None:
+        why = " (--save-interval 0 writes none)" if config.checkpoint.save_interval == 0 else ""
+        _say(f"--load {config.checkpoint.load} holds no checkpoint{why}: starting from the beginning")
     scoring = None
     if config.shapley.enabled:
         # Imported here so that training without scoring does not depend on it.
@@ -108,8 +111,7 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
     elif config.training.recompute_granularity is not None:
         trainer.recompute(config.training.recompute_num_layers)
     # Only now: a refused resume leaves the run's own as it was.
-    if config.checkpoint.save is not None and dist.get_rank() == 0:
-        write_yaml(config, Path(config.checkpoint.save) / "config.yaml")
+    all_ranks(lambda: _describe(config))
 
     loop = Run(
         config=config,
@@ -133,6 +135,11 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
     saved = f"saved {checkpoint.tag_of(progress.iteration)}" if loop.saves else "no checkpoint is configured"
     _say(f"stopped by {stop} after step {progress.iteration}: {saved}; exit code {STOPPED}")
     return STOPPED
+
+
+def _describe(config: Config) -> None:
+    if config.checkpoint.save is not None and dist.get_rank() == 0:
+        write_yaml(config, Path(config.checkpoint.save) / "config.yaml")
 
 
 def _say(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from inrun_megatron.config import Config
 from inrun_megatron.data.megatron import document_ids
 from inrun_megatron.ledger.belongs import Origin, require_none_lost, require_own
 from inrun_megatron.ledger.description import Starts
-from inrun_megatron.ledger.schema import DEFAULT_SUBDIRECTORY, DRIFT, RUN_FILE, RunDescription
+from inrun_megatron.ledger.run import step_of
+from inrun_megatron.ledger.schema import COMMITS, DEFAULT_SUBDIRECTORY, DRIFT, RUN_FILE, RunDescription
 from inrun_megatron.ledger.write import LedgerWriter, OpenLedger, create_ledger, open_ledger, rollback
 from inrun_megatron.models import token_losses
 from inrun_megatron.models.pipeline import GPTPipeline
@@ -69,6 +71,17 @@ def _coverage(own: Coverage, layout: Layout) -> dict[str, Any]:
         tapped_elements=sum(stage.tapped_elements for stage in stages),
         missing=tuple(name for stage in stages for name in stage.missing),
     ).to_dict()
+
+
+def _say_what_is_repeated(removed: Sequence[str], step: int) -> None:
+    """removed: by `rollback` to `step`."""
+    last = max((step_of(Path(name)) for name in removed if name.startswith(f"{COMMITS}/")), default=0)
+    if last > step:
+        print(
+            f"the ledger's values of steps {step + 1} to {last} are taken back: these steps are repeated",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class Scoring:
@@ -171,8 +184,8 @@ class Scoring:
                 save=None if config.shapley.dir is None else config.checkpoint.save,
                 train_iters=config.training.train_iters,
             )
-            rollback(self.directory, progress.iteration)
-            starts.append(progress.iteration, description)
+            _say_what_is_repeated(rollback(self.directory, progress.iteration), progress.iteration)
+            starts.append(progress.iteration, description, progress.ledger_step)
         except BaseException:
             ledger.close()
             raise

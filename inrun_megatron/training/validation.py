@@ -5,6 +5,7 @@ Each failed check is a UserError with the values and the remedy in one line.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from inrun_megatron.config import Config
@@ -25,6 +26,7 @@ def data_parallel_size(config: Config, world_size: int) -> int:
 
 def validate(config: Config, world_size: int) -> int:
     """All checks; returns the data-parallel size."""
+    _no_nan(config)
     _parallel(config)
     data_parallel = data_parallel_size(config, world_size)
     _model(config)
@@ -32,6 +34,14 @@ def validate(config: Config, world_size: int) -> int:
     _data(config)
     _run_directory(config)
     return data_parallel
+
+
+def _no_nan(config: Config) -> None:
+    """NaN passes every comparison of the checks below."""
+    for group in vars(config).values():
+        for name, value in vars(group).items():
+            if isinstance(value, float) and math.isnan(value):
+                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be a number")
 
 
 def _positive(**values: float | None) -> None:
@@ -109,6 +119,8 @@ def _model(config: Config) -> None:
         seq_length=sequence,
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
         init_method_std=model.init_method_std,
+        rotary_base=model.rotary_base,
+        norm_epsilon=model.norm_epsilon,
     )
     if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
         raise UserError(
