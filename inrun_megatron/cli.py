@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -51,6 +52,9 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `inrun` with `arguments` (default: the process's) and exit."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Text from the data may hold what a terminal that is not UTF-8 has no sign for.
+        sys.stdout.reconfigure(errors="replace")
     command = given[0] if given and not given[0].startswith("-") else None
     name = f"inrun {command}" if command else "inrun"
     try:

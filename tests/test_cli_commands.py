@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,6 +184,16 @@ def test_top(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None
     assert len(re.findall(r"nats x 1e[+-]\d\d", both)) == 4  # sum and mean of both targets
 
 
+def test_an_output_that_is_not_utf_8(run: tuple[Path, np.ndarray]) -> None:
+    """Errors of means have a sign that ASCII lacks."""
+    command = [sys.executable, "-m", "inrun_megatron.cli", "summary", str(run[0]), "-n", "0"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (
+        done.returncode == 0 and done.stderr == "" and "Target prose" in done.stdout and " ? " in done.stdout
+    )
+
+
 def test_top_has_one_unit_for_all_targets(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
     units = re.findall(r"x 1e[+-]\d\d", inrun("top", run[0], "--by", "dataset").out)
     assert len(units) == 4 and len(set(units)) == 1  # sums and means of both targets
@@ -302,6 +315,10 @@ BAD = [
     (("export", "{run}", "-o", "{tmp}/x.xls"), "no suffix .csv, .jsonl or .parquet"),
     (("export", "{run}", "-o", "{tmp}/none/x.csv"), "is no directory"),
     (("export", "{run}", "-o", "{run}/shapley/run.json", "--format", "csv"), "exists; choose another"),
+    (
+        ("export", "{run}", "-o", "{run}", "--format", "csv", "--overwrite"),
+        "is no regular file; choose another",
+    ),
     (("top", "{run}", "--data", "code"), "is not NAME=PREFIX"),
     (("bogus",), "No such command 'bogus'"),
 ]

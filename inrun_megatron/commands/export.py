@@ -75,6 +75,9 @@ def export(
     ledger = Ledger(run)
     chosen = choose_steps(steps, phase, ledger.last_step)
     chosen_targets(ledger, target)
+    if path.exists() and not path.is_file():
+        # A rename would put a file in the place of a device such as /dev/stdout.
+        raise UserError(f"{path} is no regular file; choose another --output")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another --output, or give --overwrite")
     if not path.absolute().parent.is_dir():
