@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from inrun_megatron.data import identity
+from inrun_megatron.data import run_dataset
 from inrun_megatron.data.corpora import tiny_corpus
 from inrun_megatron.data.identity import SampleResolver
 from inrun_megatron.data.indexed import IndexedFile
@@ -171,8 +171,8 @@ class TestIdentity:
 
 
 def test_canary_upstream_names() -> None:
-    """What `identity` and `train` rely on in megatron-core: its index arrays and the files they are cached in."""
-    assert identity.INDEX_NAMES == ("document_index", "sample_index", "shuffle_index")
+    """What `run_dataset` and `train` rely on in megatron-core: its index arrays and the files they are cached in."""
+    assert run_dataset.INDEX_NAMES == ("document_index", "sample_index", "shuffle_index")
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
 

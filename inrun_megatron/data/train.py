@@ -29,7 +29,6 @@ from inrun_megatron.data.blend import (
     parse_split,
     split_range,
 )
-from inrun_megatron.data.identity import INDEX_NAMES, array_sha256
 from inrun_megatron.data.indexed import IndexedFile
 from inrun_megatron.data.megatron import (
     BlendedDataset,
@@ -37,6 +36,7 @@ from inrun_megatron.data.megatron import (
     GPTDataset,
     GPTDatasetConfig,
 )
+from inrun_megatron.data.run_dataset import INDEX_NAMES, array_sha256
 from inrun_megatron.data.sampler import DataSampler, microbatch_indices
 from inrun_megatron.data.samples import DatasetDescription, IdentifiedDataset, components, microbatch_loader
 from inrun_megatron.data.tokenizers import Tokenizer
