@@ -13,7 +13,7 @@ from typing import IO
 
 import psutil
 
-from tests.test_pretrain import ROOT, free_port
+from tests.real_text import ROOT, free_port
 
 DEADLINE = 600.0
 """Seconds until a run that makes no progress fails its test."""

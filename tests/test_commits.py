@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 
 from inrun_megatron.ledger import Ledger
+from tests import real_text
 from tests.distributed import DistributedError, Workers
-from tests.test_pretrain import TARGETS, arguments, data, ledger  # noqa: F401
+from tests.real_text import TARGETS, arguments, ledger
+
+data = real_text.data  # a fixture
 
 FLAGS = ("--train-iters", "8", "--shapley-commit-interval", "2", "--zero-stage", "1", "--eval-iters", "0")
 
@@ -58,7 +61,7 @@ def _run(rank: int, world: int, argv: list[str], full: bool) -> list[tuple[int, 
 
 def test_the_training_thread_syncs_no_file_between_checkpoints(
     two_ranks: Workers,
-    data: Path,  # noqa: F811
+    data: Path,
     tmp_path: Path,
 ) -> None:
     argv = arguments(data, *TARGETS, *FLAGS, "--save", str(tmp_path), "--save-interval", "6")
@@ -99,7 +102,7 @@ def _train(rank: int, world: int, argv: list[str]) -> None:
 )
 def test_steps_that_fail_have_no_rows_and_a_count(
     two_ranks: Workers,
-    data: Path,  # noqa: F811
+    data: Path,
     tmp_path: Path,
     flags: str,
     reason: str,
@@ -129,7 +132,7 @@ def _train_aloud(rank: int, world: int, argv: list[str]) -> str:
 
 def test_a_start_without_a_checkpoint_says_what_it_repeats(
     two_ranks: Workers,
-    data: Path,  # noqa: F811
+    data: Path,
     tmp_path: Path,
 ) -> None:
     argv = arguments(data, *TARGETS, *FLAGS, "--save", str(tmp_path), "--save-interval", "0")
@@ -148,7 +151,7 @@ def test_a_start_without_a_checkpoint_says_what_it_repeats(
 
 def test_a_stretch_without_scoring_is_no_lost_record(
     two_ranks: Workers,
-    data: Path,  # noqa: F811
+    data: Path,
     tmp_path: Path,
 ) -> None:
     """Steps 4 to 6 are trained with --no-shapley, between starts that score."""
@@ -165,7 +168,7 @@ def test_a_stretch_without_scoring_is_no_lost_record(
 
 def test_a_full_disk_of_one_rank_ends_the_run_on_all(
     two_ranks: Workers,
-    data: Path,  # noqa: F811
+    data: Path,
     tmp_path: Path,
 ) -> None:
     argv = arguments(data, *TARGETS, *FLAGS, "--save", str(tmp_path), "--save-interval", "0")

@@ -14,8 +14,11 @@ import psutil
 import pytest
 
 from inrun_megatron.ledger import Ledger
+from tests import real_text
 from tests.launched import ENDS_WITHIN, Launched
-from tests.test_pretrain import TARGETS, arguments, checkpoint_differences, data, ledger  # noqa: F401
+from tests.real_text import TARGETS, arguments, checkpoint_differences, ledger
+
+data = real_text.data  # a fixture
 
 EVERY = 3  # steps between checkpoints; a commit in each step between them
 PER_KILL = (
@@ -24,7 +27,7 @@ PER_KILL = (
 FLAGS = f"--zero-stage 1 --eval-iters 0 --save-interval {EVERY} --shapley-commit-interval 1 --shapley-audit-interval 1000"
 
 
-def arguments_of(data: Path, run: Path, steps: int, *more: str) -> list[str]:  # noqa: F811
+def arguments_of(data: Path, run: Path, steps: int, *more: str) -> list[str]:
     return arguments(
         data,
         *TARGETS,
@@ -84,7 +87,7 @@ KINDS: tuple[Callable[[Path, Launched, random.Random], None], ...] = (
 )
 
 
-def kill_and_resume(data: Path, directory: Path, kills: int, seed: int) -> None:  # noqa: F811
+def kill_and_resume(data: Path, directory: Path, kills: int, seed: int) -> None:
     """One run killed `kills` times, one rank at a time, against the same run left alone."""
     generator = random.Random(seed)
     steps = PER_KILL * kills + 2 * EVERY
@@ -123,19 +126,19 @@ def kill_and_resume(data: Path, directory: Path, kills: int, seed: int) -> None:
     print(f"{kills} kills; the slowest job was over after {max(seconds):.1f} s")
 
 
-def second_is_refused(data: Path, run: Path, steps: int, directory: Path) -> None:  # noqa: F811
+def second_is_refused(data: Path, run: Path, steps: int, directory: Path) -> None:
     with Launched(arguments_of(data, run, steps), directory / "second.log") as second:
         assert second.wait() == 1, second.log[-3000:]
         assert len(second.errors) == 1 and "is being written by another run" in second.errors[0]
 
 
 @pytest.mark.slow
-def test_killed_ranks_and_a_second_run(data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_killed_ranks_and_a_second_run(data: Path, tmp_path: Path) -> None:
     kill_and_resume(data, tmp_path, kills=3, seed=1)
 
 
 @pytest.mark.long
-def test_twenty_kills(data: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_twenty_kills(data: Path, tmp_path: Path) -> None:
     kill_and_resume(data, tmp_path, kills=20, seed=2)
 
 
@@ -162,7 +165,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_stops_the_run_and_space_brings_it_back(
-    data: Path,  # noqa: F811
+    data: Path,
     tmp_path: Path,
     small_disk: Path,
 ) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import test_pretrain
+from tests import real_text, test_pretrain
 from tests.distributed import Workers, assert_cases, run_cases
 from tests.layout_runs import by_sample, train
 from tests.layouts import LayoutCase
-from tests.test_pretrain import TARGETS, _run, arguments, ledger
+from tests.real_text import TARGETS, arguments, ledger, run_here
 
-data = test_pretrain.data  # a fixture
+data = real_text.data  # a fixture
 resumed = test_pretrain.test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit
 
 TOLERANCE = 1e-5
@@ -83,12 +83,12 @@ def test_the_ledger_does_not_depend_on_the_layout(four_ranks: Workers, data: Pat
         "--shapley-base",
         "current",
     ]  # validation rides in front of training; without stages drift is the default
-    four_ranks.run(_run, [*argv, "--save", str(tmp_path / "plain")])
+    four_ranks.run(run_here, [*argv, "--save", str(tmp_path / "plain")])
     expected, steps = _values(tmp_path / "plain"), ledger(tmp_path / "plain", "steps")
     assert len(expected) == 4 * 8 and {row["status"] for row in steps} == {"scored"}
     for name, flags in PIPELINES.items():
         run = tmp_path / name.replace(" ", "")
-        four_ranks.run(_run, [*argv, *flags.split(), "--save", str(run)])
+        four_ranks.run(run_here, [*argv, *flags.split(), "--save", str(run)])
         found = _values(run)
         worst = _largest_difference(found, expected)
         print(f"{name}: {worst:.1e} of the largest value")

@@ -15,18 +15,18 @@ import torch
 
 from inrun_megatron.engines.reshape import Saved
 from inrun_megatron.models.initialise import Cut, joined, shard
-from tests import test_pretrain
+from tests import real_text
 from tests.distributed import Workers
-from tests.test_pretrain import (
+from tests.real_text import (
     TARGETS,
-    _run,
     arguments,
     checkpoint_differences,
     ledger,
     refused,
+    run_here,
 )
 
-data = test_pretrain.data  # a fixture
+data = real_text.data  # a fixture
 
 LLAMA = (
     "--untie-embeddings-and-output-weights --normalization RMSNorm --swiglu --disable-bias-linear "
@@ -135,7 +135,7 @@ def test_a_checkpoint_goes_through_every_layout_unchanged(
         else:
             four_ranks.run(function, argv)
 
-    run(_run, arguments(data, *flags, *layouts[0].split(), "--save", str(first)))
+    run(run_here, arguments(data, *flags, *layouts[0].split(), "--save", str(first)))
     before = first
     for number, layout in enumerate([*layouts[1:], layouts[0]], start=1):
         after = tmp_path / str(number)
@@ -185,7 +185,7 @@ def _interrupted(data: Path, workers: Workers, flags: str, directory: Path) -> t
     """A run of four steps, and a copy of it that has lost what followed its checkpoint of step 2."""
     whole, resumed = directory / "whole", directory / "resumed"
     argv = arguments(data, *FIXED, *flags.split(), *TARGETS, "--save-interval", "2", "--lr-warmup-iters", "0")
-    workers.run(_run, [*argv, "--save", str(whole)])
+    workers.run(run_here, [*argv, "--save", str(whole)])
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "checkpoints" / "iter_0000004")
     (resumed / "checkpoints" / "latest").write_text("iter_0000002")
@@ -200,7 +200,7 @@ def test_a_resume_in_another_layout_scores_the_same_samples(
     before, after = ELSEWHERE[name]
     whole, resumed = _interrupted(data, two_ranks, before, tmp_path)
     argv = arguments(data, *FIXED, *after.split(), *TARGETS, "--lr-warmup-iters", "0")
-    two_ranks.run(_run, [*argv, "--save", str(resumed), "--load", str(resumed)])
+    two_ranks.run(run_here, [*argv, "--save", str(resumed), "--load", str(resumed)])
     _agree(whole, resumed)
 
 
@@ -211,7 +211,7 @@ def test_a_resume_on_another_number_of_ranks(two_ranks: Workers, data: Path, tmp
     argv += ["--save", str(resumed), "--load", str(resumed)]
     shutil.copytree(whole / "checkpoints" / "iter_0000004", resumed / "checkpoints" / "iter_0000004")
     with Workers(1) as one_rank:
-        one_rank.run(_run, argv)
+        one_rank.run(run_here, argv)
     _agree(whole, resumed)
 
     # What a longer run of two ranks had left at step 4 is gone with its notes.
@@ -243,7 +243,7 @@ def test_buffers_in_another_order_are_another_layout(two_ranks: Workers, data: P
     argv = arguments(data, *FIXED, "--no-shapley", "--train-iters", "2", "--zero-stage", "2")
     in_turn = tmp_path / "in_turn.json"
     in_turn.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
-    two_ranks.run(_run, [*argv, "--save", str(tmp_path / "one")])
+    two_ranks.run(run_here, [*argv, "--save", str(tmp_path / "one")])
     flags = [
         "--load",
         str(tmp_path / "one"),
@@ -271,7 +271,7 @@ def test_flags_decide_the_optimizers_settings(
 ) -> None:
     """Not the checkpoint, in the same layout or in another."""
     argv = arguments(data, *FIXED, "--no-shapley", "--train-iters", "2", "--zero-stage", stage)
-    two_ranks.run(_run, [*argv, "--save", str(tmp_path / "one")])
+    two_ranks.run(run_here, [*argv, "--save", str(tmp_path / "one")])
     argv += ["--load", str(tmp_path / "one"), "--save", str(tmp_path / "two"), *layout.split()]
     flags = "--adam-beta2 0.5 --adam-eps 1e-6 --weight-decay 0.125 --clip-grad 0.25"
     settings, clip = two_ranks.run(_pass_on, [*argv, *flags.split()])[0]
@@ -298,7 +298,7 @@ def test_shards_join_to_what_they_were_cut_from(dim: int, stride: int) -> None:
 def test_the_note_says_what_lies_in_a_file(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
     """Every element of every parameter is in exactly one stretch."""
     flags = [*FIXED, "--no-shapley", "--train-iters", "2", "--zero-stage", "2", "--save", str(tmp_path)]
-    two_ranks.run(_run, arguments(data, *flags))
+    two_ranks.run(run_here, arguments(data, *flags))
     notes = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("checkpoints/*/shards_*.json"))]
     assert len(notes) == 2
     found: dict[str, list[tuple[int, int]]] = {}

