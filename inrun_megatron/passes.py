@@ -108,7 +108,7 @@ class ModulePasses:
             with evaluating(self._module), torch.no_grad():
                 for microbatch in microbatches:
                     losses = self._loss_fn(self._module, microbatch).float()
-                    total += (losses * microbatch["loss_mask"]).sum()
+                    total += (losses * microbatch["loss_mask"].to(losses.device)).sum()
         finally:
             self._adapter.release_gathered_weights()
         return total

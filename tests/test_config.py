@@ -313,6 +313,11 @@ def test_a_contradiction_names_both_values(
         ("", {"checkpoint": {"writer": {"decoupled": True}}}, "checkpoint.writer.decoupled.* remove it"),
         ("", {"checkpoint": {"checkpoint_serialization": False}}, "checkpoint_serialization.* remove it"),
         ("", {"datastates_ckpt": {}}, "datastates_ckpt.* remove it"),
+        (
+            "--pipeline-model-parallel-size 2",
+            {"pipeline": {"activation_checkpoint_interval": 1}},
+            "activation_checkpoint_interval.* is 1: .* give --recompute-granularity full",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path: Path, flags: str, content: dict, message: str) -> None:

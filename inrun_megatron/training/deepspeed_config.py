@@ -96,6 +96,7 @@ def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], B
         if section in content:
             raise UserError(f'"{section}" in {path} is not used: give {flag} and remove the section')
     _refuse_other_writers(content, path)
+    _refuse_other_recomputation(content, path)
     merge_ = _Merge(path, content)
     batch = _batch(merge_, config, data_parallel)
     clip = merge_.settle("gradient_clipping", "--clip-grad", training.clip_grad, 1.0)
@@ -147,6 +148,17 @@ def _refuse_other_writers(content: Mapping[str, Any], path: str | None) -> None:
         raise UserError(
             f'"datastates_ckpt" in {path} writes after it returns, so that a crash could leave a checkpoint that is named '
             "and not there; remove it"
+        )
+
+
+def _refuse_other_recomputation(content: Mapping[str, Any], path: str | None) -> None:
+    """DeepSpeed's pipeline would recompute the embedding too, whose weight then gets no gradient: its input needs none."""
+    section = content.get("pipeline")
+    interval = section.get("activation_checkpoint_interval") if isinstance(section, Mapping) else None
+    if interval:
+        raise UserError(
+            f'"pipeline.activation_checkpoint_interval" in {path} is {json.dumps(interval)}: it leaves the embedding '
+            "untrained; remove it and give --recompute-granularity full"
         )
 
 
