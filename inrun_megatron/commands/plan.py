@@ -82,8 +82,12 @@ def plan(
     tflops: Annotated[
         float, typer.Option(help="What training reaches on one GPU, in 1e12 operations/s.")
     ] = 400.0,
-    memory_gbps: Annotated[float, typer.Option(help="Memory bandwidth of one GPU, in 1e9 bytes/s.")] = 3350.0,
-    network_gbps: Annotated[float, typer.Option(help="Network bandwidth of one GPU, in 1e9 bytes/s.")] = 50.0,
+    memory_gb_per_s: Annotated[
+        float, typer.Option(help="Memory bandwidth of one GPU, in 1e9 bytes/s.")
+    ] = 3350.0,
+    network_gb_per_s: Annotated[
+        float, typer.Option(help="Network bandwidth of one GPU, in 1e9 bytes/s.")
+    ] = 50.0,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -95,10 +99,14 @@ def plan(
     """
     if json and as_markdown:
         raise UserError("give one of --json and --markdown")
-    for flag, value in (("tflops", tflops), ("memory-gbps", memory_gbps), ("network-gbps", network_gbps)):
+    for flag, value in (
+        ("tflops", tflops),
+        ("memory-gb-per-s", memory_gb_per_s),
+        ("network-gb-per-s", network_gb_per_s),
+    ):
         if not 0 < value < math.inf:
             raise UserError(f"--{flag} {value:g} must be a positive number")
-    hardware = Hardware(tflops * 1e12, memory_gbps * 1e9, network_gbps * 1e9)
+    hardware = Hardware(tflops * 1e12, memory_gb_per_s * 1e9, network_gb_per_s * 1e9)
     model: dict[str, Any] = {
         "num_layers": num_layers,
         "hidden_size": hidden_size,
@@ -249,5 +257,5 @@ def _print(plans: dict[str, dict[str, Any]]) -> None:
         out.print()
         out.print(calls)
     out.print(
-        "\nTime is a model (--tflops, --memory-gbps, --network-gbps); nothing is hidden behind anything else unless a row says so."
+        "\nTime is a model (--tflops, --memory-gb-per-s, --network-gb-per-s); nothing is hidden behind anything else unless a row says so."
     )

@@ -52,7 +52,7 @@ def build_figures(
     """
     ledger = Ledger(run)
     if ledger.last_step < 1:
-        raise UserError(f"{ledger.directory} has no committed step yet; wait for the run's first commit")
+        raise UserError(f"{ledger.directory} has no committed step: no step is scored, or none committed yet")
     last, steps = ledger.last_step, ledger.steps()
     phases = phases_of(last, cuts)
     shown = [whole_run(last), *(phases if len(phases) > 1 else [])]

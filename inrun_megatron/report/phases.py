@@ -102,7 +102,7 @@ def choose_steps(steps: str | None, phase: str | None, last_step: int) -> Phase:
     if steps is not None and phase is not None:
         raise UserError(f"--steps {steps} and --phase {phase} both name a range; give one of them")
     if last_step < 1:
-        raise UserError("the ledger has no committed step yet; wait for the run's first commit")
+        raise UserError("the ledger has no committed step: no step is scored, or none committed yet")
     if steps is not None:
         return parse_steps(steps, last_step)
     if phase is not None:

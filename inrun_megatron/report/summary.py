@@ -43,7 +43,7 @@ def build_summary(
     """
     ledger = Ledger(run)
     if ledger.last_step < 1:
-        raise UserError(f"{ledger.directory} has no committed step yet; wait for the run's first commit")
+        raise UserError(f"{ledger.directory} has no committed step: no step is scored, or none committed yet")
     phases = phases_of(ledger.last_step, cuts)
     steps = ledger.steps()
     summary: dict[str, Any] = {
