@@ -9,7 +9,7 @@
 the traffic of one optimizer step. Gradients are added up in fp32. What layers read is
 
     fp32    the same memory: K x 4 bytes per parameter of the rank, divided by the data-parallel size under ZeRO-3
-    bf16    rounded once, when it is sent: K x 2 bytes; the fp32 sums live from ``zero()`` to ``publish()``
+    bf16    rounded once, as it is scaled: K x 2 bytes; the fp32 sums live from ``zero()`` to ``publish()``
 
 Sums are on their way while the last validation backward still runs (reductions.py), gathers while training computes its
 first microbatch; a layer waits for its own (gathers.py).
