@@ -1,6 +1,7 @@
 """The ways to compute a linear layer's dots, alone: where they cross, and what the rule of dots/cost.py picks.
 
     python -m benchmarks.dots                  # the table in docs/dots.md
+    python -m benchmarks.dots --tokens 1024    # on a GPU also a microbatch of one row, beside the kernel
     python -m benchmarks.dots --json
 
 Each cell is the time of gradient and dots over that of the weight gradient alone. On a CPU (one thread) processor time, the
@@ -132,7 +133,14 @@ def measure(
             parts.append(form(a, b, directions, 1)[1])
             parts.settle()
 
+        def one_row() -> None:
+            parts = Parts(dots)
+            parts.append(triton_blocks.block_dots(weight_gradient(a, b).unsqueeze(0), directions))
+            parts.settle()
+
         forms["blocks"] = lambda: scored(triton_blocks.blocks_and_dots)
+        if segments == 1:  # what a microbatch of one row takes: dots of the product that training uses
+            forms["one row"] = one_row
         fused = triton_linear.weight_gradient_and_dots
         forms["fused"] = lambda: scored(fused)
         # The kernel's tiles, one of which it takes by itself.
@@ -157,7 +165,7 @@ def measure(
 
 
 def _table(rows: list[Row], title: str) -> Table:
-    names = list(rows[0].times)
+    names = list(dict.fromkeys(name for row in rows for name in row.times))
     table = Table(title=title)
     for column in (
         "in x out",
@@ -175,7 +183,7 @@ def _table(rows: list[Row], title: str) -> Table:
             f"{row.features_in} x {row.features_out}",
             str(row.targets),
             str(row.tokens_per_segment),
-            *(f"{row.times[name]:.2f}" for name in names),
+            *(f"{row.times[name]:.2f}" if name in row.times else "-" for name in names),
             row.fastest,
             row.picked,
             f"{100 * lost:.0f}%",
