@@ -194,6 +194,13 @@ def test_an_output_that_is_not_utf_8(run: tuple[Path, np.ndarray]) -> None:
     )
 
 
+def test_top_says_what_rules_its_sums(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
+    note = "Early steps rule sums over a whole run"
+    assert note in inrun("top", run[0]).out
+    for flags in (("--phase", "late"), ("--steps", "1:9"), ("--rank", "normalised"), ("--json",)):
+        assert note not in inrun("top", run[0], *flags).out
+
+
 def test_top_has_one_unit_for_all_targets(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
     units = re.findall(r"x 1e[+-]\d\d", inrun("top", run[0], "--by", "dataset").out)
     assert len(units) == 4 and len(set(units)) == 1  # sums and means of both targets

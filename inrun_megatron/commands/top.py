@@ -21,7 +21,7 @@ from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.report.document_sums import Leading
 from inrun_megatron.report.documents import Documents, parse_moved, printable, shorten
-from inrun_megatron.report.phases import Phase, choose_steps
+from inrun_megatron.report.phases import Phase, choose_steps, phases_of
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.ranking import Level, Measure, create_figures, level_of, ranked
 from inrun_megatron.report.summary import with_place
@@ -90,6 +90,13 @@ def top(
     for name, rows in found.items():
         title = f"{'Worst' if worst else 'Best'} {by}s for target {name}"
         _print(out, rows, title, level, rank, chosen, units)
+    if rank is Measure.value and steps is None and phase is None and len(phases_of(ledger.last_step)) > 1:
+        out.print(
+            Text(
+                "Early steps rule sums over a whole run: see --phase late, or --rank normalised.",
+                style="bold",
+            )
+        )
 
 
 def _with_text(documents: Documents, by: Level | str, row: dict[str, Any]) -> dict[str, Any]:
