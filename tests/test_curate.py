@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -175,6 +176,8 @@ def test_a_dry_run_says_what_would_go(run: Path, inrun: Inrun) -> None:
     text = inrun(*arguments)
     assert "shuffled: 12 negative" in text and "goes" in text and "--split 100,0,0" in text
     assert max(map(len, text.split("The next run")[0].splitlines())) <= 100
+    named = re.findall(r"goes .*?(shuffled:\d+) ", text)  # to be pasted
+    assert len(named) == 3 and f"Document {named[0]}" in inrun("show", run, "--document", named[0])
     figures = inrun(*arguments, "--json", "--examples", 2, "--target", "code=2", "--target", "prose")
     rows = {row["name"]: row for row in figures["datasets"]}
     assert rows["shuffled"]["dropped"]["negative"]["documents"] == rows["shuffled"]["documents"] == 12

@@ -228,7 +228,8 @@ def _print(
             for document in documents:
                 line = Text(f"  {title:>5} ")
                 line.append_text(signed(document["score"], 5))
-                line.append(f"  {document['document']}  {shorten(document['source'], 28, keep_end=True)}  ")
+                name = f"{row['name']}:{document['document']}"  # as `inrun show --document` takes it
+                line.append(f"  {name}  {shorten(document['source'], 28, keep_end=True)}  ")
                 line.append(document["snippet"])
                 out.print(line, no_wrap=True, overflow="ellipsis")
     if left:
