@@ -332,6 +332,23 @@ def test_dots_of_several_rows_cost_a_slower_product() -> None:
     assert costs.dot_traffic_bytes(3, True, 1, 2) == 2 + costs.dot_traffic_bytes(3, True, 2, 2) == 2 + 3 * 2
 
 
+def test_elementwise_passes_are_per_step_and_shard() -> None:
+    job = replace(_case(2, 1, base="drift").job(), parameter_bytes=2, direction_dtype="bf16", targets=1)
+    assert costs.elementwise_bytes(1, 2, 2, moves=True) == 48  # docs/performance.md
+    taken, hardware = times.time(job, times.Hardware()), times.Hardware()
+    assert taken.elementwise == pytest.approx(48 * predict.shard(job) / hardware.memory)
+    longer = times.time(replace(job, global_batch_size=4 * job.global_batch_size), hardware)
+    assert longer.elementwise == taken.elementwise and longer.training > 3 * taken.training
+    still = times.time(replace(job, base="current"), hardware)
+    assert taken.elementwise - still.elementwise == pytest.approx(20 * predict.shard(job) / hardware.memory)
+    stale = times.time(
+        replace(job, refresh=10**9), times.Hardware(network=1e60)
+    )  # the audit is in every step
+    assert stale.overhead == pytest.approx(
+        (stale.dots + 6 * predict.shard(job) / hardware.memory) / stale.training
+    )
+
+
 def test_other_targets_change_the_prediction() -> None:
     """The control: another number of targets would be found out by the tolerances above."""
     job = _case(2, 1).job()

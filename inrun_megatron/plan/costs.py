@@ -56,6 +56,27 @@ LEDGER_ROW_BYTES, LEDGER_SAMPLE_BYTES = 9.0, 2.5
 """Of a Parquet part, zstd: per row (its value hardly compresses), and per sample for what its K rows share."""
 
 
+STATE_BYTES = 12
+"""Per element of the optimizer's shard: fp32 weight and Adam's two moments, which the Jacobian and `Phi(0)` read."""
+
+
+def audit_bytes(targets: int, direction_bytes: int) -> int:
+    """Memory traffic of the audit per element of the optimizer's shard: gradient and directions."""
+    return SUM_BYTES + direction_bytes * targets
+
+
+def elementwise_bytes(targets: int, direction_bytes: int, parameter_bytes: int, moves: bool) -> int:
+    """Memory traffic of a step's own directions, per element of the optimizer's shard, as the kernels of triton_adam.py have it.
+
+    Norms, the Jacobian (read with the state, written as layers read it), the audit; the weights to `Phi(0)` and back from
+    the masters where they move. The path estimators' Jacobian takes several passes more, which are not counted.
+    """
+    norms = SUM_BYTES * targets
+    jacobian = STATE_BYTES + (SUM_BYTES + direction_bytes) * targets
+    moving = STATE_BYTES + SUM_BYTES + 2 * parameter_bytes if moves else 0
+    return norms + jacobian + audit_bytes(targets, direction_bytes) + moving
+
+
 SLOWER_PRODUCT = 0.22
 """Of a weight gradient's product, in bf16 or fp16 with several rows to a microbatch: how much longer than cuBLAS's the kernel
 takes that scores on the way (docs/dots.md)."""

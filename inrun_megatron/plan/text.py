@@ -93,6 +93,7 @@ ROWS: tuple[tuple[str, Cell], ...] = (
     ("**time** of a step without scoring", lambda p: f"{p['time']['training']:.2f} s"),
     ("passes", lambda p: _share(p, "passes")),
     ("dots (memory traffic)", lambda p: _share(p, "dots")),
+    ("elementwise (memory traffic)", lambda p: _share(p, "elementwise")),
     ("communication", lambda p: _share(p, "communication")),
     ("of it behind passes, at best", lambda p: _share(p, "hidden")),
     ("**overhead** of a scored step", lambda p: f"{p['time']['scored_overhead']:+.1%}"),

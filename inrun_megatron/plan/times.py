@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from inrun_megatron.plan.costs import BACKWARD, FORWARD, SLOWER_PRODUCT, dot_traffic_bytes
+from inrun_megatron.plan.costs import (
+    BACKWARD,
+    FORWARD,
+    SLOWER_PRODUCT,
+    audit_bytes,
+    dot_traffic_bytes,
+    elementwise_bytes,
+)
 from inrun_megatron.plan.job import Job
 from inrun_megatron.plan.predict import (
     AUDITS,
@@ -16,6 +23,7 @@ from inrun_megatron.plan.predict import (
     SUM,
     collectives,
     operations,
+    shard,
     stretches,
 )
 
@@ -32,12 +40,14 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of one step: training without scoring, and what scoring adds to one that takes its own directions. each: the
-    part of `communication` that steps with older directions have, too. hidden: the part that passes hide at best."""
+    """Seconds of one step: training without scoring, and what scoring adds to one that takes its own directions. elementwise:
+    passes over the optimizer's shard. each: the part of `communication` and `elementwise` that steps with older directions
+    have, too. hidden: the part of `communication` that passes hide at best."""
 
     training: float
     passes: float
     dots: float
+    elementwise: float
     communication: float
     interval: int
     refresh: int
@@ -47,7 +57,7 @@ class Time:
     @property
     def scored_overhead(self) -> float:
         """Of a scored step, as a share of a step without scoring; nothing is hidden."""
-        return (self.passes + self.dots + self.communication) / self.training
+        return (self.passes + self.dots + self.elementwise + self.communication) / self.training
 
     @property
     def overlapped_overhead(self) -> float:
@@ -57,7 +67,7 @@ class Time:
     @property
     def overhead(self) -> float:
         """Over the run."""
-        fresh = (self.passes + self.communication - self.each) / self.refresh
+        fresh = (self.passes + self.elementwise + self.communication - self.each) / self.refresh
         return (fresh + self.each + self.dots) / self.training / self.interval
 
 
@@ -83,11 +93,15 @@ def time(job: Job, hardware: Hardware) -> Time:
         (own, own.bytes * (2 if own.kind == "all_reduce" else 1) / hardware.network)
         for own in collectives(job)
     ]
+    of_memory = shard(job) / hardware.memory  # seconds per byte of every element
     each = sum(seconds for own, seconds in sent if own.purpose in (READ, DOTS, AUDITS))
+    each += of_memory * audit_bytes(job.targets, job.direction_bytes)
     return Time(
         training=(job.microbatches + bubble) * microbatch,
         passes=extra * microbatch,
         dots=(traffic / hardware.memory + slower) * job.microbatches * job.micro_batch_size,
+        elementwise=of_memory
+        * elementwise_bytes(job.targets, job.direction_bytes, job.parameter_bytes, job.cost.moves),
         communication=sum(seconds for _, seconds in sent),
         interval=job.interval,
         refresh=job.refresh,
