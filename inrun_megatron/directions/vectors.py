@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..dots.copy_engine import ALIGNMENT
 from ..engines.shards import FlatGroup, Residence, merged
 from ..engines.stretches import Cut, FlatGathers
 from ..errors import UserError
@@ -35,8 +36,6 @@ from .gathers import LayerGathers
 from .reductions import Reductions
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Elements from one target's row to the next are a multiple of it: 16 bytes of bf16.
-ROW_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,8 @@ class Directions:
 
     def _rows(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """``[K, numel]``, uninitialised. Every row begins where the copy engine can read (dots/copy_engine.py)."""
-        step = -(-numel // ROW_MULTIPLE) * ROW_MULTIPLE
+        multiple = ALIGNMENT // dtype.itemsize
+        step = -(-numel // multiple) * multiple
         return torch.empty(self.targets, step, dtype=dtype, device=device)[:, :numel]
 
     def hold(self, parameters: Iterable[Parameter]) -> None:
