@@ -4,8 +4,9 @@
     run_cases(fn, 4, cases)               one spawn for many cases: fn(rank, 4, case) for each of them
     with Workers(4) as workers: ...       the same processes for several calls
 
-Functions must be importable (defined at the top level of a module) and results picklable. Starting a process costs
-seconds, because it imports torch and what the function's module imports; a call into running ones costs milliseconds.
+Functions must be importable (defined at the top level of a module) and results picklable. Processes are forked from one
+that has imported what most of them need (preloaded.py): by themselves they would spend ten seconds each on that. Where
+there is a GPU, which a forked process cannot use, they are spawned.
 
 The rendezvous store lives in the parent, on a port the kernel gave it, so two runs never compete for a port.
 """
@@ -193,10 +194,11 @@ class Workers:
 
         self._logs = Path(tempfile.mkdtemp(prefix="ranks-"))
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        spawn = multiprocessing.get_context("spawn")
+        processes = _processes()
         for rank in range(self.world_size):
-            ours, theirs = spawn.Pipe()
+            ours, theirs = processes.Pipe()
             environment = {
+                **os.environ,
                 **self._environment,
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
@@ -204,9 +206,9 @@ class Workers:
                 "LOCAL_WORLD_SIZE": str(self.world_size),
                 "MASTER_PORT": str(self._store.port),
             }
-            arguments = (rank, self.world_size, theirs, str(self._log(rank)), self._initialise)
-            process = spawn.Process(target=_worker, args=arguments)
-            with _environment(environment):  # inherited at the spawn, before the child imports anything
+            arguments = (rank, self.world_size, environment, theirs, str(self._log(rank)), self._initialise)
+            process = processes.Process(target=_worker, args=arguments)
+            with _environment(environment):  # inherited by a spawned one, before it imports anything
                 process.start()
             theirs.close()
             self._processes.append(process)
@@ -256,6 +258,17 @@ class Workers:
         return "\n".join([f"--- end of rank {rank}'s log", *lines[-LOG_LINES:]])
 
 
+def _processes() -> Any:
+    """How processes are started."""
+    import torch
+
+    if torch.cuda.is_available() or sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.preloaded"])
+    return server
+
+
 @contextlib.contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
     before = {key: os.environ.get(key) for key in values}
@@ -270,8 +283,12 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def _worker(rank: int, world_size: int, pipe: Connection, log: str, initialise: bool) -> None:
+def _worker(
+    rank: int, world_size: int, environment: dict[str, str], pipe: Connection, log: str, initialise: bool
+) -> None:
     """Body of a rank: answer calls until the parent closes the pipe or dies."""
+    os.environ.clear()
+    os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
