@@ -23,7 +23,7 @@ from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.report.documents import Documents
 from inrun_megatron.report.domains import domain_figures
 from inrun_megatron.report.phases import Phase
-from inrun_megatron.report.query import Query, parquet_files, quoted
+from inrun_megatron.report.query import Query, limit, parquet_files, quoted
 from inrun_megatron.report.ranking import Level, create_figures
 from inrun_megatron.report.scores import Measure, Per
 from inrun_megatron.report.summary import with_place
@@ -57,6 +57,8 @@ def compare(
         domains = []
         for side, file in zip((a, b), files, strict=True):
             with Query(side.ledger) as query:
+                if measure is Measure.relative:
+                    query.require_relative(side.phase.first, side.phase.last)
                 create_figures(query, level, side.phase, side.documents if level is Level.document else None)
                 _export(query, side, level, measure, per, file)
                 domains.append(domain_figures(query, [side.phase]))
@@ -159,8 +161,9 @@ CREATE TEMP TABLE ranks AS SELECT *, (rank_b - rank_a) / n AS change FROM (
     FROM shared WHERE isfinite(a) AND isfinite(b))
 """
 
+# As many at the top as at the bottom, whatever n: a tenth, rounded up.
 _TOP = f"rank_{{}} > (1 - {DECILE}) * n"
-_BOTTOM = f"rank_{{}} <= {DECILE} * n"
+_BOTTOM = f"rank_{{}} < {DECILE} * n + 1"
 
 
 def _overlap(condition: str) -> str:
@@ -173,7 +176,7 @@ _AGREEMENT = f"""
 SELECT target, count(*) AS shared,
        CASE WHEN count(DISTINCT a) > 1 AND count(DISTINCT b) > 1 THEN corr(rank_a, rank_b) END AS spearman,
        CASE WHEN count(DISTINCT a) > 1 AND count(DISTINCT b) > 1 THEN corr(a, b) END AS pearson,
-       avg(CASE WHEN (a < 0) = (b < 0) THEN 1.0 ELSE 0.0 END) AS same_sign,
+       avg(CASE WHEN sign(a) = sign(b) THEN 1.0 ELSE 0.0 END) AS same_sign,
        {_overlap(_TOP)} AS top_decile, {_overlap(_BOTTOM)} AS bottom_decile
 FROM ranks GROUP BY target
 """
@@ -183,7 +186,7 @@ def _movers(target: str, order: str, n: int) -> str:
     sign = ">" if order == "DESC" else "<"
     return (
         f"SELECT * FROM ranks WHERE target = {quoted(target)} AND change {sign} 0 "
-        f"ORDER BY change {order}, rank_a, dataset_a LIMIT {n}"
+        f"ORDER BY change {order}, rank_a, dataset_a LIMIT {limit(n)}"
     )
 
 
