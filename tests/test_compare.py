@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from inrun_megatron import cli
+from inrun_megatron.data.corpora import write_corpus
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import LedgerWriter, commit, create_ledger
-from tests.synthetic_ledger import Shape, description, prepared_datasets, write_run
+from tests.synthetic_ledger import Shape, blended, description, prepared_datasets, write_run
 
 Inrun = Callable[..., Any]
 
@@ -168,6 +169,21 @@ def test_more_movers_than_there_are_numbers(runs: Path, inrun: Inrun) -> None:
     found = inrun("compare", runs / "a", runs / "c", "--by", "sample", "--json", "-n", 2**63)
     code = found["targets"]["code"]
     assert 300 < sum(map(len, code["movers"].values())) <= code["shared"]
+
+
+def test_texts_of_the_same_lengths_are_different_documents(tmp_path: Path, inrun: Inrun) -> None:
+    """Their .idx are equal, and so are the orders in which samples are cut from them."""
+    texts = ["first words " * 8, "second, and more of them " * 6]
+    prefixes = [
+        write_corpus(tmp_path / name, [change(text) for text in texts])
+        for name, change in (("as", str), ("upper", str.upper), ("swapped", lambda text: text[::-1]))
+    ]
+    write_run(tmp_path / "run/shapley", Shape(steps=6), description(blended(prefixes, samples=60)))
+    for level, rows in (("document", 6), ("sample", 48)):
+        found = inrun("compare", tmp_path / "run", tmp_path / "run", "--by", level, "--json")["targets"][
+            "code"
+        ]
+        assert (found["rows_a"], found["shared"]) == (rows, rows)
 
 
 BAD = [
