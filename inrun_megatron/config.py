@@ -3,6 +3,8 @@
 Flags are Megatron-LM's names (megatron/training/arguments.py) wherever Megatron-LM has the setting. Parsing and the
 replayable YAML are in training/arguments.py, checks in training/validation.py, the merge with a DeepSpeed JSON in
 training/deepspeed_config.py. A field that is None is decided there, in the order stated in its help.
+
+A help is one line, however long: tyro wraps it to the terminal, but keeps the breaks of an indented text.
 """
 
 from __future__ import annotations
@@ -242,28 +244,23 @@ class ShapleyConfig:
     estimator: Annotated[
         Literal["first_order", "midpoint", "simpson"], tyro.conf.arg(name="shapley-estimator")
     ] = "first_order"
-    """first_order: the step linearised before the batch. midpoint, simpson: integrated along the step, with
-    a second pass over the batch on scored steps (and three validation passes for simpson)."""
+    """first_order: the step linearised before the batch. midpoint, simpson: integrated along the step, with a second pass over the batch on scored steps (and three validation passes for simpson)."""
     base: Annotated[
         Literal["current", "drift"] | None, tyro.conf.arg(name="shapley-base", help_behavior_hint="")
     ] = None
-    """Where first_order takes the validation gradient: at the current weights, or where momentum and weight decay alone
-    would lead (the step's own starting point). Default: drift; under a pipeline current, where drift costs a flush."""
+    """Where first_order takes the validation gradient: at the current weights, or where momentum and weight decay alone would lead (the step's own starting point). Default: drift; under a pipeline current, where drift costs a flush."""
     credit: Annotated[Literal["step", "trajectory"], tyro.conf.arg(name="shapley-credit")] = "step"
-    """step: the value of the sample in its own step. trajectory: with its gradient's weight in the coming steps, through
-    the optimizer's momentum."""
+    """step: the value of the sample in its own step. trajectory: with its gradient's weight in the coming steps, through the optimizer's momentum."""
     optimizer: Annotated[Literal["auto", "sgd"], tyro.conf.arg(name="shapley-optimizer")] = "auto"
     """auto: values for the optimizer that trains. sgd: the paper's SGD proxy under any optimizer."""
     granularity: Annotated[
         Literal["sample", "document", "token"], tyro.conf.arg(name="shapley-granularity")
     ] = "sample"
-    """What gets a value of its own: each sample, each document in a sample (cut after end-of-document tokens), or each
-    token position. The parts' values add up to the sample's."""
+    """What gets a value of its own: each sample, each document in a sample (cut after end-of-document tokens), or each token position. The parts' values add up to the sample's."""
     interval: Annotated[int, tyro.conf.arg(name="shapley-interval")] = 1
     """Score every n-th step."""
     refresh: Annotated[int, tyro.conf.arg(name="shapley-refresh")] = 1
-    """Take the direction (the validation pass) anew in every n-th scored step, and after each checkpoint; the steps between
-    use the last one. Cheaper and less exact; with first_order."""
+    """Take the direction (the validation pass) anew in every n-th scored step, and after each checkpoint; the steps between use the last one. Cheaper and less exact; with first_order."""
     direction_dtype: Annotated[Literal["fp32", "bf16"], tyro.conf.arg(name="shapley-direction-dtype")] = (
         "fp32"
     )

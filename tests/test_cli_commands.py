@@ -293,6 +293,14 @@ def test_verify(run: tuple[Path, np.ndarray], inrun: Callable[..., Result], tmp_
     assert broken.code == 1 and "`inrun verify` names damaged parts" in broken.err
 
 
+def test_more_rows_than_there_are_numbers_are_all_rows(
+    run: tuple[Path, np.ndarray], inrun: Callable[..., Result]
+) -> None:
+    """Beyond what SQL counts to."""
+    found = inrun("top", run[0], "--by", "sample", "--json", "-n", 2**63)
+    assert found.code == 0 and len(found.json["targets"]["code"]) == len(run[1])
+
+
 BAD = [
     (("top", "{run}", "--target", "x"), "the run has no target 'x'; it has code, prose"),
     (("top", "{run}", "--by", "word"), "has the field 'word'"),

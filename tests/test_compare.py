@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from inrun_megatron import cli
+from inrun_megatron.data.corpora import write_corpus
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import LedgerWriter, commit, create_ledger
-from tests.synthetic_ledger import Shape, description, prepared_datasets, write_run
+from tests.synthetic_ledger import Shape, blended, description, prepared_datasets, write_run
 
 Inrun = Callable[..., Any]
 
@@ -122,6 +123,67 @@ def test_equal_values_have_no_correlation(tmp_path: Path, runs: Path, inrun: Inr
         commit(tmp_path / "flat", 1, writer.write_parts())
     code = inrun("compare", tmp_path / "flat", runs / "a", "--by", "sample", "--json")["targets"]["code"]
     assert code["shared"] == 8 and code["spearman"] is None
+
+
+def one_step(directory: Path, runs: Path, values: list[float]) -> Path:
+    """A ledger of one step, of which no realised change is known, with these values towards both targets."""
+    table = json.loads((runs / "a/shapley/run.json").read_text())["datasets"]
+    with create_ledger(directory, description(table)):
+        writer = LedgerWriter(directory, 0)
+        n = len(values)
+        writer.append(1, [0] * n, np.arange(n), [64] * n, np.repeat(values, 2).reshape(n, 2))
+        commit(directory, 1, writer.write_parts())
+        writer.close()
+    return directory
+
+
+def test_tenths_are_as_large_at_both_ends_and_zero_has_no_sign(
+    tmp_path: Path, runs: Path, inrun: Inrun
+) -> None:
+    values = [-4.0, -3.0, -2.0, -1.0, 0.0]  # a tenth of five: one
+    a, b = one_step(tmp_path / "a", runs, values), one_step(tmp_path / "b", runs, [*values[:-1], 1.0])
+    code = inrun("compare", a, b, "--by", "sample", "--measure", "value", "--json")["targets"]["code"]
+    assert (code["top_decile"], code["bottom_decile"]) == (1.0, 1.0)
+    assert code["same_sign"] == 0.8
+    swapped = one_step(tmp_path / "c", runs, [values[1], values[0], *values[2:]])
+    code = inrun("compare", a, swapped, "--by", "sample", "--measure", "value", "--json")["targets"]["code"]
+    assert (code["top_decile"], code["bottom_decile"]) == (1.0, 0.0)
+
+
+def test_relative_values_that_are_not_known_are_named_as_the_reason(
+    tmp_path: Path, runs: Path, inrun: Inrun
+) -> None:
+    a = one_step(tmp_path / "a", runs, [1.0, 2.0])
+    message = rf"{a}: no relative values in steps 1-1: .* use normalised values"
+    for command in (
+        ("compare", runs / "a", a, "--by", "sample", "--measure", "relative"),
+        ("top", a, "--by", "sample", "--rank", "relative"),
+        ("curate", a, "--drop-bottom", "10", "--measure", "relative", "--dry-run"),
+    ):
+        with pytest.raises(UserError, match=message):
+            inrun(*command)
+
+
+def test_more_movers_than_there_are_numbers(runs: Path, inrun: Inrun) -> None:
+    """Beyond what SQL counts to."""
+    found = inrun("compare", runs / "a", runs / "c", "--by", "sample", "--json", "-n", 2**63)
+    code = found["targets"]["code"]
+    assert 300 < sum(map(len, code["movers"].values())) <= code["shared"]
+
+
+def test_texts_of_the_same_lengths_are_different_documents(tmp_path: Path, inrun: Inrun) -> None:
+    """Their .idx are equal, and so are the orders in which samples are cut from them."""
+    texts = ["first words " * 8, "second, and more of them " * 6]
+    prefixes = [
+        write_corpus(tmp_path / name, [change(text) for text in texts])
+        for name, change in (("as", str), ("upper", str.upper), ("swapped", lambda text: text[::-1]))
+    ]
+    write_run(tmp_path / "run/shapley", Shape(steps=6), description(blended(prefixes, samples=60)))
+    for level, rows in (("document", 6), ("sample", 48)):
+        found = inrun("compare", tmp_path / "run", tmp_path / "run", "--by", level, "--json")["targets"][
+            "code"
+        ]
+        assert (found["rows_a"], found["shared"]) == (rows, rows)
 
 
 BAD = [

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tyro._docstrings import get_field_docstring
 
 from inrun_megatron.config import Config
 from inrun_megatron.errors import UserError
-from inrun_megatron.training.arguments import flags_markdown, parse, to_mapping, write_yaml
+from inrun_megatron.training.arguments import _groups, flags_markdown, parse, to_mapping, write_yaml
 from inrun_megatron.training.deepspeed_config import merge
 from inrun_megatron.training.validation import check_pipeline, validate
 
@@ -128,6 +129,12 @@ def test_help_states_defaults_in_words_or_as_values(capsys: pytest.CaptureFixtur
         parse(["--help"])
     text = capsys.readouterr().out
     assert "(default: adam)" in text and "Default: --train-iters." in text and "default: None" not in text
+
+
+def test_help_breaks_lines_only_where_they_are_full() -> None:
+    for kind in _groups().values():
+        for field in dataclasses.fields(kind):
+            assert "\n" not in (get_field_docstring(kind, field.name, ()) or ""), field.name
 
 
 def test_a_misspelt_required_flag_is_unknown_and_not_missing() -> None:

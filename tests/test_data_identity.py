@@ -12,11 +12,12 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from inrun_megatron.data import run_dataset
-from inrun_megatron.data.corpora import tiny_corpus
+from inrun_megatron.data.corpora import tiny_corpus, write_corpus
 from inrun_megatron.data.identity import SampleResolver
 from inrun_megatron.data.indexed import IndexedFile
 from inrun_megatron.data.origin import origin_of
 from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.files import PIECE_BYTES, PIECES, digest_of
 from tests.data_cases import build, check_identity, write_pair
 
 
@@ -168,6 +169,32 @@ class TestIdentity:
         with pytest.raises(UserError, match="is not the file that the run read"):
             SampleResolver(train.table).resolve(0, 3)
         assert SampleResolver(train.table, {0: tmp_path / "moved/a"}).resolve(0, 3) == spans
+
+    def test_other_text_of_the_same_lengths_is_refused(self, tmp_path: Path) -> None:
+        """The .idx holds lengths alone."""
+        prefix = write_corpus(tmp_path / "a", ["abcd " * 30, "efgh " * 20])
+        train, _ = build(prefix, train_samples=3)
+        index = Path(f"{prefix}.idx").read_bytes()
+        write_corpus(prefix, ["ABCD " * 30, "efgh " * 20])
+        assert Path(f"{prefix}.idx").read_bytes() == index
+        with pytest.raises(UserError, match=r"a.bin does not hold the text that the run read"):
+            SampleResolver(train.table).resolve(0, 1)
+        older = [{key: value for key, value in train.table[0].to_dict().items() if key != "bin_digest"}]
+        SampleResolver(older).resolve(0, 1)
+
+
+def test_a_digest_of_pieces_sees_all_of_a_small_file_and_both_ends_of_a_large_one(tmp_path: Path) -> None:
+    file, content = tmp_path / "x.bin", bytearray(PIECES * PIECE_BYTES)
+    seen = set()
+    for extra in (0, 5):  # beyond 4 MiB only pieces are read
+        content += bytes(extra)
+        for place in (None, 0, len(content) - 1):
+            changed = bytearray(content)
+            if place is not None:
+                changed[place] = 1
+            file.write_bytes(changed)
+            seen.add(digest_of(file))
+    assert len(seen) == 6
 
 
 def test_canary_upstream_names() -> None:

@@ -62,6 +62,14 @@ def test_every_token_is_a_label_once(tmp_path: Path) -> None:
     assert target.description["sequences"] == target.description["available"] == n
 
 
+def test_other_text_of_the_same_lengths_is_another_target(tmp_path: Path) -> None:
+    one, other = (
+        load(write_corpus(tmp_path / name, [text * 40])).description
+        for name, text in (("a", "ab "), ("b", "ba "))
+    )
+    assert one["idx_sha256"] == other["idx_sha256"] and one["tokens_sha256"] != other["tokens_sha256"]
+
+
 def test_some_sequences_are_spread_over_the_file(tmp_path: Path) -> None:
     prefix = tiny_corpus(tmp_path / "c", documents=9)
     every, some = load(prefix), load(prefix, 5)

@@ -15,11 +15,20 @@ import pytest
 
 from inrun_megatron.data.identity import SampleResolver
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger import Ledger, LedgerWriter, commit, create_ledger, open_ledger, rollback
+from inrun_megatron.ledger import (
+    Ledger,
+    LedgerWriter,
+    StepRecord,
+    commit,
+    create_ledger,
+    open_ledger,
+    rollback,
+)
 from inrun_megatron.report import document_sums, group_sums, sql
 from inrun_megatron.report.attribution import create_document_rows
 from inrun_megatron.report.document_sums import Leading
 from inrun_megatron.report.documents import Documents
+from inrun_megatron.report.domains import domain_figures
 from inrun_megatron.report.draws import in_order, read_draws
 from inrun_megatron.report.groups import Groups
 from inrun_megatron.report.moments import _ranges, create_document_moments, create_group_moments
@@ -412,3 +421,29 @@ def test_results_come_in_order_and_workers_do_not_run_far_ahead() -> None:
 
     with pytest.raises(UserError, match="no 0"):
         list(in_order(fail, range(5)))
+
+
+def test_documents_without_a_loss_token_do_not_lead_per_token() -> None:
+    columns = {"value": np.array([5.0, 1.0, -1.0, 0.0]), "tokens": np.array([0, 10, 10, 0])}
+    assert Leading("per_token", 1).of(columns).tolist() == [False, True, True, False]
+
+
+def test_nan_is_left_out_where_statistics_do_not_show_it(tmp_path: Path) -> None:
+    """A part without infinities: by the statistics of its file every value is small."""
+    directory = tmp_path / "ledger"
+    with create_ledger(directory, description()):
+        writer = LedgerWriter(directory, 0)
+        for step, first in ((1, 1.0), (2, np.nan)):
+            writer.append(step, [0, 0], [3, 3 + step], [64, 64], [[first, 2.0], [-1.0, -1.0]])
+            writer.append_step(StepRecord(step, target_loss=[3.0 / first, 3.0]))
+        commit(directory, 2, writer.write_parts())
+        writer.close()
+    with Query(Ledger(directory)) as query:
+        code, prose = domain_figures(query, [whole_run(2)])
+        create_figures(query, Level.sample, whole_run(2))
+        best = [ranked(query, Level.sample, target)[0] for target in TARGETS]
+    assert (code.samples, code.sum, code.negative_share) == (3, -1.0, 2 / 3)
+    assert (prose.samples, prose.sum) == (4, 2.0)
+    assert best[0]["relative"] is None  # nor is a loss change that is not finite
+    # Although the first target has the sample in one step only.
+    assert [(row["sample"], row["samples"], row["value"]) for row in best] == [(3, 1, 1.0), (3, 2, 4.0)]

@@ -28,6 +28,20 @@ def test_a_resume_needs_the_same_targets_and_datasets(tmp_path: Path) -> None:
     open_ledger(tmp_path, same).close()
 
 
+def test_a_resume_needs_the_same_text_under_the_same_index(tmp_path: Path) -> None:
+    row = {"name": "code", "index": 0, "idx_sha256": "aa", "bin_digest": "x"}
+    create_ledger(tmp_path, description([row])).close()
+    with pytest.raises(UserError, match=r"dataset 0 .code. .* had bin_digest 'x', the resumed run has 'y'"):
+        open_ledger(tmp_path, description([row | {"bin_digest": "y"}]))
+    one, other = description([row]), description([row])
+    one.targets = [{**target, "tokens_sha256": "x"} for target in one.targets]
+    other.targets = [{**target, "tokens_sha256": "y"} for target in other.targets]
+    open_ledger(tmp_path, other).close()  # an older run did not note it
+    create_ledger(tmp_path / "one", one).close()
+    with pytest.raises(UserError, match=r"target 0 .code. .* had tokens_sha256 'x', the resumed run has 'y'"):
+        open_ledger(tmp_path / "one", other)
+
+
 def test_a_longer_run_goes_on_while_samples_mean_the_same(tmp_path: Path) -> None:
     """Megatron's description names the samples asked for; what a sample is depends on the index arrays alone."""
     a, b = write_pair(tmp_path)

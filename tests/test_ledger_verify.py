@@ -19,7 +19,7 @@ from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import Check, Ledger, LedgerWriter, StepRecord, commit, create_ledger, open_ledger
 from inrun_megatron.ledger.audits import judge_efficiency, precision_of
 from inrun_megatron.ledger.description import Starts
-from inrun_megatron.ledger.files import sha256_of
+from inrun_megatron.ledger.files import digest_of, sha256_of
 from inrun_megatron.ledger.schema import PartInfo
 from tests.synthetic_ledger import TARGETS, Shape, description, step_record, write_run
 
@@ -188,6 +188,17 @@ def test_datasets_that_changed(tmp_path: Path) -> None:
     assert checks["datasets"].ok and checks["datasets"].figures["same"] == 1
     (tmp_path / "code.idx").write_bytes(b"other")
     assert "code.idx" in failed(tmp_path / "ledger")["datasets"].detail
+
+
+def test_datasets_with_other_text_of_the_same_lengths(tmp_path: Path) -> None:
+    (tmp_path / "code.idx").write_bytes(b"index")
+    (tmp_path / "code.bin").write_bytes(b"text")
+    row = {"name": "code", "index": 0, "path_prefix": str(tmp_path / "code")}
+    row |= {"idx_sha256": sha256_of(tmp_path / "code.idx"), "bin_digest": digest_of(tmp_path / "code.bin")}
+    create_ledger(tmp_path / "ledger", description([row])).close()
+    assert "datasets" not in failed(tmp_path / "ledger")
+    (tmp_path / "code.bin").write_bytes(b"TEXT")
+    assert "code.bin" in failed(tmp_path / "ledger")["datasets"].detail
 
 
 def audited(directory: Path, change: Callable[[StepRecord], Any], **configuration: Any) -> dict[str, Check]:

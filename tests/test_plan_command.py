@@ -50,6 +50,21 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert plan["job"]["parameter_bytes"] == 4 and plan["memory"]["batch_gradient"] > 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--target-micro-batch-size 0", "--target-micro-batch-size is 0: it must be positive; leave it out"),
+        ("--num-query-groups 3", "--num-query-groups 3 does not divide --num-attention-heads 32"),
+        ("--num-query-groups 0", "--num-query-groups is 0: it must be positive"),
+        ("--hidden-size 4100", "--num-attention-heads 32 does not divide --hidden-size 4100"),
+        ("--tensor-model-parallel-size 64", "64 does not divide --num-attention-heads 32"),
+    ],
+)
+def test_what_a_run_refuses_has_no_plan(capsys: pytest.CaptureFixture[str], flags: str, message: str) -> None:
+    code, out, error = run(capsys, "--preset", "7b", *flags.split())
+    assert (code, out) == (1, "") and message in error and error.count("\n") == 1
+
+
 def test_the_vocabulary_of_a_run_is_that_of_its_data(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

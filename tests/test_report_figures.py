@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from inrun_megatron import cli
-from inrun_megatron.ledger import Ledger, LedgerWriter, StepRecord, commit, create_ledger
+from inrun_megatron.ledger import Ledger
 from inrun_megatron.report.charts import all_charts
 from inrun_megatron.report.charts_explained import explained_chart
-from inrun_megatron.report.charts_theme import OTHER, Palette
+from inrun_megatron.report.charts_theme import OTHER, TERMS, Palette, theme
 from inrun_megatron.report.charts_training import loss_chart, stacked
 from inrun_megatron.report.overview import describe_targets
 from inrun_megatron.report.page import render, write_page, write_png
@@ -31,8 +31,8 @@ from inrun_megatron.report.page_series import (
 )
 from inrun_megatron.report.page_values import HISTOGRAM_WIDTH
 from inrun_megatron.report.phases import Phase
-from tests.report_runs import HOSTILE, write_reported_run
-from tests.synthetic_ledger import DOMAINS, TARGETS, description
+from tests.report_runs import HOSTILE, record, short_ledger, terms, write_reported_run
+from tests.synthetic_ledger import DOMAINS, TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -216,29 +216,6 @@ def test_stretches_without_a_prediction_have_no_explained_fraction(tmp_path: Pat
     assert explained_curve(series)[0]["explained_fraction"] == pytest.approx((0.1 + 0.01 - 0.001) / 0.1)
 
 
-def short_ledger(directory: Path, records: list[StepRecord], **shapley: Any) -> Ledger:
-    configuration = {"shapley": {"estimator": "first_order", "interval": 1} | shapley}
-    with create_ledger(directory, description(**configuration)):
-        writer = LedgerWriter(directory, 0)
-        for record in records:
-            writer.append_step(record)
-        commit(directory, records[-1].step, writer.write_parts(), "iter")
-    return Ledger(directory)
-
-
-def record(step: int, loss: float, value: float | None, status: str = "scored", **more: Any) -> StepRecord:
-    figures = None if value is None else [value, value]
-    return StepRecord(
-        step=step, status=status, target_loss=[loss, loss], sum_values=figures,
-        momentum_term=None if value is None else [0.01 * step] * 2, decay_term=None if value is None else [-0.001] * 2,
-        **more,
-    )  # fmt: skip
-
-
-def terms(ledger: Ledger) -> dict[str, list[float]]:
-    return {name: term.tolist() for name, term in target_series(ledger, ledger.steps(), "code").terms.items()}
-
-
 def test_a_scored_step_stands_for_its_interval(tmp_path: Path) -> None:
     ledger = short_ledger(
         tmp_path, [record(5, 3.0, 0.1), record(10, 2.4, 0.1), record(20, 1.0, 0.1)], interval=5
@@ -273,6 +250,34 @@ def test_skipped_steps_change_nothing_and_unscored_ones_are_not_known(tmp_path: 
     assert [point["run"] for point in curve] == [0, 0, 0, 1, 1]
     assert [curve[i]["predicted"] == curve[i]["loss"] for i in (0, 3)] == [True, True]
     assert explained(series, [], 5)[0]["intervals"] == 3
+
+
+def test_directions_of_earlier_steps_took_no_validation_pass(tmp_path: Path) -> None:
+    seconds = {"seconds_total": 0.5, "seconds_scoring": 0.1, "samples": 10}
+    records = [record(step, 3.0, 0.1, direction_age=int(step == 2), **seconds) for step in (1, 2, 3, 4)]
+    ledger = short_ledger(tmp_path, records, refresh=2)
+    assert timing(ledger, ledger.steps())["validation"]["added_over_run"] == pytest.approx(1.2)
+
+
+def test_terms_and_times_have_no_colour_of_a_domain() -> None:
+    domains = {colour for mode in ("light", "dark") for colour in theme(mode)["range"]["category"]}
+    assert not domains & set(TERMS) and len(set(TERMS)) == 3
+
+
+def test_losses_that_are_not_finite_are_not_known(tmp_path: Path) -> None:
+    """A run that diverged for a step has a page all the same; the audit of efficiency fails."""
+    losses = [3.0, np.nan, 2.5, 2.4, np.inf, -np.inf]
+    ledger = short_ledger(tmp_path, [record(step, loss, 0.1) for step, loss in enumerate(losses, start=1)])
+    series = target_series(ledger, ledger.steps(), "code")
+    assert series.step.tolist() == [1, 3, 4] and np.isnan(series.terms["values"]).tolist() == [True, False]
+    assert explained(series, [], 6)[0]["realised"] == pytest.approx(0.1)
+    described = describe_targets(ledger, ledger.steps())[0]
+    assert (described["first_loss"], described["last_loss"]) == (3.0, 2.4)
+    assert described["realised"] == pytest.approx(0.1) and described["steps_judged"] == 1
+    figures = build_figures(tmp_path)
+    assert render(figures) and len(figures["targets"][0]["explained_curve"]) == 1
+    (efficiency,) = [check for check in figures["audits"]["checks"] if check["name"] == "efficiency"]
+    assert not efficiency["ok"] and "figures are not finite" in efficiency["detail"]
 
 
 def test_timing_is_spread_over_the_interval(tmp_path: Path) -> None:

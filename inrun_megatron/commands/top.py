@@ -67,6 +67,8 @@ def top(
     level = level_of(by)
     documents = Documents(ledger, parse_moved(ledger, data or ()))
     with Query(ledger) as query:
+        if rank is Measure.relative:
+            query.require_relative(chosen.first, chosen.last)
         create_figures(query, level, chosen, documents, target, Leading(rank.name, n))
         found = {
             name: [_with_text(documents, level, row) for row in ranked(query, level, name, rank, worst, n)]

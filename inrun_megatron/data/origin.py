@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from inrun_megatron.data.documents import read_table
 from inrun_megatron.data.indexed import IndexedFile
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger.files import read_json
+from inrun_megatron.ledger.files import digest_of, read_json
 
 CURATION_FILE = "curation.json"
 KEEP_LIST_FILE = "keep_list.parquet"
@@ -24,10 +24,11 @@ KEEP_LIST_FILE = "keep_list.parquet"
 
 @dataclass(frozen=True)
 class Origin:
-    """idx_sha256: of the dataset that documents were first prepared as. numbers [documents]: theirs in it; None where
-    the dataset is that one itself."""
+    """idx_sha256, bin_digest: of the dataset that documents were first prepared as; bin_digest None where an older curation
+    did not note it. numbers [documents]: theirs in it; None where the dataset is that one itself."""
 
     idx_sha256: str
+    bin_digest: str | None
     numbers: np.ndarray | None = None
 
     def documents(self, documents: np.ndarray) -> np.ndarray:
@@ -37,14 +38,14 @@ class Origin:
 
 def origin_of(data: IndexedFile, idx_sha256: str) -> Origin:
     """The origin of a dataset; the dataset itself where no curation wrote it."""
-    prefix = Path(data.prefix)
+    prefix, itself = Path(data.prefix), Origin(idx_sha256, digest_of(data.bin_path))
     path = prefix.parent / CURATION_FILE
     if not path.is_file():
-        return Origin(idx_sha256)
+        return itself
     datasets = read_json(path).get("datasets", [])  # none in somebody else's file of that name
     rows = [row for row in datasets if row["rewritten"] and row["file"] == prefix.name]
     if not rows:
-        return Origin(idx_sha256)
+        return itself
     table = read_table(
         prefix.parent / KEEP_LIST_FILE,
         columns=["new_document", "origin_document"],
@@ -57,4 +58,4 @@ def origin_of(data: IndexedFile, idx_sha256: str) -> Origin:
             f"{prefix.parent / KEEP_LIST_FILE} keeps {len(numbers)} documents of {rows[0]['name']}, "
             f"{data.idx_path} has {data.num_documents}: they are not of one curation; run inrun curate again"
         )
-    return Origin(str(rows[0]["origin_idx_sha256"]), numbers)
+    return Origin(str(rows[0]["origin_idx_sha256"]), rows[0].get("origin_bin_digest"), numbers)

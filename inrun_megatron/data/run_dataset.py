@@ -27,7 +27,7 @@ from inrun_megatron.data.documents import documents_path, read_summary, read_tab
 from inrun_megatron.data.indexed import IndexedFile, normalise_prefix
 from inrun_megatron.data.tokenizers import NullTokenizer, Tokenizer, build_tokenizer_from
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger.files import sha256_of
+from inrun_megatron.ledger.files import digest_of, sha256_of
 
 INDEX_NAMES = ("document_index", "sample_index", "shuffle_index")
 
@@ -82,6 +82,12 @@ class RunDataset:
             raise UserError(
                 f"{self.data.idx_path} is not the file that the run read (sha256 differs): restore it, or name where the "
                 "data lies now"
+            )
+        # Older runs did not note it.
+        if verify and row.get("bin_digest") not in (None, digest_of(self.data.bin_path)):
+            raise UserError(
+                f"{self.data.bin_path} does not hold the text that the run read, though its index is the same: restore it, "
+                "or name where the data lies now"
             )
         self._plain = self.data.one_sequence_per_document
 

@@ -37,6 +37,8 @@ class DatasetDescription:
     """Paths of GPTDataset's document_index, sample_index and shuffle_index."""
     index_sha256: dict[str, str]
     """sha256 of the content of each of those arrays."""
+    bin_digest: str
+    """`digest_of` the .bin: documents of the same lengths have the same .idx, whatever they say."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Target:
     position_ids: torch.Tensor
     """[n, s] int64."""
     description: dict[str, Any]
-    """JSON-serialisable: name, path, idx_sha256, sequences (n), seq_length (s), available, loss_tokens, settings."""
+    """JSON-serialisable: name, path, idx_sha256, tokens_sha256, sequences (n), seq_length (s), available, loss_tokens, settings."""
     documents: torch.Tensor | None = None
     """[n, s] int64, where the attention is cut at documents: the number of each token's document in its row."""
 
@@ -160,6 +161,7 @@ def load_target(
         "name": spec.name,
         "path": str(Path(data.prefix).absolute()),
         "idx_sha256": sha256_of(data.idx_path),
+        "tokens_sha256": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
         "sequences": count,
         "seq_length": seq_length,
         "available": available,

@@ -41,7 +41,7 @@ from inrun_megatron.data.sampler import DataSampler, microbatch_indices
 from inrun_megatron.data.samples import DatasetDescription, IdentifiedDataset, components, microbatch_loader
 from inrun_megatron.data.tokenizers import Tokenizer
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger.files import sha256_of
+from inrun_megatron.ledger.files import digest_of, sha256_of
 
 __all__ = [
     "DataSampler",
@@ -208,6 +208,7 @@ def _check(
         "surplus": surplus,
         "idx_sha256": hashes,
         "bin_bytes": [data.bin_bytes for data in files],
+        "bin_digest": [digest_of(data.bin_path) for data in files],
         "documents": [data.num_documents for data in files],
     }
 
@@ -262,6 +263,7 @@ def _table(
                     name: str(Path(facts["cache"], f"{stem}-{name}.npy").absolute()) for name in INDEX_NAMES
                 },
                 index_sha256=hashes[index],
+                bin_digest=facts["bin_digest"][index],
             )
         )
     return table

@@ -178,10 +178,12 @@ def judge_efficiency(
     predicted: np.ndarray, realised: np.ndarray, proxy: bool
 ) -> tuple[dict[str, Any], str | None]:
     """Figures of one target and the fault, if any. predicted, realised: [steps], nats per token."""
+    with np.errstate(invalid="ignore"):  # of opposite infinities
+        sums = float(predicted.sum()), float(realised.sum())
     entry: dict[str, Any] = {
         "steps": len(predicted),
-        "predicted": _finite(float(predicted.sum())),
-        "realised": _finite(float(realised.sum())),
+        "predicted": _finite(sums[0]),
+        "realised": _finite(sums[1]),
         "explained_fraction": None,
         "correlation": None,
         "off_scale": False,

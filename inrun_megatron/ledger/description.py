@@ -49,12 +49,21 @@ class Starts:
         number = bisect_left(self._later, step, key=lambda start: start["step"])
         return self._later[number - 1] if number else self._first
 
+    def resumed(self) -> list[dict[str, Any]]:
+        """The starts that resumed the run, in order."""
+        return list(self._later)
+
     def last(self) -> Mapping[str, Any]:
         return self._later[-1] if self._later else self._first
 
     def without_scoring(self, step: int) -> bool:
         """Was `step` made by a start that scored nothing (--no-shapley), between two that did?"""
-        return any(start.get("ledger_step", start["step"]) < step <= start["step"] for start in self._later)
+        return any(first <= step <= last for first, last in self.stretches_without_scoring())
+
+    def stretches_without_scoring(self) -> list[tuple[int, int]]:
+        """First and last step of each such stretch."""
+        stretches = ((start.get("ledger_step", start["step"]) + 1, start["step"]) for start in self._later)
+        return [(first, last) for first, last in stretches if first <= last]
 
     def append(self, step: int, description: RunDescription, ledger_step: int | None = None) -> None:
         """A start that goes on after `step`, once the ledger is taken back to it. Rank 0 only.

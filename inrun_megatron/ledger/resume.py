@@ -13,8 +13,8 @@ from typing import Any
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.checks import setting
 
-_TARGET_IDENTITY = ("name", "idx_sha256", "sequences")
-_DATASET_IDENTITY = ("name", "index", "idx_sha256", "weight")
+_TARGET_IDENTITY = ("name", "idx_sha256", "sequences", "tokens_sha256")
+_DATASET_IDENTITY = ("name", "index", "idx_sha256", "bin_digest", "weight")
 
 # All values of a ledger are of one kind: setting -> what it was before a run.json named it. Base point and age of the direction
 # may vary: steps/ records them.

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from inrun_megatron.ledger.audits import check_additivity, check_coverage, check_efficiency
 from inrun_megatron.ledger.checks import Check, name_some
-from inrun_megatron.ledger.files import sha256_of
+from inrun_megatron.ledger.files import digest_of, sha256_of
 from inrun_megatron.ledger.rows import check_contents, check_duplicates, check_steps, steps_of
 from inrun_megatron.ledger.run import own_files
 from inrun_megatron.ledger.schema import (
@@ -130,21 +130,23 @@ def _check_uncommitted(ledger: Ledger, parts: list[PartInfo]) -> Check:
 
 
 def check_datasets(ledger: Ledger) -> Check:
-    """The datasets that rows refer to are still those of the run: sha256 of each .idx. Absent files are no
-    fault."""
+    """The datasets that rows refer to are still those of the run: sha256 of each .idx, and pieces of the .bin. Absent files
+    are no fault."""
     same, absent, changed = 0, [], []
     for dataset in ledger.datasets:
-        index = Path(f"{dataset.get('path_prefix', '')}.idx")
+        index, tokens = (Path(f"{dataset.get('path_prefix', '')}{suffix}") for suffix in (".idx", ".bin"))
         if dataset.get("idx_sha256") is None or not index.is_file():
             absent.append(str(dataset.get("name")))
         elif sha256_of(index) != dataset["idx_sha256"]:
             changed.append(str(index))
+        elif tokens.is_file() and dataset.get("bin_digest") not in (None, digest_of(tokens)):
+            changed.append(str(tokens))
         else:
             same += 1
     figures = {"same": same, "absent": absent, "changed": changed}
     if changed:
-        return Check("datasets", False, name_some("index files changed since the run:", changed), figures)
-    detail = f"{same} index files unchanged since the run"
+        return Check("datasets", False, name_some("data files changed since the run:", changed), figures)
+    detail = f"{same} dataset{'s' * (same != 1)} unchanged since the run"
     if absent:
         detail += f"; not found from here: {', '.join(absent)}"
     return Check("datasets", True, detail, figures)

@@ -13,6 +13,7 @@ from inrun_megatron.config import ModelConfig
 from inrun_megatron.defaults import default_base
 from inrun_megatron.errors import UserError
 from inrun_megatron.plan.costs import DIRECTION_BYTES, EstimatorCost, estimator_cost
+from inrun_megatron.training.validation import check_widths
 
 _POSITIVE = (
     "vocab_size",
@@ -90,7 +91,13 @@ class Job:
                 raise UserError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive and finite"
                 )
+        if self.target_micro_batch_size is not None and self.target_micro_batch_size < 1:
+            raise UserError(
+                f"--target-micro-batch-size is {self.target_micro_batch_size}: it must be positive; leave it out for "
+                "--micro-batch-size"
+            )
         t, p = self.tensor_parallel, self.pipeline_parallel
+        check_widths(self.model, t)
         if self.world_size % (t * p):
             raise UserError(
                 f"{self.world_size} GPUs are no multiple of tensor x pipeline parallel = {t} x {p}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from inrun_megatron.report.charts_theme import BEYOND, Chart, phase_layers, spec, step_axis
+from inrun_megatron.report.charts_theme import BEYOND, TERMS, Chart, phase_layers, spec, step_axis
 
 
 def explained_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:
@@ -51,7 +51,7 @@ def explained_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:
             "color": {
                 "field": "part",
                 "type": "nominal",
-                "scale": {"domain": list(words.values()), "range": ["#2c6fbb", "#e08214", "#9aa3ad"]},
+                "scale": {"domain": list(words.values()), "range": TERMS},
             },
             "tooltip": tooltip,
         },

@@ -45,6 +45,10 @@ _CATEGORY = {
     ],
 }
 
+TERMS = ["#5f7388", "#c3a995", "#bcc5ce"]
+"""What is no domain has none of a domain's colours, in neither theme: these are muted, dark enough and light enough for both.
+Of samples, momentum and decay; of scoring and training, the first and the last."""
+
 _INK = {
     "light": {
         "text": "#1d2530",

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from inrun_megatron.report.charts_theme import BEYOND, Chart, Palette, label_of, phase_layers, spec, step_axis
+from inrun_megatron.report.charts_theme import (
+    BEYOND,
+    TERMS,
+    Chart,
+    Palette,
+    label_of,
+    phase_layers,
+    spec,
+    step_axis,
+)
 from inrun_megatron.report.page_values import HISTOGRAM_END, HISTOGRAM_WIDTH
 from inrun_megatron.report.tables import scale_of
 
@@ -303,7 +312,7 @@ def timing_chart(figures: dict[str, Any]) -> Chart:
                 "color": {
                     "field": "part",
                     "type": "nominal",
-                    "scale": {"domain": ["training", "scoring"], "range": ["#9aa7b8", "#7b61c9"]},
+                    "scale": {"domain": ["training", "scoring"], "range": [TERMS[2], TERMS[0]]},
                 },
                 "order": {"field": "part", "sort": "descending"},
             },

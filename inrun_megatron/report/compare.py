@@ -17,13 +17,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from inrun_megatron.data.origin import origin_of
+from inrun_megatron.data.origin import Origin, origin_of
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.report.documents import Documents
 from inrun_megatron.report.domains import domain_figures
 from inrun_megatron.report.phases import Phase
-from inrun_megatron.report.query import Query, parquet_files, quoted
+from inrun_megatron.report.query import Query, limit, parquet_files, quoted
 from inrun_megatron.report.ranking import Level, create_figures
 from inrun_megatron.report.scores import Measure, Per
 from inrun_megatron.report.summary import with_place
@@ -55,10 +55,15 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="inrun-") as directory:
         files = [Path(directory, name) for name in ("a.parquet", "b.parquet")]
         domains = []
-        for side, file in zip((a, b), files, strict=True):
+        found_origins = [_origins(side, level) for side in (a, b)]
+        # Texts of the same lengths have the same .idx; older runs and curations say no more than that.
+        by_content = all(origin.bin_digest is not None for side in found_origins for origin in side)
+        for side, origins, file in zip((a, b), found_origins, files, strict=True):
             with Query(side.ledger) as query:
+                if measure is Measure.relative:
+                    query.require_relative(side.phase.first, side.phase.last)
                 create_figures(query, level, side.phase, side.documents if level is Level.document else None)
-                _export(query, side, level, measure, per, file)
+                _export(query, _identities(origins, by_content), level, measure, per, file)
                 domains.append(domain_figures(query, [side.phase]))
         with Query(b.ledger) as query:
             names = ", ".join(quoted(name) for name in targets)
@@ -107,9 +112,11 @@ def shared_targets(a: Ledger, b: Ledger, target: str | None) -> list[str]:
     return names if target is None else [target]
 
 
-def _export(query: Query, side: Side, level: Level, measure: Measure, per: Per, file: Path) -> None:
+def _export(
+    query: Query, identities: tuple[pa.Table, pa.Table], level: Level, measure: Measure, per: Per, file: Path
+) -> None:
     """Write the scores of one run with what identifies their rows: origin, number."""
-    origins, numbers = _identities(side, level)
+    origins, numbers = identities
     query.register("origins", origins)
     query.register("numbers", numbers)
     key = level.value
@@ -129,25 +136,34 @@ def _export(query: Query, side: Side, level: Level, measure: Measure, per: Per, 
     )
 
 
-def _identities(side: Side, level: Level) -> tuple[pa.Table, pa.Table]:
-    """What makes rows of this run comparable: an origin per dataset; numbers there of documents of curated datasets."""
-    origins: list[dict[str, Any]] = []
-    numbers = [_NUMBERS.empty_table()]
+def _origins(side: Side, level: Level) -> list[Origin]:
+    """The origin of each dataset; of samples, with how they were cut and shuffled in place of the .idx alone."""
+    found = []
     for index, description in enumerate(side.ledger.datasets):
         if level is Level.sample:
             cut = description.get("index_sha256") or {}
-            origin = "/".join([str(description.get("idx_sha256")), *(str(cut[name]) for name in sorted(cut))])
+            name = "/".join([str(description.get("idx_sha256")), *(str(cut[name]) for name in sorted(cut))])
+            found.append(Origin(name, description.get("bin_digest")))
         else:
-            known = origin_of(side.documents.resolver.file(index), side.documents.idx_sha256(index))
-            origin = known.idx_sha256
-            if known.numbers is not None:
-                columns = [
-                    pa.array([index] * len(known.numbers), pa.int16()),
-                    pa.array(range(len(known.numbers)), pa.int64()),
-                    pa.array(known.numbers, pa.int64()),
-                ]
-                numbers.append(pa.Table.from_arrays(columns, schema=_NUMBERS))
-        origins.append({"dataset": index, "origin": origin})
+            file = side.documents.resolver.file(index)
+            found.append(origin_of(file, side.documents.idx_sha256(index)))
+    return found
+
+
+def _identities(found: Sequence[Origin], by_content: bool) -> tuple[pa.Table, pa.Table]:
+    """What makes rows of this run comparable: an origin per dataset; numbers there of documents of curated datasets."""
+    origins: list[dict[str, Any]] = []
+    numbers = [_NUMBERS.empty_table()]
+    for index, origin in enumerate(found):
+        if origin.numbers is not None:
+            columns = [
+                pa.array([index] * len(origin.numbers), pa.int16()),
+                pa.array(range(len(origin.numbers)), pa.int64()),
+                pa.array(origin.numbers, pa.int64()),
+            ]
+            numbers.append(pa.Table.from_arrays(columns, schema=_NUMBERS))
+        name = f"{origin.idx_sha256}/{origin.bin_digest}" if by_content else origin.idx_sha256
+        origins.append({"dataset": index, "origin": name})
     return pa.Table.from_pylist(origins, _ORIGINS), pa.concat_tables(numbers)
 
 
@@ -159,8 +175,9 @@ CREATE TEMP TABLE ranks AS SELECT *, (rank_b - rank_a) / n AS change FROM (
     FROM shared WHERE isfinite(a) AND isfinite(b))
 """
 
+# As many at the top as at the bottom, whatever n: a tenth, rounded up.
 _TOP = f"rank_{{}} > (1 - {DECILE}) * n"
-_BOTTOM = f"rank_{{}} <= {DECILE} * n"
+_BOTTOM = f"rank_{{}} < {DECILE} * n + 1"
 
 
 def _overlap(condition: str) -> str:
@@ -173,7 +190,7 @@ _AGREEMENT = f"""
 SELECT target, count(*) AS shared,
        CASE WHEN count(DISTINCT a) > 1 AND count(DISTINCT b) > 1 THEN corr(rank_a, rank_b) END AS spearman,
        CASE WHEN count(DISTINCT a) > 1 AND count(DISTINCT b) > 1 THEN corr(a, b) END AS pearson,
-       avg(CASE WHEN (a < 0) = (b < 0) THEN 1.0 ELSE 0.0 END) AS same_sign,
+       avg(CASE WHEN sign(a) = sign(b) THEN 1.0 ELSE 0.0 END) AS same_sign,
        {_overlap(_TOP)} AS top_decile, {_overlap(_BOTTOM)} AS bottom_decile
 FROM ranks GROUP BY target
 """
@@ -183,7 +200,7 @@ def _movers(target: str, order: str, n: int) -> str:
     sign = ">" if order == "DESC" else "<"
     return (
         f"SELECT * FROM ranks WHERE target = {quoted(target)} AND change {sign} 0 "
-        f"ORDER BY change {order}, rank_a, dataset_a LIMIT {n}"
+        f"ORDER BY change {order}, rank_a, dataset_a LIMIT {limit(n)}"
     )
 
 

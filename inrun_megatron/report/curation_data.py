@@ -156,6 +156,7 @@ def write_curation(
                 source = documents.resolver.file(index)
                 origin = origin_of(source, documents.idx_sha256(index))
                 row["origin_idx_sha256"] = origin.idx_sha256
+                row["origin_bin_digest"] = origin.bin_digest
                 if row["rewritten"]:
                     kept = np.flatnonzero(data.kept)
                     named = {"run": record["run"], "from": str(Path(source.prefix).absolute())}

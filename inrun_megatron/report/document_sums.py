@@ -54,7 +54,8 @@ class Leading:
         if self.measure == "mean":
             value = value / columns["draws"]
         elif self.measure == "per_token":
-            value = value / columns["tokens"]
+            tokens = np.asarray(columns["tokens"])
+            value = np.divide(value, tokens, out=np.full(len(value), np.nan), where=tokens > 0)
         elif self.measure != "value":
             value = pa.array(columns[self.measure]).to_numpy(zero_copy_only=False)
         chosen = np.zeros(len(value), bool)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -12,10 +14,33 @@ from inrun_megatron.ledger.checks import setting
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.ledger.step_table import loss_changes
 
+LINES = ("model", "training", "layout", "scoring")
+
 
 def describe_run(ledger: Ledger) -> dict[str, Any]:
-    """Identity, and one line each on model, training and layout; lines name only what run.json says."""
-    run, layout = ledger.run, ledger.run.get("layout") or {}
+    """Identity, and one line each on model, training, layout and scoring; lines name only what run.json says, and what
+    a resume changed of it (starts.json)."""
+    run = ledger.run
+    words = {name: [line] for name, line in _lines(ledger, run).items()}
+    before = {name: line for name, (line,) in words.items()}
+    for start in ledger.starts.resumed():
+        for name, line in _lines(ledger, start).items():
+            if line != before[name]:
+                words[name].append(f"from step {start['step'] + 1}: {line}")
+                before[name] = line
+    return {
+        "id": ledger.run_id,
+        "directory": str(ledger.directory),
+        "created": run.get("created"),
+        **{name: "; ".join(filter(None, lines)) for name, lines in words.items()},
+        "granularity": ledger.granularity,
+        "versions": run.get("versions") or {},
+    }
+
+
+def _lines(ledger: Ledger, run: Mapping[str, Any]) -> dict[str, str]:
+    """LINES in words. run: run.json, or a start that resumed it."""
+    layout = run.get("layout") or {}
     model = _joined(
         _count(setting(run, "num_layers"), "layer"),
         _named("hidden", setting(run, "hidden_size")),
@@ -44,17 +69,7 @@ def describe_run(ledger: Ledger) -> dict[str, Any]:
         _every(setting(run, "interval", group="shapley")),
         _refreshed(setting(run, "refresh", group="shapley")),
     )
-    return {
-        "id": ledger.run_id,
-        "directory": str(ledger.directory),
-        "created": run.get("created"),
-        "model": model,
-        "training": training,
-        "layout": spread,
-        "scoring": scoring,
-        "granularity": ledger.granularity,
-        "versions": run.get("versions") or {},
-    }
+    return dict(zip(LINES, (model, training, spread, scoring), strict=True))
 
 
 def describe_steps(ledger: Ledger, steps: pa.Table) -> dict[str, Any]:
@@ -84,8 +99,13 @@ def describe_targets(ledger: Ledger, steps: pa.Table) -> list[dict[str, Any]]:
     changes = loss_changes(ledger.run, rows)
     described = []
     for target in ledger.targets:
-        own = [row for row in rows if row["target"] == target["name"] and row["target_loss"] is not None]
-        known = [change for change in changes if change.target == target["name"]]
+        own = [row for row in rows if row["target"] == target["name"] and _finite(row["target_loss"])]
+        # What is not finite, the efficiency audit names.
+        known = [
+            change
+            for change in changes
+            if change.target == target["name"] and _finite(change.realised) and _finite(change.predicted)
+        ]
         realised = sum(change.realised for change in known)
         values = sum(change.batch for change in known)
         momentum = sum(change.momentum for change in known)
@@ -107,6 +127,10 @@ def describe_targets(ledger: Ledger, steps: pa.Table) -> list[dict[str, Any]]:
             }
         )
     return described
+
+
+def _finite(number: float | None) -> bool:
+    return number is not None and math.isfinite(number)
 
 
 def _joined(*pieces: Any) -> str:

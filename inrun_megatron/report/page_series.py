@@ -40,7 +40,7 @@ TERMS = ("values", "momentum", "decay")
 
 @dataclass(frozen=True)
 class TargetSeries:
-    """One target at the steps where its loss is known: arrays [n]; `terms` [n - 1] each, the predicted loss reduction
+    """One target at the steps where its loss is known and finite: arrays [n]; `terms` [n - 1] each, the predicted loss reduction
     from one of these steps to the next, NaN where unknown. Nats per token."""
 
     step: np.ndarray
@@ -53,6 +53,9 @@ def target_series(ledger: Ledger, steps: pa.Table, target: str) -> TargetSeries:
     own = steps.filter(
         pc.and_(pc.equal(pc.cast(steps["target"], pa.string()), target), pc.is_valid(steps["target_loss"]))
     )
+    finite = np.isfinite(_numbers(own, "target_loss"))
+    lost = own["step"].to_numpy()[~finite].astype(np.int64)  # a run that diverged, if only for a step
+    own = own.filter(pa.array(finite))
     step = own["step"].to_numpy().astype(np.int64)
     scored = np.array(pc.equal(own["status"], SCORED), dtype=bool)
     skipped = np.array(pc.starts_with(own["status"], "skipped"), dtype=bool)
@@ -65,6 +68,10 @@ def target_series(ledger: Ledger, steps: pa.Table, target: str) -> TargetSeries:
     values = np.where(scored, values, np.where(known, 0.0, np.nan))
     momentum, decay = (np.where(scored, np.nan_to_num(term), 0.0) for term in (momentum, decay))
     later = np.array(pc.equal(own["base"], DRIFT), dtype=bool)[1:]
+    unknown = [*ledger.starts.stretches_without_scoring(), *zip(lost, lost, strict=True)]
+    for first, last in unknown:
+        # A scored step stands for those up to the next one, but not for a stretch with --no-shapley.
+        values[:-1][(step[:-1] <= last) & (step[1:] > first)] = np.nan
     # What momentum and decay did up to the later loss is known only where that step was scored.
     values[:-1][later & ~scored[1:]] = np.nan
     terms = {
@@ -154,20 +161,24 @@ def _explained(series: TargetSeries, inside: np.ndarray) -> dict[str, Any]:
 def timing(ledger: Ledger, steps: pa.Table) -> dict[str, Any]:
     """Time of the recorded steps, and what scoring adds.
 
-    added: scoring / (total - scoring) of recorded steps. added_over_run: the same over all steps of the run, of which
-    one in `interval` is scored. validation: what the validation pass alone adds over the run by its size, target sequences
-    over the samples of a step (None where the estimator takes other passes as well). Throughput counts the time of scoring
-    in. `curve`: means of bins of steps, in seconds.
+    added: scoring / (total - scoring) of recorded steps. added_over_run: the same over all steps of the run, for as many
+    of which a recorded one stands as its --shapley-interval says; one in `interval` is scored, on average where a resume
+    changed it. validation: what the validation pass alone adds over the run by its size, target sequences over the
+    samples of a step (None where the estimator takes other passes as well). Throughput counts the time of scoring in.
+    `curve`: means of bins of steps, in seconds.
     """
     own = steps.filter(pc.equal(pc.cast(steps["target"], pa.string()), ledger.target_names[0]))
     step, samples = own["step"].to_numpy(), own["samples"].to_numpy()
     total, scoring = _numbers(own, "seconds_total"), _numbers(own, "seconds_scoring")
     known = np.isfinite(total) & np.isfinite(scoring) & (total > 0)
-    interval = int(setting(ledger.run, "interval", 1, group="shapley") or 1)
+    stands_for = np.array([_interval(ledger, int(number)) for number in step], dtype=np.int64)
     length = setting(ledger.run, "seq_length")
     if not known.any():
-        return {"steps": 0, "interval": interval, "curve": []}
+        return {"steps": 0, "interval": _interval(ledger, 1), "curve": []}
+    age = _numbers(own, "direction_age")[known]
     step, samples, total, scoring = step[known], samples[known], total[known], scoring[known]
+    stands_for = stands_for[known]
+    steps_of_run = int(stands_for.sum())
     plain = float(total.sum() - scoring.sum())
     per_second = float(samples.sum() / total.sum())
     curve = [
@@ -181,31 +192,39 @@ def timing(ledger: Ledger, steps: pa.Table) -> dict[str, Any]:
         for part in np.array_split(np.arange(len(step)), min(len(step), POINTS // 4))
     ]
     added = float(scoring.sum()) / plain if plain > 0 else None
+    plain_over_run = float(((total - scoring) * stands_for).sum())
+    fresh = int((~(age > 0)).sum())  # an older direction, of --shapley-refresh, took no validation pass
     return {
         "steps": len(step),
-        "interval": interval,
+        "interval": steps_of_run // len(step) if steps_of_run % len(step) == 0 else steps_of_run / len(step),
         "seconds_total": float(total.sum()),
         "seconds_scoring": float(scoring.sum()),
         "median_step": float(np.median(total)),
         "median_scoring": float(np.median(scoring)),
         "added": added,
-        "added_over_run": None if added is None else added / interval,
-        "validation": _validation(ledger, float(samples.mean()), interval),
+        "added_over_run": float(scoring.sum()) / plain_over_run if plain_over_run > 0 else None,
+        "validation": _validation(ledger, samples, fresh / steps_of_run),
         "samples_per_second": per_second,
         "tokens_per_second": per_second * length if length else None,
         "curve": curve,
     }
 
 
-def _validation(ledger: Ledger, samples: float, interval: int) -> dict[str, float] | None:
-    """Target sequences and samples of a scored step, and sequences / samples per step of the run."""
+def _interval(ledger: Ledger, step: int) -> int:
+    """--shapley-interval of the start that made `step`."""
+    return int(setting(ledger.starts.at(step), "interval", 1, group="shapley") or 1)
+
+
+def _validation(ledger: Ledger, samples: np.ndarray, passes: float) -> dict[str, float] | None:
+    """Target sequences and samples of a scored step, and sequences / samples per step of the run. samples [steps]: scored
+    in each; passes: validation passes per step of the run."""
     sequences = [target.get("sequences") for target in ledger.targets]
     first_order = setting(ledger.run, "estimator", group="shapley") in (None, "first_order")
-    if not first_order or None in sequences or samples <= 0:
+    samples = samples[samples > 0]  # a skipped step scored none
+    if not first_order or None in sequences or not len(samples):
         return None
-    total = sum(int(count) for count in sequences if count is not None)
-    refresh = int(setting(ledger.run, "refresh", 1, group="shapley") or 1)
-    return {"sequences": total, "samples": samples, "added_over_run": total / samples / interval / refresh}
+    total, batch = sum(int(count) for count in sequences if count is not None), float(samples.mean())
+    return {"sequences": total, "samples": batch, "added_over_run": total / batch * passes}
 
 
 def training_curve(ledger: Ledger, steps: pa.Table) -> list[dict[str, Any]]:

@@ -132,6 +132,18 @@ class Query:
         """The result of a SELECT as one dict per row."""
         return self.table(statement).to_pylist()
 
+    def require_relative(self, first: int, last: int) -> None:
+        """UserError where the steps [first, last] have samples, and the realised loss change of none of them is known."""
+        known = self.rows(
+            f"SELECT count(*) AS steps, count(per_change) AS known FROM scales WHERE step BETWEEN {first} AND {last}"
+        )[0]
+        if known["steps"] and not known["known"]:
+            raise UserError(
+                f"{self.ledger.directory}: no relative values in steps {first}-{last}: they are divided by the step's "
+                "realised loss change, which is known where the next step took its target losses as well (neither with "
+                "--shapley-interval nor with --shapley-refresh above 1); use normalised values"
+            )
+
     def step_ranges(self, first: int, last: int, rows: int = RANGE_ROWS) -> Iterator[tuple[int, int]]:
         """Consecutive ranges of steps, both ends included, of at most `rows` scored samples times targets (or one step)."""
         start, held, end = first, 0, first
@@ -163,6 +175,11 @@ class Query:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def limit(n: int) -> int:
+    """`n` as SQL takes it in LIMIT: beyond int64 it means all rows."""
+    return min(n, 2**63 - 1)
 
 
 def quoted(text: str) -> str:

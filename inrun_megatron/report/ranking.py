@@ -14,7 +14,7 @@ from inrun_megatron.report.documents import Documents
 from inrun_megatron.report.groups import Groups
 from inrun_megatron.report.moments import create_document_moments, create_group_moments
 from inrun_megatron.report.phases import Phase
-from inrun_megatron.report.query import Query, quoted
+from inrun_megatron.report.query import Query, limit, quoted
 
 
 class Level(StrEnum):
@@ -121,7 +121,7 @@ def ranked(
     keys = ", ".join(keys_of(level))
     return query.rows(
         f"SELECT * FROM figures WHERE target = {quoted(target)} "
-        f"ORDER BY {column} {direction} NULLS LAST, {keys} LIMIT {n}"
+        f"ORDER BY {column} {direction} NULLS LAST, {keys} LIMIT {limit(n)}"
     )
 
 
@@ -130,11 +130,12 @@ def _once(query: Query, phase: Phase) -> bool:
 
     Then nothing needs adding up, and a ranking passes over the rows once instead of grouping them all.
     """
-    scope = f"step BETWEEN {phase.first} AND {phase.last}"
+    # Segments 0, values that are not finite included: every sample has one.
+    scope = f"segment = 0 AND step BETWEEN {phase.first} AND {phase.last}"
     first = quoted(query.ledger.target_names[0])
     found = query.rows(
         f"SELECT coalesce(bool_and(n = samples), true) AS once FROM (SELECT count(*) AS n, count(DISTINCT sample) AS samples "
-        f"FROM samples WHERE {scope} AND target = {first} GROUP BY dataset)"
+        f"FROM ledger_values WHERE {scope} AND target = {first} GROUP BY dataset)"
     )
     return bool(found[0]["once"])
 

@@ -78,6 +78,8 @@ def create_scores(
 
     Columns: KEYS[level], samples, tokens (scored, per target), score. level document needs `documents`.
     """
+    if measure is Measure.relative:
+        query.require_relative(phase.first, phase.last)
     only = next(iter(weights)) if len(weights) == 1 else None
     create_figures(query, level, phase, documents, only)
     table = pa.table(

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-FINITE = "abs(value) < 1e308"
-"""Neither NaN (which both engines sort above every number) nor infinite; `isfinite` is not in Spark."""
+FINITE = "value - value = 0 AND abs(value) < 1e308"
+"""Neither NaN nor infinite; `isfinite` is not in Spark. Only the difference sees NaN: Parquet's statistics of a part do not
+count it, and by them DuckDB (2.0.0, duckdb/duckdb#25521) decides comparisons and `isnan` without a look at the values."""
 
 SAMPLES = f"SELECT step, dataset, sample, target, tokens, value FROM ledger_values WHERE {FINITE}"
 """One row per step, sample and target, of a ledger whose rows are whole samples."""
@@ -35,7 +36,7 @@ FROM samples GROUP BY step, dataset, target
 
 SCALES = """
 SELECT c.step, c.target, CASE WHEN c.absolute > 0 THEN c.n / c.absolute ELSE 0 END AS factor,
-       CASE WHEN abs(r.realised) > 0 THEN 1 / abs(r.realised) ELSE NULL END AS per_change
+       CASE WHEN abs(r.realised) > 0 AND r.realised - r.realised = 0 THEN 1 / abs(r.realised) ELSE NULL END AS per_change
 FROM (SELECT step, target, sum(n) AS n, sum(absolute) AS absolute FROM cells GROUP BY step, target) c
 LEFT JOIN ledger_steps r ON c.step = r.step AND c.target = r.target
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from inrun_megatron.config import Config
+from inrun_megatron.config import Config, ModelConfig
 from inrun_megatron.errors import UserError
 
 
@@ -107,8 +107,8 @@ def _divides(tp: int, name: str, value: int) -> None:
         raise UserError(f"--tensor-model-parallel-size {tp} does not divide {name} {value}")
 
 
-def _model(config: Config) -> None:
-    model, tp, sequence = config.model, config.parallel.tensor_model_parallel_size, config.data.seq_length
+def check_widths(model: ModelConfig, tp: int) -> None:
+    """The model's sizes fit together, and `tp` tensor-parallel ranks can share them. `inrun plan` asks it, too."""
     _positive(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -116,11 +116,6 @@ def _model(config: Config) -> None:
         ffn_hidden_size=model.ffn_hidden_size,
         kv_channels=model.kv_channels,
         num_query_groups=model.num_query_groups,
-        seq_length=sequence,
-        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
-        init_method_std=model.init_method_std,
-        rotary_base=model.rotary_base,
-        norm_epsilon=model.norm_epsilon,
     )
     if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
         raise UserError(
@@ -143,6 +138,18 @@ def _model(config: Config) -> None:
         raise UserError(
             f"--swiglu with --hidden-size {model.hidden_size} gives a feed-forward width of 0: give --ffn-hidden-size"
         )
+
+
+def _model(config: Config) -> None:
+    model, tp, sequence = config.model, config.parallel.tensor_model_parallel_size, config.data.seq_length
+    check_widths(model, tp)
+    _positive(
+        seq_length=sequence,
+        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+        init_method_std=model.init_method_std,
+        rotary_base=model.rotary_base,
+        norm_epsilon=model.norm_epsilon,
+    )
     if config.parallel.sequence_parallel:
         _divides(tp, "--seq-length (needed by --sequence-parallel)", sequence)
     positions = model.max_position_embeddings
