@@ -209,12 +209,15 @@ from inrun_megatron.dots import triton_blocks, triton_elementwise, triton_linear
 
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
+# A layer's are multiples of 16, which Triton looks for at every launch; Triton 3.6 spills a few registers without.
+SIZES = ("features_in", "features_out", "tokens", "a_step", "b_step")
+
 def compiled(kernel, warps, types, constants):
     names = kernel.arg_names
     signature = {n: "constexpr" if n.isupper() else types.get(n, "*fp32" if n.endswith("_ptr") else "i32") for n in names}
     source = ASTSource(
         kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in SIZES},
     )
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     # Directions lie a model's parameters apart, and with several targets further than int32 counts.
