@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from inrun_megatron.dots import triton_blocks, triton_elementwise, triton_launch, triton_norms
@@ -306,6 +307,13 @@ def test_directions_lie_further_apart_than_int32_counts() -> None:
     dots = torch.zeros_like(expected)
     add_parts(dots, [triton_blocks.block_dots(blocks, tables)])
     close(dots, (blocks.double().flatten(1) @ torch.stack(directions).double().t()), 2e-6)
+
+
+def test_grids_are_counted_as_triton_does() -> None:
+    for size in range(1, 40):
+        assert triton_launch.padded(size) == triton.next_power_of_2(size)
+        assert all(triton_launch.blocks_of(size, block) == triton.cdiv(size, block) for block in (1, 3, 8))
+    assert triton_launch.blocks_of(2**33 + 1, 2**12) == 2**21 + 1
 
 
 def test_directions_of_several_storages_are_not_reached_from_the_first() -> None:
