@@ -113,6 +113,22 @@ def test_deepspeed_names(module: str, owner: str, names: tuple[str, ...]) -> Non
         assert name in source, f"{owner} has no {name} any more: engines/zero*.py read it"
 
 
+def test_zero_3_fetches_in_a_stream_that_the_lookahead_makes_wait() -> None:
+    """It is made to wait for written shards (zero_groups.py: forget_gathered_weights), as DeepSpeed leaves it to its step."""
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    from inrun_megatron.engines.zero_groups import _FETCHES
+
+    owner, own = _FETCHES.removeprefix("_").split("__")
+    source = _source(DeepSpeedZeRoOffload)
+    assert owner == DeepSpeedZeRoOffload.__name__
+    assert f"self.__{own} = None if get_accelerator().is_synchronized_device()" in source
+    assert f"allgather_stream=self.__{own}," in source
+    fetch = _source(PartitionedParameterCoordinator)
+    assert "with get_accelerator().stream(self.__allgather_stream):" in fetch
+
+
 def test_checkpoints_hold_what_a_resume_in_another_layout_reads() -> None:
     """Whole files of every kind are read in tests/test_reshape.py, all but those of the fp16 optimizers at stage 0."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer

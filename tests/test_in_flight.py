@@ -6,6 +6,7 @@ its work is waited for, and its input must be then what it was when it was start
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,3 +119,39 @@ def test_control_early_reads_and_writes_are_seen() -> None:
     assert all(found != found for found in run_distributed(_careless, 2, "read"))
     with pytest.raises(DistributedError, match="changed while it was on its way"):
         run_distributed(_careless, 2, "write")
+
+
+def test_zero_3_fetches_moved_weights_after_they_were_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU DeepSpeed's fetches run in a stream of their own, ahead of the one that writes the shards."""
+    from inrun_megatron.engines import lookahead, zero_groups
+    from inrun_megatron.engines.shards import FlatGroup, Piece, Residence, Span
+
+    done: list[str] = []
+    shard = torch.zeros(4)
+    parameter = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_tensor = shard  # type: ignore[attr-defined]
+    master = torch.ones(4)
+    group = FlatGroup(Residence.PARTITIONED, 4, 0, 4, [Span(parameter, 0, 4)], shard.device)
+    group.pieces = [Piece(master, 0, 0, 4)]
+
+    class Fetches:
+        def wait_stream(self, other: str) -> None:
+            done.append(f"fetches wait for {other}, weights {shard.tolist()}")
+
+    state: Any = object.__new__(zero_groups.OptimizerState)
+    wrapper = SimpleNamespace(
+        _partition_all_parameters=lambda: None,
+        invalidate_secondary_tensor=lambda: None,
+        parameter_offload=SimpleNamespace(**{zero_groups._FETCHES: Fetches()}),
+    )
+    state.engine, state.stage, state.groups = SimpleNamespace(optimizer=wrapper), 3, [group]
+    state.inner, state.layout = None, SimpleNamespace(dp_size=2)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "ours")
+    with lookahead.Lookahead(state).moving() as move:
+        move(lambda index, piece, out: out.fill_(2.0))
+        done.append("forward")
+    assert done == [
+        "fetches wait for ours, weights [2.0, 2.0, 2.0, 2.0]",
+        "forward",
+        "fetches wait for ours, weights [1.0, 1.0, 1.0, 1.0]",
+    ]

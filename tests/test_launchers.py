@@ -119,3 +119,20 @@ def test_bad_input_is_one_line_and_exit_code_1(data: Path, launcher: str, flags:
     done = launch(launcher, arguments(data, *flags.split()))
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(errors) == 1 and message in errors[0], done.stderr[-3000:]
+
+
+def test_a_rank_that_does_not_see_its_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under ``srun --gpus-per-task=1``, where every task sees a single one."""
+    import torch
+
+    from inrun_megatron.config import ParallelConfig
+    from inrun_megatron.errors import UserError
+    from inrun_megatron.training.distributed import meet
+
+    rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="local rank 1 has no GPU: it sees 1"):
+        meet(ParallelConfig())

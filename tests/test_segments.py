@@ -50,6 +50,28 @@ def test_sums_of_the_shards_are_those_of_the_rows(size: int, batch_dim: int) -> 
         assert (found[-1][0] == 0).all()
 
 
+def test_sums_are_taken_of_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a matrix torch's GPU kernel lets one thread walk through a whole part; of single tokens there is nothing to add."""
+    given: list[int] = []
+    reduce = torch.segment_reduce
+
+    def noted(data: Tensor, *arguments: object, **options: object) -> Tensor:
+        given.append(data.dim())
+        return reduce(data, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch, "segment_reduce", noted)
+    tokens = torch.randn(4, S, 3, dtype=torch.float64)
+    assert Segments.of(PARTS).sums(tokens).shape == (len(BOUNDS), 3) and given == [1, 1, 1]
+    single = Segments.of(torch.arange(S).repeat(4, 1))
+    assert torch.equal(single.sums(tokens), tokens.view(4 * S, 3)) and given == [1, 1, 1]
+    pairs = Segments.of(
+        torch.arange(S // 2).repeat_interleave(2).repeat(4, 1)
+    )  # as many as a half has positions
+    half = tokens[:, : S // 2]
+    first = pairs.sums(half, 0, 0, 2).view(4, S // 2, 3)
+    torch.testing.assert_close(first[:, : S // 4], half[:, ::2] + half[:, 1::2])
+
+
 def _reference(a: Tensor, b: Tensor, directions: list[Tensor], batch_dim: int) -> Tensor:
     a, b = a.double().movedim(batch_dim, 0), b.double().movedim(batch_dim, 0)
     blocks = [b[row, begin:end].t() @ a[row, begin:end] for row, begin, end in BOUNDS]

@@ -187,6 +187,38 @@ def test_restored_counters_are_the_tensors_own(kind: str) -> None:
     assert _exact(optimizer) == [6, 6, 6]
 
 
+def test_fused_adam_steps_a_group_by_one_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's, with the kernel's place taken by a list of the steps that it is told; also after they are restored."""
+    from deepspeed.ops.adam import fused_adam
+
+    told: list[int] = []
+
+    class Kernel:
+        @staticmethod
+        def multi_tensor_adam(chunk: int, overflow: Any, lists: Any, *options: Any) -> None:
+            told.append(options[4])
+
+    class Builder:
+        def load(self) -> type[Kernel]:
+            return Kernel
+
+    monkeypatch.setattr(fused_adam, "FusedAdamBuilder", Builder)
+    optimizer = fused_adam.FusedAdam(_parameters(), lr=0.01)
+    for restored in (False, True):
+        if restored:
+            current, states = optimizer.state_dict(), {}
+            for index in range(3):
+                states[index] = {"exp_avg": torch.zeros(N), "exp_avg_sq": torch.zeros(N)}
+            set_steps(optimizer, current["param_groups"], states, {0: 5})
+            optimizer.load_state_dict({"state": states, "param_groups": current["param_groups"]})
+        for _ in range(3):
+            group = optimizer.param_groups[0]
+            coming = {coming_step(optimizer, group, tensor).t for tensor in _tensors(optimizer)}  # type: ignore[attr-defined]
+            _step(optimizer)
+            assert coming == {told[-1]}
+    assert told == [1, 2, 3, 6, 7, 8]
+
+
 CASES = [
     LayoutCase(1, 1, False, 0, 1, "gpt2", steps=4),
     LayoutCase(1, 1, False, 0, 1, "gpt2", steps=4, precision="bf16"),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from inrun_megatron.dots import triton_blocks, triton_elementwise, triton_launch, triton_norms
@@ -209,12 +210,15 @@ from inrun_megatron.dots import triton_blocks, triton_elementwise, triton_linear
 
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
+# A layer's are multiples of 16, which Triton looks for at every launch; Triton 3.6 spills a few registers without.
+SIZES = ("features_in", "features_out", "tokens", "a_step", "b_step")
+
 def compiled(kernel, warps, types, constants):
     names = kernel.arg_names
     signature = {n: "constexpr" if n.isupper() else types.get(n, "*fp32" if n.endswith("_ptr") else "i32") for n in names}
     source = ASTSource(
         kernel, signature=signature, constexprs={(names.index(n),): v for n, v in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")},
+        attrs={(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in SIZES},
     )
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     # Directions lie a model's parameters apart, and with several targets further than int32 counts.
@@ -303,6 +307,13 @@ def test_directions_lie_further_apart_than_int32_counts() -> None:
     dots = torch.zeros_like(expected)
     add_parts(dots, [triton_blocks.block_dots(blocks, tables)])
     close(dots, (blocks.double().flatten(1) @ torch.stack(directions).double().t()), 2e-6)
+
+
+def test_grids_are_counted_as_triton_does() -> None:
+    for size in range(1, 40):
+        assert triton_launch.padded(size) == triton.next_power_of_2(size)
+        assert all(triton_launch.blocks_of(size, block) == triton.cdiv(size, block) for block in (1, 3, 8))
+    assert triton_launch.blocks_of(2**33 + 1, 2**12) == 2**21 + 1
 
 
 def test_directions_of_several_storages_are_not_reached_from_the_first() -> None:

@@ -134,6 +134,26 @@ def test_whole_steps_of_tokens(batch_dim: int, rows: int, targets: int) -> None:
         _require_the_reference(_in_one_kernel, a, b, directions, batch_dim, bounds)
 
 
+@pytest.mark.parametrize(("targets", "edge"), [(1, 0), (3, 8)])
+@pytest.mark.parametrize("name", ["LARGE", "SMALL", "SMALL, fp32 directions", "OWN_ACCUMULATORS"])
+def test_tiles_that_are_used(name: str, targets: int, edge: int) -> None:
+    """On a GPU the small tiles of the other tests miss what these run on: its largest products, and more steps than it holds."""
+    by: triton_linear.Tile = getattr(triton_linear, name.split(",")[0])
+    rows = 9 if name == "OWN_ACCUMULATORS" else 3
+    steps = (2 * by.stages + 1) * by.tokens
+    a, b = (tensor(steps, rows, size + edge, dtype=torch.bfloat16, seed=size) for size in (by.into, by.out))
+    kept = torch.float32 if "fp32" in name else torch.bfloat16
+    directions = list(tensor(targets, by.out + edge, by.into + edge, dtype=kept))
+    documents = Bounds.of((row, *part) for row in range(rows) for part in ((0, 5), (5, steps)))
+    for bounds in (None, documents):
+        grad, expected = _linear_reference(a, b, directions, 1, bounds)
+        dots = torch.zeros_like(expected)
+        found, parts = triton_linear.weight_gradient_and_dots(a, b, directions, 1, bounds, by=by)
+        add_parts(dots, [parts])
+        close(dots, expected, 1e-5)
+        close(found.double(), grad, ROUNDING[a.dtype])
+
+
 @pytest.mark.parametrize("batch_dim", [0, 1])
 def test_buffers_that_are_parts_of_larger_ones(batch_dim: int) -> None:
     """Rows that lie apart, as slices of another tensor: what lies between them counts for nothing, whatever it is."""

@@ -146,7 +146,15 @@ class Segments:
             ``[n]`` or ``[n, k]``, in the precision of ``tokens``.
         """
         flat = tokens.movedim(batch_dim, 0).flatten(0, 1)
-        # Unlike index_add_ it adds in a fixed order on a GPU too.
-        return torch.segment_reduce(
-            flat, "sum", lengths=self.lengths(flat.device, rank, size), axis=0, unsafe=True
-        )
+        if size == 1 and len(self) == len(flat):  # every position is a part of its own
+            return flat
+        lengths = self.lengths(flat.device, rank, size)
+
+        def of_vector(column: Tensor) -> Tensor:
+            # Unlike index_add_ it adds in a fixed order on a GPU too.
+            return torch.segment_reduce(column, "sum", lengths=lengths, axis=0, unsafe=True)
+
+        if flat.dim() == 1:
+            return of_vector(flat)
+        # One at a time: a vector's part is added up by a block of threads on a GPU, a matrix's by a single thread.
+        return torch.stack([of_vector(column) for column in flat.unbind(1)], dim=1)

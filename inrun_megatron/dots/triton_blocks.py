@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .products import bmm_fp32, mm_fp32
 from .segments import Bounds
-from .triton_launch import equally_spaced, of_target
+from .triton_launch import blocks_of, equally_spaced, of_target, padded
 
 BLOCK = 4096
 CHUNK = 2**24
@@ -70,8 +70,8 @@ def block_dots(
     """
     direction, gap = equally_spaced(directions)
     count, size = len(blocks), blocks[0].numel()
-    padded, programs = triton.next_power_of_2(len(directions)), triton.cdiv(size, BLOCK)
-    partial = torch.empty(programs, count, padded, dtype=torch.float32, device=blocks.device)
+    targets, programs = padded(len(directions)), blocks_of(size, BLOCK)
+    partial = torch.empty(programs, count, targets, dtype=torch.float32, device=blocks.device)
     _kernel[(programs,)](
         blocks,
         direction,
@@ -81,7 +81,7 @@ def block_dots(
         count,
         gap,
         len(directions),
-        TARGETS=padded,
+        TARGETS=targets,
         SUM=sum_into is not None,
         ADD=add,
         BLOCK=BLOCK,

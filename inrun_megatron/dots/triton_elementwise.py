@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .segments import Bounds, whole_rows
-from .triton_launch import equally_spaced, features_together, of_target
+from .triton_launch import blocks_of, equally_spaced, features_together, of_target
 
 BLOCK_TOKENS, BLOCK_FEATURES = 32, 128
 # Tokens of one program: few enough for a long row to keep all processors busy.
@@ -234,8 +234,8 @@ def _programs(
     parts = whole_rows(b.shape[batch_dim], b.shape[1 - batch_dim]) if bounds is None else bounds
     grid = (
         len(parts),
-        triton.cdiv(b.shape[-1], BLOCK_FEATURES),
-        triton.cdiv(max(1, *parts.lengths), STRETCH),
+        blocks_of(b.shape[-1], BLOCK_FEATURES),
+        blocks_of(max(1, *parts.lengths), STRETCH),
     )
     partial = torch.empty(grid[1] * grid[2], grid[0], targets, dtype=torch.float32, device=b.device)
     return grid, parts.on(b.device), partial

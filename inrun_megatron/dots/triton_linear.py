@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .copy_engine import as_matrix
 from .segments import Bounds, whole_rows
-from .triton_launch import INTERPRETED, equally_spaced
+from .triton_launch import INTERPRETED, blocks_of, equally_spaced, padded
 
 # Segments whose dots may be differences of running ones; the same bound as the torch form's.
 SEGMENTS_PER_ACCUMULATOR = 8
@@ -217,9 +217,9 @@ def weight_gradient_and_dots(
     features_in, features_out = activation.shape[-1], output_grad.shape[-1]
     direction, gap = equally_spaced(directions)
     segments = whole_rows(rows, tokens) if bounds is None else bounds
-    count, padded = len(segments), triton.next_power_of_2(len(directions))
+    count, targets = len(segments), padded(len(directions))
     by = by or tile(features_out * features_in, count, direction.element_size())
-    tiles = triton.cdiv(features_in, by.into) * triton.cdiv(features_out, by.out)
+    tiles = blocks_of(features_in, by.into) * blocks_of(features_out, by.out)
     of_a, of_b = as_matrix(activation, batch_dim), as_matrix(output_grad, batch_dim)
     if of_a is None or of_b is None:
         raise ValueError("a buffer that the copy engine cannot read; ask copy_engine.fits first")
@@ -228,7 +228,7 @@ def weight_gradient_and_dots(
         (len(directions), features_out, features_in), (gap or direction.numel(), features_in, 1)
     )
     grad = torch.empty(features_out, features_in, dtype=activation.dtype, device=activation.device)
-    partial = torch.empty(tiles, count, padded, dtype=torch.float32, device=activation.device)
+    partial = torch.empty(tiles, count, targets, dtype=torch.float32, device=activation.device)
     _kernel[(tiles,)](
         TensorDescriptor(a, list(a.shape), list(a.stride()), [by.tokens, by.into]),
         TensorDescriptor(b, list(b.shape), list(b.stride()), [by.tokens, by.out]),
@@ -242,7 +242,7 @@ def weight_gradient_and_dots(
         features_out,
         count,
         tokens,
-        TARGETS=padded,
+        TARGETS=targets,
         BATCH_FIRST=batch_dim == 0,
         EVEN=count == rows and segments.lengths == {tokens} and not tokens % by.tokens,
         TWO_ACCUMULATORS=count > SEGMENTS_PER_ACCUMULATOR,

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_launch import blocks_of
+
 BLOCK_TOKENS, BLOCK_FEATURES = 32, 128
 STRETCH = 64
 
@@ -63,9 +65,9 @@ def gradients(output_grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor)
     """
     features = x.shape[-1]
     tokens = x.numel() // features
-    stretches = triton.cdiv(tokens, STRETCH)
+    stretches = blocks_of(tokens, STRETCH)
     partial = torch.empty(stretches, 2, features, dtype=torch.float32, device=x.device)
-    _kernel[(triton.cdiv(features, BLOCK_FEATURES), stretches)](
+    _kernel[(blocks_of(features, BLOCK_FEATURES), stretches)](
         output_grad.contiguous(),
         x.contiguous(),
         rstd if mean is None else mean.contiguous(),

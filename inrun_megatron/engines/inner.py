@@ -82,8 +82,7 @@ def coming_step(
             if state.get("momentum_buffer") is None
             else state["momentum_buffer"].reshape(-1),
         )
-    # torch and DeepSpeedCPUAdam count steps per tensor, FusedAdam per group.
-    done = state.get("step", group.get("step", 0))
+    done = _steps_done(optimizer, group, tensor)
     beta1, beta2 = group["betas"]
     return AdamStep(
         lr=lr,
@@ -98,6 +97,18 @@ def coming_step(
         exp_avg=_moment(state, "exp_avg", weights),
         exp_avg_sq=_moment(state, "exp_avg_sq", weights),
     )
+
+
+def _steps_done(optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor: Tensor) -> Any:
+    """What counts the steps taken on ``tensor``, a number or a tensor.
+
+    torch and DeepSpeedCPUAdam count per tensor. FusedAdam steps a whole group by the count of its last tensor, and leaves
+    those of the others at 0.
+    """
+    own = optimizer.state.get(tensor, {}).get("step", group.get("step", 0))
+    if type(optimizer).__name__ != "FusedAdam":
+        return own
+    return max([own, *(optimizer.state.get(other, {}).get("step", 0) for other in group["params"])])
 
 
 def _moment(state: dict[str, Any], name: str, weights: Tensor) -> Tensor:
@@ -122,12 +133,9 @@ def set_steps(
     for number, group in enumerate(groups):
         if number not in steps:
             continue
-        if kind == "FusedAdam":
-            group["step"] = steps[number]
-            continue
         done = steps[number]
         for parameter in group["params"]:
             if states.get(parameter):
                 # A tensor for each: load_state_dict keeps them, and a common one would count every parameter's step.
-                counted = done if kind == "DeepSpeedCPUAdam" else torch.tensor(float(done))
+                counted = done if kind in ("DeepSpeedCPUAdam", "FusedAdam") else torch.tensor(float(done))
                 states[parameter] = {"step": counted, **states[parameter]}

@@ -17,6 +17,9 @@ from torch.nn import Parameter
 from ..parallel import Layout
 from .shards import FlatGroup, Piece, Residence, Span
 
+# As Python spells the name that the class keeps to itself.
+_FETCHES = "_DeepSpeedZeRoOffload__allgather_stream"
+
 
 class OptimizerState:
     """The optimizer of a ``deepspeed.initialize``-d engine as flat groups.
@@ -75,11 +78,15 @@ class OptimizerState:
         """ZeRO-3: the shards were written to, so what was gathered from them is stale, on this rank and within its node.
 
         With ``zero_hpz_partition_size`` ranks of a node keep a second copy of the weights, which DeepSpeed drops after its
-        own steps only.
+        own steps only. Its fetches run in a stream of their own (``overlap_comm``, at stage 3 the default), which waits for
+        no other: after DeepSpeed's own steps the host has waited for the whole device. Here it has not.
         """
         self.release_gathered_weights()
         if self.stage == 3:
             self.engine.optimizer.invalidate_secondary_tensor()
+            fetches = getattr(self.engine.optimizer.parameter_offload, _FETCHES)
+            if fetches is not None:  # on a GPU
+                fetches.wait_stream(torch.cuda.current_stream())
 
 
 def _groups(wrapper: Any, inner: torch.optim.Optimizer, layout: Layout) -> list[FlatGroup]:

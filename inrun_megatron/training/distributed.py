@@ -89,7 +89,7 @@ def _discover_slurm() -> None:
 def meet(config: ParallelConfig) -> None:
     """Start torch.distributed: from here on ranks can agree on errors. Nothing is compiled on the way.
 
-    UserError when fewer ranks meet than were launched, or when nccl is asked for without a GPU.
+    UserError when fewer ranks meet than were launched, when nccl is asked for without a GPU, or when this rank has none.
     """
     _, promised = launched()
     if all(name in os.environ for name in _RENDEZVOUS):
@@ -105,7 +105,13 @@ def meet(config: ParallelConfig) -> None:
     if _backend(config) == "nccl" and not cuda:
         raise UserError("--distributed-backend nccl needs a GPU and torch sees none: use gloo or auto")
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local, seen = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= seen:  # DeepSpeed's too is the GPU of this number
+            raise UserError(
+                f"local rank {local} has no GPU: it sees {seen}; start at most one rank per GPU, and let every rank of a host "
+                f"see all of its GPUs (under Slurm --gpus-per-node, not --gpus-per-task)"
+            )
+        torch.cuda.set_device(local)
         _start_deepspeed(config)
     elif not dist.is_initialized():
         # On CPUs DeepSpeed compiles an operator before it starts torch.distributed; it takes what is there.
