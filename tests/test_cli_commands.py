@@ -97,6 +97,7 @@ def test_a_summary_has_one_unit(run: tuple[Path, np.ndarray], inrun: Callable[..
     assert len(units) == 4 and len(set(units)) == 1  # domains and documents of both targets
     given = (1e-4, "x 1e-04")
     assert scale_near([-0.9, 0.2], given) == given  # 9,000 units
+    assert scale_of([5e-324]) == (1.0, "")
     assert scale_near([2.0], given) == scale_of([2.0]) and scale_near([9e-5], given) == scale_of([9e-5])
 
 

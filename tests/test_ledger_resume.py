@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger import Ledger, LedgerWriter, RunDescription, commit, create_ledger, open_ledger
+from inrun_megatron.ledger import (
+    Ledger,
+    LedgerWriter,
+    RunDescription,
+    commit,
+    create_ledger,
+    open_ledger,
+    rollback,
+)
 from inrun_megatron.ledger.belongs import UNKNOWN, Origin, require_own
 from inrun_megatron.ledger.description import Starts
 from tests.data_cases import build, write_pair
@@ -118,6 +126,19 @@ def test_only_the_checkpoints_own_ledger_is_taken_back(tmp_path: Path) -> None:
             require(tmp_path, origin)
     with pytest.raises(UserError, match="finished after step 6, but no checkpoint is loaded"):
         require(tmp_path, Origin(), train_iters=6)
+
+
+def test_rows_of_steps_that_were_trained_again_without_scoring_are_taken_back(tmp_path: Path) -> None:
+    """Checkpoint and commit of step 4; a commit of step 6, then a crash; --no-shapley from 4 to its checkpoint of 8."""
+    run_or_resume(tmp_path)
+    with open_ledger(tmp_path, description()) as ledger:
+        origin = Origin(8, ledger.run_id, 4)
+        kept = origin.rows_up_to(ledger.run_id)
+        rollback(tmp_path, kept)
+        Starts(tmp_path, ledger.run).append(8, description(), origin.ledger_step)
+    found = Ledger(tmp_path)
+    assert kept == found.last_step == 4 and found.starts.stretches_without_scoring() == [(5, 8)]
+    assert Origin(8, UNKNOWN).rows_up_to(found.run_id) == 8  # an older checkpoint does not say
 
 
 def test_what_a_crash_before_the_first_checkpoint_left_is_taken_back(tmp_path: Path) -> None:

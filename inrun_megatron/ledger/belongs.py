@@ -26,6 +26,14 @@ class Origin:
     ledger_step: int = 0
     """The last commit at that time."""
 
+    def rows_up_to(self, run_id: str) -> int:
+        """The step up to which the ledger `run_id` holds rows of what led to the checkpoint.
+
+        Before its own step where the last steps were trained with --no-shapley: a run that died after the commit may
+        have left rows of them, by settings that another start has changed since.
+        """
+        return self.ledger_step if self.ledger == run_id else self.step
+
 
 def require_none_lost(directory: Path, origin: Origin) -> None:
     """UserError where the checkpoint's ledger should lie in `directory`, which holds none."""

@@ -61,7 +61,7 @@ def with_error(mean: float, error: float | None, unit: float, digits: int = 2) -
 def scale_of(numbers: Iterable[float]) -> tuple[float, str]:
     """A power of ten in which the largest of `numbers` has two digits before the point: (unit, its name in a heading)."""
     largest = max((abs(number) for number in numbers if math.isfinite(number)), default=0.0)
-    if largest == 0:
+    if largest < 1e-300:  # no power of ten below divides them
         return 1.0, ""
     exponent = math.floor(math.log10(largest)) - 1
     return (1.0, "") if exponent == 0 else (10.0**exponent, f"x 1e{exponent:+03d}")

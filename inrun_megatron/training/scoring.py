@@ -73,12 +73,13 @@ def _coverage(own: Coverage, layout: Layout) -> dict[str, Any]:
     ).to_dict()
 
 
-def _say_what_is_repeated(removed: Sequence[str], step: int) -> None:
-    """removed: by `rollback` to `step`."""
+def _say_what_is_repeated(removed: Sequence[str], step: int, iteration: int) -> None:
+    """removed: by `rollback` to `step`. iteration: of the checkpoint."""
     last = max((step_of(Path(name)) for name in removed if name.startswith(f"{COMMITS}/")), default=0)
     if last > step:
+        why = "are repeated" if step == iteration else "were trained again without scoring"
         print(
-            f"the ledger's values of steps {step + 1} to {last} are taken back: these steps are repeated",
+            f"the ledger's values of steps {step + 1} to {last} are taken back: these steps {why}",
             file=sys.stderr,
             flush=True,
         )
@@ -184,7 +185,8 @@ class Scoring:
                 save=None if config.shapley.dir is None else config.checkpoint.save,
                 train_iters=config.training.train_iters,
             )
-            _say_what_is_repeated(rollback(self.directory, progress.iteration), progress.iteration)
+            kept = origin.rows_up_to(ledger.run_id)
+            _say_what_is_repeated(rollback(self.directory, kept), kept, progress.iteration)
             starts.append(progress.iteration, description, progress.ledger_step)
         except BaseException:
             ledger.close()
