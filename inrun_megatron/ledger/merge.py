@@ -76,7 +76,7 @@ def _merged(directory: Path, group: Sequence[PartInfo]) -> PartInfo:
         content = (directory / part.file).read_bytes()
         if hashlib.sha256(content).hexdigest() != part.sha256:
             raise OSError(f"{part.file} is not what was written")
-        tables.append(pq.read_table(pa.BufferReader(content)))
+        tables.append(pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False))
     table = pa.concat_tables(tables).unify_dictionaries()
     del tables
     # A stable sort: rows of one sample stay together, in the order of the targets.
