@@ -142,6 +142,21 @@ def test_a_job_is_asked_until_it_hears(tmp_path: Path) -> None:
     assert re.search(r"(scancel --signal=USR1 7\n){2}scontrol requeue 7\n", stubs.calls.read_text())
 
 
+def test_a_cancelled_job_stays_cancelled(tmp_path: Path) -> None:
+    """Slurm 22.05 does requeue a cancelled job whose script asks for it."""
+    stubs = Stubs(tmp_path)
+    for code in (STOPPED, 143):  # the ranks have saved; a launcher was faster
+        process = stubs.start(stubs.script, CODE=code, WAIT_FOR=1)
+        wait_for(lambda: "srun" in stubs.calls.read_text(), 60.0, "srun")
+        process.send_signal(signal.SIGTERM)
+        with stubs.calls.open("a") as calls:
+            calls.write("scancel, by the user\n")
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == code and "cancelled: not requeued" in output
+        assert "requeue" not in stubs.calls.read_text()
+    assert not (stubs.run / "lost-7").exists()
+
+
 @pytest.mark.parametrize("template", ["slurm/pretrain.sbatch", "mpi.sh"])
 def test_a_step_has_the_job_s_processors(tmp_path: Path, template: str) -> None:
     stubs = Stubs(tmp_path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,19 @@ class TestCache:
             path.write_bytes(broken)
             assert build(pair[0])[0].table == train.table
             assert path.read_bytes() == content
+
+    def test_who_waits_for_another_runs_index_says_so(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with open(tmp_path / "lock", "w") as theirs:
+            fcntl.flock(theirs, fcntl.LOCK_EX)
+            builder = threading.Timer(0.5, fcntl.flock, (theirs, fcntl.LOCK_UN))
+            builder.start()
+            with train_module._cache_turn(tmp_path):
+                assert f"waiting for {tmp_path}/lock: another run builds" in capsys.readouterr().err
+            builder.join()
+        with train_module._cache_turn(tmp_path):
+            assert capsys.readouterr().err == ""
 
     def test_unwritable_cache(self, pair: tuple[str, str], tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")

@@ -212,3 +212,16 @@ def test_text_cannot_steer_the_terminal() -> None:
     assert printable("a\n\tb\x1b[31m\u202e\u2028\x9b") == "a\\n\\tb\\x1b[31m\\u202e\\u2028\\x9b"
     assert printable("Zürich 東京 \U0001f600") == "Zürich 東京 \U0001f600"
     assert shorten("abcdefghij", 8) == "abcde..." and shorten("abcdefghij", 8, keep_end=True) == "...fghij"
+
+
+def test_no_room_is_not_told_as_a_damaged_part(run: tuple[Path, np.ndarray]) -> None:
+    sorting = "CREATE TEMP TABLE much AS SELECT range AS a, hash(range) AS b FROM range(4000000) ORDER BY b"
+    with Query(Ledger(run[0]), memory_limit="20MB") as query:
+        query.run("SET max_temp_directory_size = '1MB'")
+        with pytest.raises(UserError, match=r"outgrew 20MB of memory and the room in .*TMPDIR") as raised:
+            query.run(sorting)
+        assert "damaged" not in str(raised.value)
+        with pytest.raises(UserError, match="TMPDIR"):
+            query.copy(
+                f"COPY (SELECT hash(range) AS b FROM range(9000000) ORDER BY b) TO '{run[0]}/x.parquet'"
+            )

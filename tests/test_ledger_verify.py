@@ -16,7 +16,16 @@ import pytest
 
 from inrun_megatron import cli
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger import Check, Ledger, LedgerWriter, StepRecord, commit, create_ledger, open_ledger
+from inrun_megatron.ledger import (
+    Check,
+    Ledger,
+    LedgerWriter,
+    StepRecord,
+    commit,
+    create_ledger,
+    open_ledger,
+    rows,
+)
 from inrun_megatron.ledger.audits import judge_efficiency, precision_of
 from inrun_megatron.ledger.description import Starts
 from inrun_megatron.ledger.files import digest_of, sha256_of
@@ -159,6 +168,35 @@ def test_the_search_for_duplicates_in_small_ranges(ledger: Path, monkeypatch: py
     assert failed(ledger) == {}
     rewrite(ledger, lambda table: pa.concat_tables([table, table.slice(table.num_rows - 1, 1)]))
     assert failed(ledger)["duplicates"].figures["duplicates"] == 1
+
+
+def test_each_part_is_searched_once_for_each_range_that_it_reaches(
+    ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inrun_megatron.ledger.rows.DUPLICATE_RANGE_ROWS", 20)
+    opened: list[int] = []
+
+    def counted(paths: list[str], **options: Any) -> Any:
+        opened.append(len(paths))
+        return dataset(paths, **options)
+
+    dataset = rows.ds.dataset
+    monkeypatch.setattr(rows.ds, "dataset", counted)
+    parts = len(Ledger(ledger).parts("values"))
+    assert failed(ledger) == {}
+    commits = len(Ledger(ledger).commits)
+    assert len(opened) > parts and sum(opened) <= len(opened) * (parts / commits + 1), opened
+
+
+def test_totals_do_not_depend_on_when_they_are_added_up(
+    ledger: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Ledger(ledger)
+    whole, _ = rows.check_contents(found, found.parts("values"))
+    monkeypatch.setattr(rows, "SUMMED_ROWS", 3)
+    pieces, _ = rows.check_contents(found, found.parts("values"))
+    assert pieces.rows == whole.rows and pieces.samples == whole.samples and len(whole.rows) > 3
+    assert all(abs(pieces.total[key] - whole.total[key]) <= 1e-12 * whole.absolute[key] for key in whole.rows)
 
 
 def test_lost_rows_do_not_match_the_step_records(ledger: Path) -> None:

@@ -397,6 +397,23 @@ def test_ranks_of_a_host_share_its_cores(two_ranks: Workers) -> None:
     assert two_ranks.run(threads_of_a_rank, True) == [6, 6], "somebody decided otherwise"
 
 
+def _open_files(rank: int, world: int) -> tuple[int, int]:
+    import resource
+
+    from inrun_megatron.config import ParallelConfig
+    from inrun_megatron.training.distributed import meet
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    meet(ParallelConfig())
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def test_a_rank_may_open_a_file_for_each_of_a_thousand_ranks(two_ranks: Workers) -> None:
+    for soft, hard in two_ranks.run(_open_files):
+        assert soft >= min(hard, 1 << 16) or (hard == -1 and soft >= 1 << 16)
+
+
 def test_an_audit_line_says_which_way_the_loss_went() -> None:
     from inrun_megatron.training.loop import _audit_line
 

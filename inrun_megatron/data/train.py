@@ -12,6 +12,7 @@ import copy
 import fcntl
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,11 @@ def _cache_turn(cache: Path) -> Iterator[None]:
         return
     with open(cache / "lock", "w") as lock:
         with contextlib.suppress(OSError):  # file systems without locks: as megatron-core, one run at a time
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for {lock.name}: another run builds this index", file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
         for path in cache.glob("*.npy"):
             try:
                 np.load(path, mmap_mode="r")

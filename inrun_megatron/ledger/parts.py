@@ -81,20 +81,25 @@ class PartWriter:
         )
 
     def _write(self, kind: str, table: pa.Table, first_step: int, last_step: int) -> PartInfo:
-        name = part_name(kind, first_step, last_step, self.writer)
-        path = self.directory / name
-        if path.exists():
-            # Never replace a part: it may be committed, and a commit record holds its hash.
-            raise UserError(
-                f"{path} exists already; roll the ledger back to the loaded checkpoint before writing"
-            )
         metadata = {META_VERSION: str(SCHEMA_VERSION), META_RUN: self.run_id, META_TABLE: kind}
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            table.replace_schema_metadata(metadata), sink, compression="zstd", row_group_size=ROW_GROUP_ROWS
+        name = part_name(kind, first_step, last_step, self.writer)
+        return write_part(
+            self.directory, name, table.replace_schema_metadata(metadata), first_step, last_step
         )
-        content = sink.getvalue()
-        # Hashed in memory, so that the record holds what was meant to reach the disk.
-        digest = hashlib.sha256(content).hexdigest()
-        write_atomically(path, memoryview(content))
-        return PartInfo(name, table.num_rows, content.size, digest, first_step, last_step)
+
+
+def write_part(directory: Path, name: str, table: pa.Table, first_step: int, last_step: int) -> PartInfo:
+    """One durable part. Its schema's metadata say of which run and table it is."""
+    path = directory / name
+    if path.exists():
+        # Never replace a part: it may be committed, and a commit record holds its hash.
+        raise UserError(
+            f"{path} exists already; roll the ledger back to the loaded checkpoint before writing"
+        )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
+    content = sink.getvalue()
+    # Hashed in memory, so that the record holds what was meant to reach the disk.
+    digest = hashlib.sha256(content).hexdigest()
+    write_atomically(path, memoryview(content))
+    return PartInfo(name, table.num_rows, content.size, digest, first_step, last_step)

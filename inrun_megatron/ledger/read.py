@@ -108,7 +108,8 @@ class Ledger:
 
     def paths(self, table: str) -> list[str]:
         """Absolute paths of the committed parts of `values` or `steps`, for any Parquet reader."""
-        return [str((self.directory / part.file).resolve()) for part in self.parts(table)]
+        directory = self.directory.resolve()  # once: it asks the file system about every folder on the way
+        return [f"{directory}/{part.file}" for part in self.parts(table)]
 
     def values(self) -> ds.Dataset:
         """All committed rows of `values/`, as a dataset that reads lazily."""

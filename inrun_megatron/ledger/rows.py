@@ -23,6 +23,9 @@ from inrun_megatron.ledger.step_table import with_realised
 if TYPE_CHECKING:
     from inrun_megatron.ledger.read import Ledger
 
+SUMMED_ROWS = 1 << 20
+"""Sums by part, step and target that are held before they are added up."""
+
 SUM_TOLERANCE = 1e-6
 """Sum of a step's rows against its recorded sum_values, relative to the sum of |values|: both are fp64
 sums."""
@@ -44,7 +47,7 @@ class StepTotals:
 
 def check_contents(ledger: Ledger, parts: list[PartInfo]) -> tuple[StepTotals, Check]:
     """Values finite, names and indices known, steps inside the part's range."""
-    totals, bad = StepTotals(), []
+    sums, bad = _Sums(), []
     rows = not_finite = 0
     datasets = len(ledger.run["datasets"])
     targets = pa.array(ledger.target_names)
@@ -70,40 +73,60 @@ def check_contents(ledger: Ledger, parts: list[PartInfo]) -> tuple[StepTotals, C
                 faults[what] += table.num_rows - (pc.sum(good).as_py() or 0)
             rows += table.num_rows
             first = pc.equal(table["segment"], 0)
-            _add_totals(totals, table["step"], names, pc.if_else(finite, value, 0.0), first)
+            sums.add(table["step"], names, pc.if_else(finite, value, 0.0), first)
         not_finite += faults["values that are not finite"]
         bad += [f"{part.file}: {count:,} {what}" for what, count in faults.items() if count]
+    totals = sums.totals()
     figures = {"rows": rows, "not_finite": not_finite, "bad": bad}
     if bad:
         return totals, Check("rows", False, name_some("bad rows:", bad), figures)
     return totals, Check("rows", True, f"{rows:,} rows, all finite, all names and indices known", figures)
 
 
-def _add_totals(
-    totals: StepTotals,
-    step: pa.ChunkedArray,
-    target: pa.ChunkedArray,
-    value: pa.ChunkedArray,
-    first: pa.ChunkedArray,
-) -> None:
-    table = pa.table(
-        {
+class _Sums:
+    """Sums by step and target, as tables until the end: a row of Python for each part, step and target would take hours
+    where many ranks have written."""
+
+    def __init__(self) -> None:
+        self._tables: list[pa.Table] = []
+        self._rows = 0
+
+    def add(self, step: pa.ChunkedArray, target: pa.ChunkedArray, value: pa.ChunkedArray, first: Any) -> None:
+        columns = {
             "step": step,
             "target": target,
-            "value": value,
+            "rows": pa.array(np.ones(len(step), np.int64)),
+            "samples": pc.cast(first, pa.int64()),
+            "total": value,
             "absolute": pc.abs(value),
-            "first": pc.cast(first, pa.int64()),
         }
+        self._keep(_added(pa.table(columns)))
+        if self._rows > SUMMED_ROWS:
+            self._keep(self._taken())
+
+    def totals(self) -> StepTotals:
+        totals = StepTotals()
+        for row in self._taken().to_pylist() if self._tables else []:
+            key = (row["step"], row["target"])
+            totals.rows[key], totals.samples[key] = row["rows"], row["samples"]
+            totals.total[key], totals.absolute[key] = row["total"], row["absolute"]
+        return totals
+
+    def _keep(self, table: pa.Table) -> None:
+        self._tables.append(table)
+        self._rows += table.num_rows
+
+    def _taken(self) -> pa.Table:
+        table, self._tables, self._rows = _added(pa.concat_tables(self._tables)), [], 0
+        return table
+
+
+def _added(table: pa.Table) -> pa.Table:
+    names = ["rows", "samples", "total", "absolute"]
+    grouped = table.group_by(["step", "target"]).aggregate([(name, "sum") for name in names])
+    return grouped.select(["step", "target", *(f"{name}_sum" for name in names)]).rename_columns(
+        ["step", "target", *names]
     )
-    grouped = table.group_by(["step", "target"]).aggregate(
-        [("value", "count"), ("value", "sum"), ("absolute", "sum"), ("first", "sum")]
-    )
-    for row in grouped.to_pylist():
-        key = (row["step"], row["target"])
-        totals.rows[key] += row["value_count"]
-        totals.samples[key] += row["first_sum"]
-        totals.total[key] += row["value_sum"]
-        totals.absolute[key] += row["absolute_sum"]
 
 
 def check_duplicates(ledger: Ledger, parts: list[PartInfo], totals: StepTotals) -> Check:
@@ -111,24 +134,31 @@ def check_duplicates(ledger: Ledger, parts: list[PartInfo], totals: StepTotals) 
     repeats."""
     keys = ["step", "dataset", "sample", "segment", "target"]
     count, named = 0, []
-    if parts:
-        paths = [str(ledger.directory / part.file) for part in parts]
-        rows = ds.dataset(paths, schema=SCHEMAS[VALUES], format="parquet")
-        for first, last in _step_ranges(totals):
-            table = rows.to_table(
-                columns=keys, filter=(ds.field("step") >= first) & (ds.field("step") <= last)
-            ).unify_dictionaries()
-            table = table.set_column(4, "target", pc.cast(table["target"], pa.string()))
-            grouped = table.append_column("n", pa.array(np.ones(table.num_rows, np.int64)))
-            grouped = grouped.group_by(keys).aggregate([("n", "sum")])
-            twice = grouped.filter(pc.greater(grouped["n_sum"], 1))
-            count += twice.num_rows
-            named += [
-                f"step {row['step']} dataset {row['dataset']} sample {row['sample']} segment {row['segment']} "
-                f"target {row['target']} "
-                f"({row['n_sum']} times)"
-                for row in twice.slice(0, NAMED).to_pylist()
-            ]
+    for first, last in _step_ranges(totals):
+        # Not all parts: their number grows with the run, and so does that of the ranges.
+        paths = [
+            str(ledger.directory / part.file)
+            for part in parts
+            if part.first_step <= last and part.last_step >= first
+        ]
+        if not paths:
+            continue  # rows outside their part's range, which is a fault of its own
+        table = (
+            ds.dataset(paths, schema=SCHEMAS[VALUES], format="parquet")
+            .to_table(columns=keys, filter=(ds.field("step") >= first) & (ds.field("step") <= last))
+            .unify_dictionaries()
+        )
+        table = table.set_column(4, "target", pc.cast(table["target"], pa.string()))
+        grouped = table.append_column("n", pa.array(np.ones(table.num_rows, np.int64)))
+        grouped = grouped.group_by(keys).aggregate([("n", "sum")])
+        twice = grouped.filter(pc.greater(grouped["n_sum"], 1))
+        count += twice.num_rows
+        named += [
+            f"step {row['step']} dataset {row['dataset']} sample {row['sample']} segment {row['segment']} "
+            f"target {row['target']} "
+            f"({row['n_sum']} times)"
+            for row in twice.slice(0, NAMED).to_pylist()
+        ]
     figures = {"duplicates": count, "first": named[:NAMED]}
     if count:
         return Check(

@@ -21,6 +21,7 @@ from inrun_megatron.ledger.files import (
     write_json,
 )
 from inrun_megatron.ledger.lock import DirectoryLock
+from inrun_megatron.ledger.merge import merge_small, remove
 from inrun_megatron.ledger.resume import check_resumable
 from inrun_megatron.ledger.schema import (
     COMMITS,
@@ -33,8 +34,9 @@ from inrun_megatron.ledger.schema import (
     now,
 )
 
-VISIBILITY_SECONDS = 10.0
-"""How long `commit` waits for another node's part to appear on a network file system that caches names."""
+VISIBILITY_SECONDS = 90.0
+"""How long `commit` waits for another node's part to appear on a network file system that caches names: NFS clients may
+answer from their cache for 60 seconds (acdirmax), unless they are told otherwise."""
 
 
 class OpenLedger:
@@ -125,7 +127,7 @@ def commit(
 
     Every part is durable before this is called; the commit itself is one atomic rename of
     commits/<step>.json. Call it before the checkpoint of `step` is saved. A second commit of the same step
-    adds to the first.
+    adds to the first. Many small parts are merged first (merge.py).
 
     Raises UserError when a part is not visible from this host (a --shapley-dir that the nodes do not share),
     belongs to later steps than `step`, or the file system refuses.
@@ -138,6 +140,7 @@ def commit(
                 f"{part.file} holds step {part.last_step}, after step {step} that is being committed"
             )
         _wait_for(directory / part.file, part.bytes)
+    new, replaced = merge_small(directory, new)
     path = directory / commit_name(step)
     previous: dict[str, Any] = read_json(path) if path.exists() else {}
     known = {part["file"] for part in previous.get("parts", [])}
@@ -148,6 +151,7 @@ def commit(
         "checkpoint": checkpoint if checkpoint is not None else previous.get("checkpoint"),
     }
     write_json(path, record)
+    remove(directory, replaced)
     return path
 
 

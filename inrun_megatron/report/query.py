@@ -41,7 +41,7 @@ from inrun_megatron.ledger.schema import VALUES, VALUES_SCHEMA
 from inrun_megatron.report import sql
 
 MEMORY_LIMIT = "2GB"
-"""DuckDB spills to a temporary directory beyond this. Arrow tables on their way in and out come on top."""
+"""DuckDB spills to a temporary directory (under TMPDIR) beyond this. Arrow tables on their way in and out come on top."""
 
 RANGE_ROWS = 1 << 22
 """Rows of a range of steps that is worked on at a time."""
@@ -54,7 +54,7 @@ class Query:
     """
 
     def __init__(self, ledger: Ledger, memory_limit: str = MEMORY_LIMIT) -> None:
-        self.ledger = ledger
+        self.ledger, self._memory_limit = ledger, memory_limit
         self._spill = tempfile.TemporaryDirectory(prefix="inrun-")
         self._connection = duckdb.connect(
             ":memory:",
@@ -118,7 +118,7 @@ class Query:
         try:
             written = self._connection.execute(statement).fetchone()
         except duckdb.Error as error:
-            raise UserError(f"the export failed: {one_line(error)[:300]}") from error
+            raise self._no_room(error) or UserError(f"the export failed: {one_line(error)[:300]}") from error
         return int(written[0]) if written else 0
 
     def table(self, statement: str) -> pa.Table:
@@ -158,8 +158,18 @@ class Query:
         if held:
             yield start, end
 
-    def _failure(self, error: duckdb.Error) -> UserError:
+    def _no_room(self, error: duckdb.Error) -> UserError | None:
+        """What to say where neither memory nor the temporary directory could take the work, which is no fault of a part."""
+        if not isinstance(error, duckdb.OutOfMemoryException) and self._spill.name not in str(error):
+            return None
+        place = Path(self._spill.name).parent
         return UserError(
+            f"the query outgrew {self._memory_limit} of memory and the room in {place}: {one_line(error)[:200]}; name a "
+            "directory with more room by TMPDIR, or choose fewer steps (--steps, --phase)"
+        )
+
+    def _failure(self, error: duckdb.Error) -> UserError:
+        return self._no_room(error) or UserError(
             f"{self.ledger.directory} cannot be read: {one_line(error)[:300]}; "
             "`inrun verify` names damaged parts"
         )

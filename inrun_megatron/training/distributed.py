@@ -7,6 +7,7 @@ Started by `deepspeed` or `torchrun` (RANK, WORLD_SIZE, ... in the environment),
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -27,6 +28,9 @@ _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
 # Of a task that srun started. SLURM_NTASKS would be there in a batch script too, where nobody started ranks.
 _SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+
+OPEN_FILES = 1 << 16
+"""More than any rank needs; some libraries walk through all numbers up to the limit."""
 
 
 class AgreedError(UserError):
@@ -86,12 +90,25 @@ def _discover_slurm() -> None:
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
 
 
+def allow_many_files() -> None:
+    """Raise this process's limit of open files as far as it may, up to OPEN_FILES.
+
+    Rank 0 serves a connection to every rank in each of two stores (the process groups' and the watchdog's): with the usual
+    limit of 1,024 a job of some 500 ranks would stand still at its start, without a word.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def meet(config: ParallelConfig) -> None:
     """Start torch.distributed: from here on ranks can agree on errors. Nothing is compiled on the way.
 
     UserError when fewer ranks meet than were launched, when nccl is asked for without a GPU, or when this rank has none.
     """
     _, promised = launched()
+    allow_many_files()
     if all(name in os.environ for name in _RENDEZVOUS):
         pass
     elif _under_mpi():
