@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .directions import Directions
 from .engines import ZeroAdapter
+from .row_watch import RowWatch
 from .taps import Consumer, Pass, Taps
 
 Microbatch = Mapping[str, Tensor]
@@ -85,10 +86,13 @@ class ModulePasses:
     def __init__(self, engine: Any, adapter: ZeroAdapter, taps: Taps, loss_fn: TokenLoss) -> None:
         self._module: nn.Module = engine.module
         self._adapter, self._taps, self._loss_fn = adapter, taps, loss_fn
+        self._rows_watched = False
 
     def run(self, tasks: Sequence[Task], *, training: bool, arriving: Arriving | None = None) -> None:
         try:
             with nullcontext() if training else evaluating(self._module):
+                if not training and not self._rows_watched:
+                    self._watch_rows(tasks[0].microbatch, arriving)
                 self._run(tasks, arriving)
         finally:
             self._adapter.release_gathered_weights()
@@ -101,6 +105,12 @@ class ModulePasses:
                 loss = task.loss(losses)
                 with self._taps.untouched():
                     (loss if scale == 1.0 else loss * scale).backward()
+
+    def _watch_rows(self, microbatch: Microbatch, arriving: Arriving | None) -> None:
+        watch = RowWatch(len(microbatch["loss_mask"]))
+        self._run([Task(microbatch, watch, watch.loss)], arriving)
+        watch.require_apart(self._adapter.groups[0].device)
+        self._rows_watched = True
 
     def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self._adapter.groups[0].device)

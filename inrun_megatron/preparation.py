@@ -100,16 +100,19 @@ class Preparation:
             UserError: a path estimator was given no microbatches, or not as many as the engine accumulates.
         """
         losses = None
-        if self.estimator.start is None:
-            losses = self._losses(passes)
-        path = self._path(passes, microbatches) if self.estimator.follows_batch else None
-        self.directions.zero()
-        with self._moving(path) as move:
-            for node in self.estimator.nodes:
-                move(node)
-                found = self._add_gradients(passes, node)
-                if node is self.estimator.start:
-                    losses = found
+        # A model may draw in evaluation mode, too; training must not notice.
+        with rng.kept(self.directions.device):
+            if self.estimator.start is None:
+                with rng.kept(self.directions.device):  # the path's pass is to draw what the real one will
+                    losses = self._losses(passes)
+            path = self._path(passes, microbatches) if self.estimator.follows_batch else None
+            self.directions.zero()
+            with self._moving(path) as move:
+                for node in self.estimator.nodes:
+                    move(node)
+                    found = self._add_gradients(passes, node)
+                    if node is self.estimator.start:
+                        losses = found
         passes.join(self.directions)
         self.reduce(self.adapter.loss_scale())
         assert losses is not None

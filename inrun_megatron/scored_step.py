@@ -75,6 +75,7 @@ class ScoredStep:
     def _begin(self) -> None:
         """What must be read before the step; the additivity probe watches it."""
         owner, result = self.owner, self.result
+        owner.taps.require_unchanged()
         result.status = "scored"
         start = owner.estimator.start
         result.base = CURRENT if start is None or start.share is None else DRIFT

@@ -179,6 +179,75 @@ def test_ranks_must_have_equally_many_validation_microbatches(two_ranks: Workers
         assert "target held_out has 1 microbatches on one rank and 2 on another" in refusal
 
 
+class _Flipped(Tiny):
+    """Its hidden layers see the rows in another order."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens).flip(0)
+        return self.output(F.gelu(self.hidden(self.norm(x))).flip(0))
+
+
+class _SequenceFirst(Tiny):
+    """Its hidden layers see positions where the others see rows."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens).transpose(0, 1)
+        return self.output(F.gelu(self.hidden(self.norm(x))).transpose(0, 1))
+
+
+class _Noisy(Tiny):
+    """It draws random numbers in evaluation mode, too."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(tokens), 0.1, training=True)
+
+
+def _rows_elsewhere(rank: int, world: int, kind: type[Tiny]) -> str:
+    """With as many positions as rows; rank 0 has validation microbatches of one row, which tell nothing."""
+    from inrun_megatron import InRunShapley, ShapleyTarget
+
+    model = kind()
+    engine = _engine(model, torch.optim.AdamW(model.parameters()), {"stage": 3})
+    held_out = {name: tensor[: 1 if rank == 0 else None, :ROWS] for name, tensor in _batch(50).items()}
+    shapley = InRunShapley(engine, [ShapleyTarget("held_out", [held_out], ROWS)], _token_losses)
+    with pytest.raises(UserError) as refusal, shapley.step(1):
+        pass
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", [_Flipped, _SequenceFirst])
+def test_rows_in_other_places_are_refused(two_ranks: Workers, kind: type[Tiny]) -> None:
+    """Their values would be other samples', and still add up to the gradient; all ranks stop."""
+    other, own = two_ranks.run(_rows_elsewhere, kind)
+    assert own.startswith("layer hidden does not have the microbatch's rows apart and in order")
+    assert other.startswith("a layer on another rank does not have")
+
+
+def _draws(rank: int, world: int) -> list[bool]:
+    from inrun_megatron import InRunShapley, ShapleyTarget
+
+    model, same = _Noisy(), []
+    engine = _engine(model, torch.optim.AdamW(model.parameters()), {"stage": 1})
+    target = ShapleyTarget("held_out", [_batch(50 + rank)], world * ROWS * LENGTH)
+    shapley, micro = InRunShapley(engine, [target], _token_losses), _batch(rank)
+    for iteration in (1, 2):
+        before = torch.get_rng_state()
+        with (
+            shapley.step(iteration) as step,
+            step.samples(torch.zeros(ROWS), torch.arange(ROWS), micro["loss_mask"]),
+        ):
+            same.append(torch.equal(torch.get_rng_state(), before))
+            engine.backward(_token_losses(engine, micro).mean())
+            engine.step()
+    shapley.close()
+    return same
+
+
+def test_a_model_that_draws_in_evaluation_mode_trains_as_without_scoring(two_ranks: Workers) -> None:
+    for same in two_ranks.run(_draws):
+        assert same == [True, True]
+
+
 def _split_sequences(rank: int, world: int) -> str:
     model = Tiny()
     engine = _engine(model, torch.optim.AdamW(model.parameters()), {"stage": 0}, mesh_param=(1, 2))
@@ -190,6 +259,25 @@ def _split_sequences(rank: int, world: int) -> str:
 def test_deepspeeds_own_sequence_parallelism_is_refused(two_ranks: Workers) -> None:
     for refusal in two_ranks.run(_split_sequences):
         assert refusal.startswith("DeepSpeed's sequence parallel size 2")
+
+
+def _context_parallel(rank: int, world: int) -> str:
+    from megatron.core import parallel_state
+
+    from inrun_megatron import Layout
+
+    parallel_state.initialize_model_parallel(context_parallel_size=world)
+    try:
+        with pytest.raises(UserError) as refusal:
+            Layout.current()
+    finally:
+        parallel_state.destroy_model_parallel()
+    return str(refusal.value)
+
+
+def test_context_parallelism_is_refused(two_ranks: Workers) -> None:
+    for refusal in two_ranks.run(_context_parallel):
+        assert refusal.startswith("context parallel size 2 is not supported")
 
 
 class _Loss:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,7 +16,13 @@ from inrun_megatron.errors import UserError
 from inrun_megatron.scoring import RowScorer
 from inrun_megatron.taps import Emission, Pass, attach_taps
 from inrun_megatron.taps.emission import Sharding, Site
-from tests.distributed import run_distributed
+from tests.distributed import Workers
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Workers]:
+    with Workers(2) as workers:
+        yield workers
 
 
 def _sites(tp_rank: int, tp_size: int, sharding: Sharding) -> list[Site]:
@@ -67,6 +75,98 @@ def test_a_forward_of_its_own_is_not_replaced() -> None:
     plain = frozen(x)
     attach_taps(nn.Sequential(nn.Linear(4, 4), frozen))
     assert torch.equal(frozen(x), plain)
+
+
+def _layers() -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.RMSNorm(4), nn.Linear(4, 4))
+
+
+def test_a_forward_of_an_instances_own_is_not_replaced() -> None:
+    """Neither somebody's wrapper nor the taps of another InRunShapley; and the refusal leaves no tap behind."""
+    model = _layers()
+    model[3].forward = lambda x: 3.0 * F.linear(x, model[3].weight)  # type: ignore[method-assign]
+    ids = torch.tensor([[1, 2]])
+    plain = model(ids)
+    with pytest.raises(UserError, match="layer 3 has a forward of its own on the instance"):
+        attach_taps(model)
+    assert torch.equal(model(ids), plain) and "forward" not in model[0].__dict__
+    del model[3].forward
+    taps = attach_taps(model)
+    with pytest.raises(UserError, match="layer 0 has a forward of its own"):
+        attach_taps(model)
+    taps.require_unchanged()
+    taps.detach()
+    attach_taps(model)
+
+
+def test_a_copy_of_a_tapped_model_computes_with_its_own_weights() -> None:
+    model = _layers()
+    ids = torch.tensor([[1, 2]])
+    plain = model(ids)
+    attach_taps(model)
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter.zero_()
+    assert not average(ids).any() and torch.equal(model(ids), plain)
+    attach_taps(average)
+
+
+def test_layers_take_their_input_by_torchs_name() -> None:
+    embedding, layer_norm, rms_norm, linear = model = _layers()
+    ids = torch.tensor([[1, 2]])
+    plain = model(ids)
+    attach_taps(model)
+    assert torch.equal(linear(input=rms_norm(x=layer_norm(input=embedding(input=ids)))), plain)
+
+
+def test_what_changes_after_taps_are_attached_is_named() -> None:
+    model = _layers()
+    model[1].bias.requires_grad_(False)
+    taps = attach_taps(model)
+    taps.require_unchanged()
+    for parameter, name, now in ((model[3].weight, "3.weight", "frozen"), (model[1].bias, "1.bias", "made")):
+        parameter.requires_grad_(not parameter.requires_grad)
+        with pytest.raises(UserError, match=f"parameter {name} has been {now}"):
+            taps.require_unchanged()
+        parameter.requires_grad_(not parameter.requires_grad)
+    model[2].forward = lambda x: x  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="layer 2 has lost its tap"):
+        taps.require_unchanged()
+    taps.detach()
+    assert "forward" in model[2].__dict__, "not ours to remove"
+    with pytest.raises(UserError, match=r"taken out by close\(\)"):
+        taps.require_unchanged()
+
+
+def test_autocast_is_refused() -> None:
+    model = _layers()
+    attach_taps(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(UserError, match=r"layer 1 runs under torch\.autocast"):
+            model(torch.tensor([[1, 2]]))
+        with torch.autocast("cpu", enabled=False):
+            model(torch.tensor([[1, 2]]))
+
+
+def test_layers_whose_rows_change_each_others_losses_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False))
+    with pytest.raises(UserError, match="layer 1 is a BatchNorm1d"):
+        attach_taps(model)
+    model[1].eval()
+    assert attach_taps(model).coverage().tapped == 2
+
+
+def test_multi_token_prediction_is_refused() -> None:
+    """Its loss reaches the weights past the token losses, in a validation pass too."""
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
+
+    class Block(MultiTokenPredictionBlock):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+
+    with pytest.raises(UserError, match="layer 1 predicts further tokens"):
+        attach_taps(nn.Sequential(nn.Linear(4, 4), Block()))
 
 
 class _Tied(nn.Module):
@@ -127,6 +227,7 @@ def _column_with_a_frozen_bias(rank: int, world: int) -> list[Tensor]:
 
     from inrun_megatron.models import cpu
 
+    parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(world)
     cpu.install()
     sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "tensor_model_parallel_size": world}
@@ -149,9 +250,48 @@ def _column_with_a_frozen_bias(rank: int, world: int) -> list[Tensor]:
     return [*plain, *run()]
 
 
-def test_a_frozen_bias_of_a_column_parallel_layer_is_added() -> None:
-    for output, gradient, tapped_output, tapped_gradient in run_distributed(_column_with_a_frozen_bias, 2):
+def test_a_frozen_bias_of_a_column_parallel_layer_is_added(two_ranks: Workers) -> None:
+    for output, gradient, tapped_output, tapped_gradient in two_ranks.run(_column_with_a_frozen_bias):
         assert torch.equal(tapped_output, output) and torch.equal(tapped_gradient, gradient)
+
+
+def _megatron_attention(rank: int, world: int) -> tuple[str, set[Sharding], str]:
+    """What is said of norms of heads and of a fused gated bias."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import build_module
+
+    from inrun_megatron.models import cpu
+    from inrun_megatron.models.attention import SdpaCoreAttention
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(world)
+    cpu.install()
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "tensor_model_parallel_size": world}
+    gated = {"gated_linear_unit": True, "activation_func": F.silu, "bias_activation_fusion": True}
+    config = TransformerConfig(**sizes, **gated, use_cpu_initialization=True, qk_layernorm=True)
+    spec = get_gpt_layer_local_spec(qk_layernorm=True)
+    spec.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    layer = build_module(spec, config=config, layer_number=1)
+    attention = layer.self_attention
+    with pytest.raises(UserError) as heads:
+        attach_taps(attention)
+    for norm in (attention.q_layernorm, attention.k_layernorm):
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = True
+    taps = attach_taps(attention)
+    shardings = {taps.sharding[id(p)] for p in attention.q_layernorm.parameters()}
+    with pytest.raises(UserError) as fused:
+        attach_taps(layer.mlp)
+    return str(heads.value), shardings, str(fused.value)
+
+
+def test_megatron_layers_that_taps_see_a_part_of(two_ranks: Workers) -> None:
+    for heads, shardings, fused in two_ranks.run(_megatron_attention):
+        assert heads.startswith("norm q_layernorm sees the heads of its tensor-parallel rank only")
+        assert shardings == {Sharding.SEQUENCE}
+        assert fused.startswith("layer linear_fc1 has a bias that a fused gated activation adds")
 
 
 class _Given:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -40,9 +42,18 @@ class Layout:
 
     @classmethod
     def from_megatron(cls) -> Layout:
-        """Read the groups of ``megatron.core.parallel_state``."""
+        """Read the groups of ``megatron.core.parallel_state``.
+
+        Raises:
+            UserError: context parallelism, under which ranks share a sample's positions.
+        """
         from megatron.core import parallel_state as ps
 
+        if ps.get_context_parallel_world_size() > 1:
+            raise UserError(
+                f"context parallel size {ps.get_context_parallel_world_size()} is not supported while scoring: use sequence "
+                f"parallelism (context_parallel_size=1), over the tensor-parallel ranks"
+            )
         return cls(
             tp_group=ps.get_tensor_model_parallel_group(),
             dp_group=ps.get_data_parallel_group(),

@@ -15,18 +15,22 @@ from torch import nn
 
 from ..errors import UserError
 from .emission import Pass, Sharding
+from .replaced import METHODS, Replaced, methods_of
 
 # Taps a module in place and tells ``taps.cover`` which of its parameters are now seen.
 Attacher = Callable[["Taps", Any, str], None]
 REGISTRY: dict[type[nn.Module], Attacher] = {}
+_REFUSING: set[type[nn.Module]] = set()
 
 
-def register(*types: type[nn.Module]) -> Callable[[Attacher], Attacher]:
-    """Register how modules of exactly these types (or subclasses without an entry) are tapped."""
+def register(*types: type[nn.Module], refuses: bool = False) -> Callable[[Attacher], Attacher]:
+    """Register how modules of exactly these types (or subclasses without an entry) are tapped; ``refuses``: they are not."""
 
     def add(attacher: Attacher) -> Attacher:
         for kind in types:
             REGISTRY[kind] = attacher
+        if refuses:
+            _REFUSING.update(types)
         return attacher
 
     return add
@@ -72,8 +76,10 @@ class Taps:
     sequence_first: bool
     current: Pass | None = None
     sharding: dict[int, Sharding] = field(default_factory=dict)
-    _attached: list[nn.Module] = field(default_factory=list)
+    _replaced: list[tuple[str, Replaced]] = field(default_factory=list)
+    _trains: list[tuple[str, nn.Parameter, bool]] = field(default_factory=list)
     _watched: bool = False
+    _detached: bool = False
 
     def cover(self, sharding: Sharding, *parameters: nn.Parameter | None) -> None:
         """These parameters (those that train) now have a tap and are laid out like this."""
@@ -149,16 +155,57 @@ class Taps:
             missing=tuple(n for n, _ in missing),
         )
 
+    def attach(self, module: nn.Module, name: str, attacher: Attacher) -> None:
+        """Tap one module.
+
+        Raises:
+            UserError: the attacher would undo what somebody else has put in the place of the module's forward.
+        """
+        before = methods_of(module)
+        attacher(self, module, name)
+        for method in METHODS:
+            function = module.__dict__.get(method)
+            if function is None or function is before.get(method):
+                continue
+            if method in before:
+                for own in METHODS:
+                    module.__dict__.pop(own, None)
+                module.__dict__.update(before)
+                raise UserError(
+                    f"layer {name} has a {method} of its own on the instance, and the tap would undo that: close() an "
+                    f"InRunShapley that still has the model, or wrap the layer in a module instead of replacing its {method}"
+                )
+            self._replaced.append((name, Replaced(module, method, function)))
+
+    def require_unchanged(self) -> None:
+        """Taps must be where they were put, and what trains must be what did then.
+
+        Raises:
+            UserError: names the layer whose forward, or the parameter whose ``requires_grad``, is another since.
+        """
+        if self._detached:
+            raise UserError("the model's taps have been taken out by close(): make a new InRunShapley")
+        for name, replaced in self._replaced:
+            if not replaced.in_place:
+                raise UserError(
+                    f"layer {name} has lost its tap: its {replaced.method} has been replaced since; close() before a model is "
+                    f"changed, and make a new InRunShapley afterwards"
+                )
+        for name, parameter, trained in self._trains:
+            if parameter.requires_grad != trained:
+                now = "frozen" if trained else "made trainable"
+                raise UserError(
+                    f"parameter {name} has been {now} since taps were attached, and values would be of what trained then; "
+                    f"close() before a model is changed, and make a new InRunShapley afterwards"
+                )
+
     def detach(self) -> None:
         """Put the model's own forwards back."""
-        for module in self._attached:
-            for name in ("forward", "_forward_impl"):
-                module.__dict__.pop(name, None)
-            skip = module.__dict__.pop("_inrun_skip_bias_add", None)
-            if skip is not None:
-                module.skip_bias_add = skip
-        self._attached.clear()
+        for _, replaced in self._replaced:
+            replaced.restore()
+        self._replaced.clear()
         self.sharding.clear()
+        self._detached = True
 
 
 def require_forward(module: nn.Module, kind: type[nn.Module], name: str) -> None:
@@ -191,7 +238,7 @@ def attach_taps(model: nn.Module, *, sequence_first: bool | None = None, strict:
         strict: raise where a trainable parameter is left without a tap.
 
     Raises:
-        UserError: names the parameters without a tap and their modules' types.
+        UserError: names the parameters without a tap and their modules' types, or a layer that cannot be scored.
     """
     from . import plain as _plain  # noqa: F401  (fills the registry)
 
@@ -204,14 +251,17 @@ def attach_taps(model: nn.Module, *, sequence_first: bool | None = None, strict:
     if sequence_first is None:
         sequence_first = any(isinstance(m, megatron_types) for m in model.modules())
     taps = Taps(model, sequence_first)
-    for name, module in model.named_modules():
-        attacher = _attacher(module)
-        if attacher is None:
-            continue
-        attacher(taps, module, name)
-        taps._attached.append(module)
-    if strict:
-        _require_full_coverage(taps)
+    try:
+        for name, module in model.named_modules():
+            attacher = _attacher(module)
+            if attacher is not None:
+                taps.attach(module, name, attacher)
+        if strict:
+            _require_full_coverage(taps)
+    except UserError:
+        taps.detach()  # the model goes on without
+        raise
+    taps._trains = [(name, p, p.requires_grad) for name, p in model.named_parameters()]
     return taps
 
 
@@ -225,9 +275,8 @@ def _require_full_coverage(taps: Taps) -> None:
         }
         listed = ", ".join(f"{n} ({owners.get(n, '?')})" for n in coverage.missing[:5])
         more = f" and {len(coverage.missing) - 5} more" if len(coverage.missing) > 5 else ""
-        taps.detach()
         raise UserError(
             f"{len(coverage.missing)} of {coverage.parameters} trainable parameters have no tap: {listed}{more}; "
             f"freeze them (requires_grad=False), use a supported layer, or register a tap for the type "
-            f"(supported: {', '.join(sorted(t.__name__ for t in REGISTRY))})"
+            f"(supported: {', '.join(sorted(t.__name__ for t in REGISTRY.keys() - _REFUSING))})"
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..dots.precision import widened
+from ..errors import UserError
 
 
 class Sharding(Enum):
@@ -182,6 +183,14 @@ class Call:
         keep the gathered storage alive after DeepSpeed has let go of it.
         """
         return None if self.detached else parameter
+
+    def refuse_autocast(self) -> None:
+        """A tap computes in the types that it is given, where torch's own layer would cast, its backward among them."""
+        if torch.is_autocast_enabled(self.weight.device.type):
+            raise UserError(
+                f"layer {self.site.name} runs under torch.autocast, which is not supported while scoring: leave it out (or "
+                f"enabled=False around the layer) and use bf16 or fp16 in the DeepSpeed config"
+            )
 
     def anchor(self, like: Tensor) -> Tensor | None:
         return None if self.run is None else self.run.anchor_on(like.device)

@@ -80,6 +80,7 @@ class LinearTap(torch.autograd.Function):
 
 def linear(input: Tensor, call: LinearCall) -> Tensor:
     """``input @ call.weight.T`` through the tap."""
+    call.refuse_autocast()
     return LinearTap.apply(input, call.attached(call.weight), call.anchor(input), call)
 
 

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
 from torch import Tensor
 
 from ..errors import UserError
@@ -57,13 +58,15 @@ def _tap_bias(taps: Taps, module: Any, site: Site) -> None:
     """Bias added or returned by the layer: an expanded, tapped view either way."""
     if module.bias is None or not module.bias.requires_grad:
         return
-    module._inrun_skip_bias_add = module.skip_bias_add
-    module.skip_bias_add = True
-    added = not module._inrun_skip_bias_add
+    added = not module.skip_bias_add
     original = type(module).forward
 
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        output, _ = original(module, *args, **kwargs)
+        module.skip_bias_add = True  # for this call only: nothing to put back when taps are detached
+        try:
+            output, _ = original(module, *args, **kwargs)
+        finally:
+            module.skip_bias_add = not added
         expanded = tapped_bias(Call(site, taps.current, module.bias), output)
         return (output + expanded, None) if added else (output, expanded)
 
@@ -88,6 +91,12 @@ def _column(taps: Taps, module: ColumnParallelLinear, name: str) -> None:
     if module.gather_output and module.bias is not None:
         raise UserError(
             f"layer {name} gathers its output and has a bias; set gather_output=False or bias=False"
+        )
+    fused = module.config.gated_linear_unit and module.config.bias_activation_fusion
+    if fused and module.skip_bias_add and module.bias is not None and module.bias.requires_grad:
+        raise UserError(
+            f"layer {name} has a bias that a fused gated activation adds, which takes no bias by token, as the tap returns it; "
+            f"set bias_activation_fusion=False or add_bias_linear=False"
         )
     place = (dist.get_rank(module.tp_group), dist.get_world_size(module.tp_group))
     _tap_product(taps, module, Site(name, "linear", Sharding.COLUMN, 1, *place))
@@ -115,8 +124,8 @@ def _vocabulary(taps: Taps, module: VocabParallelEmbedding, name: str) -> None:
     group = module.tp_group
     site = Site(name, "embedding", Sharding.VOCABULARY, 0, dist.get_rank(group), dist.get_world_size(group))
 
-    def forward(ids: Tensor) -> Tensor:
-        foreign = None
+    def forward(input_: Tensor) -> Tensor:
+        ids, foreign = input_, None
         if site.tp_size > 1:
             foreign = (ids < module.vocab_start_index) | (ids >= module.vocab_end_index)
             ids = (ids - module.vocab_start_index).masked_fill(foreign, 0)
@@ -127,3 +136,11 @@ def _vocabulary(taps: Taps, module: VocabParallelEmbedding, name: str) -> None:
 
     module.forward = forward  # type: ignore[method-assign]
     taps.cover(Sharding.VOCABULARY, module.weight)
+
+
+@register(MultiTokenPredictionBlock, refuses=True)
+def _multi_token_prediction(taps: Taps, module: MultiTokenPredictionBlock, name: str) -> None:
+    raise UserError(
+        f"layer {name} predicts further tokens: its loss adds to gradients behind the token losses' back, in the validation "
+        f"pass too, whose direction would not be that of the target's loss; set mtp_num_layers=None to score"
+    )

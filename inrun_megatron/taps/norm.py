@@ -113,4 +113,5 @@ def _has_fused_rms(x: Tensor, scale: Tensor) -> bool:
 
 def norm(x: Tensor, call: NormCall) -> Tensor:
     """The norm of ``x`` over its last dimension, scaled by ``call.weight`` and shifted by ``call.bias``."""
+    call.refuse_autocast()
     return NormTap.apply(x, call.attached(call.weight), call.attached(call.bias), call.anchor(x), call)

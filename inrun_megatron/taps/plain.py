@@ -72,9 +72,9 @@ def _embedding(taps: Taps, module: Any, name: str) -> None:
     # replicated even under sequence parallelism (models/common/embeddings/language_model_embedding.py).
     site = Site(name, "embedding", Sharding.REPLICATED, 0, rank, size)
 
-    def forward(ids: Tensor) -> Tensor:
+    def forward(input: Tensor) -> Tensor:
         call = EmbeddingCall(site, taps.current, module.weight, padding_idx=module.padding_idx)
-        return embedding(ids, None, call)
+        return embedding(input, None, call)
 
     module.forward = forward
     taps.cover(site.sharding, module.weight)
@@ -90,13 +90,27 @@ def _norm(taps: Taps, module: Any, name: str, kind: type[nn.Module]) -> None:
         raise UserError(f"norm {name} is over {weight.dim()} dimensions; only the last one is supported")
     rank, size = tensor_parallel_place()
     site = Site(name, "norm", place(weight), 1 if taps.sequence_first else 0, rank, size)
+    if site.replicated and _sees_own_heads(taps, module, name):
+        raise UserError(
+            f"norm {name} sees the heads of its tensor-parallel rank only, and DeepSpeed does not sum its gradient over ranks: "
+            f"set sequence_parallel = True on its parameters before InRunShapley is made, and call "
+            f"engines.gradients.sum_sequence_parallel_gradients"
+        )
 
-    def forward(x: Tensor) -> Tensor:
+    def normed(x: Tensor) -> Tensor:
         call = NormCall(site, taps.current, weight, shift, eps=module.eps, rms=kind is nn.RMSNorm)
         return norm(x, call)
 
-    module.forward = forward
+    # torch's own names for the argument, which may be given by name.
+    module.forward = (lambda x: normed(x)) if kind is nn.RMSNorm else (lambda input: normed(input))
     taps.cover(site.sharding, weight, shift)
+
+
+def _sees_own_heads(taps: Taps, module: Any, name: str) -> bool:
+    """A norm of queries or keys by head in megatron-core's attention; multi-latent attention has them before the heads."""
+    attention: Any = taps.model.get_submodule(name.rpartition(".")[0])
+    norms = [getattr(attention, own, None) for own in ("q_layernorm", "k_layernorm")]
+    return any(own is module for own in norms) and not hasattr(attention, "linear_kv_up_proj")
 
 
 @register(nn.LayerNorm)
@@ -107,3 +121,12 @@ def _layer_norm(taps: Taps, module: Any, name: str) -> None:
 @register(nn.RMSNorm)
 def _rms_norm(taps: Taps, module: Any, name: str) -> None:
     _norm(taps, module, name, nn.RMSNorm)
+
+
+@register(nn.modules.batchnorm._BatchNorm, refuses=True)
+def _batch_norm(taps: Taps, module: Any, name: str) -> None:
+    if module.training:
+        raise UserError(
+            f"layer {name} is a {type(module).__name__}, through which rows change each other's losses, so that no row has a "
+            f"gradient of its own; use a norm over features, or freeze its statistics with eval()"
+        )
