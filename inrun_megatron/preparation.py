@@ -173,8 +173,8 @@ class Preparation:
             passes.run(tasks, training=True)
         passes.join(batch)
         batch.reduce()
-        # DeepSpeed averages gradients over data-parallel ranks.
-        scale = 1.0 / (self.adapter.layout.dp_size * self.adapter.loss_scale())
+        # DeepSpeed averages gradients over data-parallel ranks, or adds them up.
+        scale = 1.0 / (self.adapter.gradient_divisor * self.adapter.loss_scale())
         for shard in batch.shards():
             shard.mul_(scale)
         clip = self.adapter.clip_coefficients(batch.norms())[0]

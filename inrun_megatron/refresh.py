@@ -47,7 +47,10 @@ class RefreshSchedule:
     def due(self, iteration: int) -> bool:
         """Must scored step ``iteration`` take its own directions?"""
         held = self._held
-        return self.every == 1 or held is None or self._window(iteration) != held.window
+        if self.every == 1 or held is None:
+            return True
+        # The loop may have gone back to a checkpoint.
+        return iteration <= held.iteration or self._window(iteration) != held.window
 
     def taken(self, iteration: int, gains: Sequence[float]) -> None:
         """Step ``iteration`` took its own, with these scalar parts of the Jacobian, one per parameter group."""

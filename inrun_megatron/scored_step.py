@@ -57,6 +57,7 @@ class ScoredStep:
         self._target_losses: Tensor | None = None  # [K], on the device until the step is settled
         self._terms: tuple[Tensor, Tensor] | None = None
         self._loss_scale = 1.0
+        self._steps_before = 0  # of the engine
         self._factor = 1.0  # of values from an older direction
         # Read before engine.step(), which may move the schedule on.
         self._lr = float(owner.adapter.inner.param_groups[0]["lr"])
@@ -82,6 +83,7 @@ class ScoredStep:
         remaining = None if owner.total_steps is None else max(1, owner.total_steps - self.iteration + 1)
         result.credit_factor = credit_factor(owner.preparation.coming_step().reach(), remaining)
         self._loss_scale = owner.adapter.loss_scale()
+        self._steps_before = owner.adapter.steps_taken
         gains = owner.preparation.gains()
         if owner.refresh.due(self.iteration):
             owner.refresh.taken(self.iteration, gains)
@@ -132,6 +134,8 @@ class ScoredStep:
             result.gradient_norm = owner.adapter.norm_on_host()
             return
         started = time.perf_counter()
+        if result.scored:
+            self._require_one_step()
         if result.scored and not owner.adapter.step_applied():
             result.status = "skipped: overflow"
             owner.refresh.expire()
@@ -158,23 +162,28 @@ class ScoredStep:
         result.seconds_scoring += time.perf_counter() - started
         self._append()
 
+    def _require_one_step(self) -> None:
+        """Raise UserError where this step's microbatches are not those of one step of the optimizer."""
+        adapter = self.owner.adapter
+        seen, expected = len(self._rows), adapter.gradient_accumulation_steps
+        steps = adapter.steps_taken - self._steps_before
+        if seen != expected or steps != 1:
+            raise UserError(
+                f"step {self.iteration} saw {seen} microbatches and {steps} steps of the engine's optimizer, but the engine "
+                f"accumulates {expected}; put all microbatches of one optimizer step inside one `with shapley.step(...)`"
+            )
+
     def _sum_scores(self, clip: Tensor) -> tuple[Tensor, Tensor]:
         """Values of all parts ``[parts, K]``; and over all ranks ``[4, K]``: sums, ``<d, c_t G_t>``, the drift terms."""
         owner, layout = self.owner, self.owner.layout
-        expected = owner.adapter.gradient_accumulation_steps
-        if len(self._rows) != expected:
-            raise UserError(
-                f"step {self.iteration} saw {len(self._rows)} microbatches, but the engine accumulates {expected}; "
-                f"put all microbatches of one optimizer step inside one `with shapley.step(...)`"
-            )
         for scorer in self._scorers:  # of backwards that ran outside their ``samples`` block
             scorer.settle()
         scores = self._rows.dots()
         terms = self._terms or (torch.zeros_like(scores[0]), torch.zeros_like(scores[0]))
         if layout.mp_size > 1:
             dist.all_reduce(scores, group=layout.mp_group)
-        # DeepSpeed averages gradients over data-parallel ranks: g_i carries the 1/DP.
-        scores *= clip * self._factor / (layout.dp_size * self._loss_scale)
+        # DeepSpeed averages gradients over data-parallel ranks (or adds them up): g_i carries the 1/DP.
+        scores *= clip * self._factor / (owner.adapter.gradient_divisor * self._loss_scale)
         # Additivity and the drift terms need sums over all ranks; one small all-reduce for both.
         figures = torch.stack(
             [

@@ -139,7 +139,7 @@ class InRunShapley:
         step.settle()
 
     def expire_direction(self) -> None:
-        """Let the next scored step take its own directions; on all ranks, when a checkpoint is written."""
+        """Let the next scored step take its own directions; on all ranks, when a checkpoint is written or loaded."""
         self.refresh.expire()
 
     def close(self) -> None:

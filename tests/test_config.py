@@ -320,6 +320,10 @@ def test_a_contradiction_names_both_values(
         ("", {"checkpoint": {"writer": {"decoupled": True}}}, "checkpoint.writer.decoupled.* remove it"),
         ("", {"checkpoint": {"checkpoint_serialization": False}}, "checkpoint_serialization.* remove it"),
         ("", {"datastates_ckpt": {}}, "datastates_ckpt.* remove it"),
+        ("", {"managed_gradient_accumulation": False}, "every microbatch would be an optimizer step"),
+        ("", {"bfloat16": {"enabled": True}}, 'write "bf16"'),
+        ("", {"zero_optimization": {"stage": 2, "cpu_offload": True}}, 'write "offload_optimizer"'),
+        ("", {"data_efficiency": {"enabled": True}}, "data_efficiency.* would be ignored"),
         (
             "--pipeline-model-parallel-size 2",
             {"pipeline": {"activation_checkpoint_interval": 1}},

@@ -55,6 +55,7 @@ def _engine(
     optimizer: torch.optim.Optimizer,
     zero: dict[str, Any],
     clip: float = 0.1,
+    settings: dict[str, Any] | None = None,
     **more: Any,
 ) -> Any:
     import deepspeed
@@ -67,21 +68,24 @@ def _engine(
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        **(settings or {}),
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config, **more)[0]
 
 
-def _score(engine: Any, steps: int = 2, factor: float = 1.0, shares: tuple[int, ...] = (1, 1)) -> list[Any]:
+def _score(
+    engine: Any, steps: int = 2, factor: float = 1.0, shares: tuple[int, ...] = (1, 1), **options: Any
+) -> list[Any]:
     """The results of some steps; the first one's loss times ``factor``, ``shares`` validation microbatches per rank."""
     from inrun_megatron import InRunShapley, ShapleyTarget
 
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     held_out = [_batch(50 + rank + world * i) for i in range(shares[rank])]
     target = ShapleyTarget("held_out", held_out, num_tokens=sum(shares) * ROWS * LENGTH)
-    shapley, results = InRunShapley(engine, [target], _token_losses), []
+    shapley, results = InRunShapley(engine, [target], _token_losses, **options), []
     for iteration in range(1, steps + 1):
         micro = _batch(10 * iteration + rank)
-        with shapley.step(iteration) as step:
+        with shapley.step(iteration, [micro]) as step:
             with step.samples(torch.zeros(ROWS), torch.arange(ROWS), micro["loss_mask"]):
                 engine.backward(_token_losses(engine, micro).mean() * (factor if iteration == 1 else 1.0))
                 engine.step()
@@ -278,6 +282,106 @@ def _context_parallel(rank: int, world: int) -> str:
 def test_context_parallelism_is_refused(two_ranks: Workers) -> None:
     for refusal in two_ranks.run(_context_parallel):
         assert refusal.startswith("context parallel size 2 is not supported")
+
+
+def _added_up(rank: int, world: int, stage: int, estimator: str) -> list[torch.Tensor]:
+    """Values where the ranks' gradients are averaged, and where those of ``1 / world`` times the loss are added up."""
+    values = []
+    for operation, factor in (("mean", 1.0), ("sum", 1.0 / world)):
+        torch.manual_seed(0)
+        model = Tiny()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        settings = {"gradient_allreduce_op": operation}
+        engine = _engine(model, optimizer, {"stage": stage}, clip=0.0, settings=settings)
+
+        def loss(losses: torch.Tensor, micro: Any, factor: float = factor) -> torch.Tensor:
+            return losses.mean() * factor
+
+        values.append(_score(engine, 1, factor, estimator=estimator, training_loss=loss)[0].values)
+    return values
+
+
+@pytest.mark.parametrize(("stage", "estimator"), [(0, "first_order"), (2, "midpoint")])
+def test_gradients_may_be_added_up_over_ranks(two_ranks: Workers, stage: int, estimator: str) -> None:
+    for averaged, added in two_ranks.run(_added_up, stage, estimator):
+        torch.testing.assert_close(added, averaged, rtol=1e-5, atol=1e-9)
+
+
+def _predivided(rank: int, world: int) -> tuple[str, list[float]]:
+    """The refusal, and the gradient norms of a training step with and without the setting."""
+    norms = []
+    for factor in (1.0, float(world)):
+        torch.manual_seed(0)
+        model = Tiny()
+        settings = {"gradient_predivide_factor": factor}
+        zero = {"stage": 3, "reduce_scatter": False}
+        engine = _engine(model, torch.optim.AdamW(model.parameters()), zero, settings=settings)
+        engine.backward(_token_losses(engine, _batch(rank)).mean())
+        engine.step()
+        norms.append(float(engine.get_global_grad_norm()))
+    with pytest.raises(UserError) as refusal:
+        _score(engine)
+    return str(refusal.value), norms
+
+
+def test_a_division_that_deepspeed_does_not_take_back_is_refused(two_ranks: Workers) -> None:
+    for refusal, (right, halved) in two_ranks.run(_predivided):
+        assert refusal.startswith("gradient_predivide_factor 2 at ZeRO stage 3")
+        assert halved == pytest.approx(right / 2, rel=1e-3)  # canary: else it need not be refused any more
+
+
+def _unlike_plain_training(rank: int, world: int) -> list[str]:
+    """What is said to a leaf module, and to parameters that the optimizer does not have."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    model = Tiny()
+    set_z3_leaf_modules(model, [torch.nn.LayerNorm])
+    leaf = _engine(model, torch.optim.AdamW(model.parameters()), {"stage": 3})
+    model = Tiny()
+    part = _engine(model, torch.optim.AdamW(model.hidden.parameters()), {"stage": 0})
+    refusals = []
+    for engine in (leaf, part):
+        with pytest.raises(UserError) as refusal:
+            _score(engine)
+        refusals.append(str(refusal.value))
+    return refusals
+
+
+def test_leaf_modules_and_parameters_that_are_not_stepped_are_refused(two_ranks: Workers) -> None:
+    for leaf, part in two_ranks.run(_unlike_plain_training):
+        assert leaf.startswith("ZeRO-3 leaf module norm:")
+        assert part.startswith(
+            "the optimizer does not step embedding.weight, norm.weight, norm.bias, output.weight"
+        )
+
+
+def _unlike_one_step(rank: int, world: int) -> list[str]:
+    """What is said where a step's microbatches are two steps of the optimizer, or none."""
+    from inrun_megatron import InRunShapley, ShapleyTarget
+
+    refusals = []
+    for settings, microbatches in (({"managed_gradient_accumulation": False}, 2), ({}, 1)):
+        model = Tiny()
+        optimizer = torch.optim.AdamW(model.parameters())
+        engine = _engine(
+            model, optimizer, {"stage": 1}, settings={"gradient_accumulation_steps": 2, **settings}
+        )
+        target = ShapleyTarget("held_out", [_batch(50 + rank)], num_tokens=world * ROWS * LENGTH)
+        shapley = InRunShapley(engine, [target], _token_losses)
+        with pytest.raises(UserError) as refusal, shapley.step(1) as step:
+            for micro in map(_batch, range(microbatches)):
+                with step.samples(torch.zeros(ROWS), torch.arange(ROWS), micro["loss_mask"]):
+                    engine.backward(_token_losses(engine, micro).mean())
+                    engine.step()
+        shapley.close()
+        refusals.append(str(refusal.value))
+    return refusals
+
+
+def test_a_scored_step_is_one_step_of_the_optimizer(two_ranks: Workers) -> None:
+    for two, none in two_ranks.run(_unlike_one_step):
+        assert two.startswith("step 1 saw 2 microbatches and 2 steps of the engine's optimizer")
+        assert none.startswith("step 1 saw 1 microbatches and 0 steps of the engine's optimizer")
 
 
 class _Loss:

@@ -157,6 +157,13 @@ def test_refreshes_lie_at_fixed_iterations() -> None:
     assert every.due(1)
 
 
+def test_a_direction_of_a_later_step_is_not_used() -> None:
+    """Its age would be negative: the loop went back to a checkpoint."""
+    schedule = RefreshSchedule(10, 1)
+    schedule.taken(5, [0.1])
+    assert not schedule.due(6) and schedule.due(4) and schedule.due(5)
+
+
 def test_a_direction_of_learning_rate_zero_is_not_kept() -> None:
     schedule = RefreshSchedule(10, 1)
     schedule.taken(1, [0.0, 0.0])

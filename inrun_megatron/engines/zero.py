@@ -27,12 +27,23 @@ class ZeroAdapter(OptimizerState):
     def __init__(self, engine: Any, layout: Layout) -> None:
         _refuse_unsupported(engine, layout)
         super().__init__(engine, layout)
+        self._require_all_stepped()
         self._fp32_norm: float | None = None
         if self.is_bare:
             self._watch_fp32_clipping()
         elif hasattr(engine.optimizer, "fp32_groups") and layout.tp_size > 1:
             # FP16_UnfusedOptimizer's norm, and so c_t, would be of one rank's shards.
             mark_tensor_parallel_gradients(engine.module)
+
+    def _require_all_stepped(self) -> None:
+        stepped = {id(span.parameter) for group in self.groups for span in group.spans}
+        named = self.engine.module.named_parameters()
+        left = [name for name, p in named if p.requires_grad and id(p) not in stepped]
+        if left:
+            raise UserError(
+                f"the optimizer does not step {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}, which need gradients: "
+                f"give it to the optimizer or freeze it (requires_grad=False)"
+            )
 
     def _watch_fp32_clipping(self) -> None:
         """At stage 0 in fp32 DeepSpeed clips without keeping the norm: clip in the same way and keep it."""
@@ -45,6 +56,11 @@ class ZeroAdapter(OptimizerState):
     @property
     def gradient_accumulation_steps(self) -> int:
         return int(self.engine.gradient_accumulation_steps())
+
+    @property
+    def gradient_divisor(self) -> int:
+        """What DeepSpeed divides the sum of the data-parallel ranks' gradients by."""
+        return self.layout.dp_size if self.engine.gradient_average else 1  # gradient_allreduce_op: mean, sum
 
     def loss_scale(self) -> float:
         """What DeepSpeed multiplies the loss by before backward (1 unless fp16)."""
@@ -74,6 +90,11 @@ class ZeroAdapter(OptimizerState):
         clip = self.clip_threshold
         return torch.ones_like(norms) if clip <= 0.0 else ((norms + 1e-6) / clip).clamp(min=1.0).reciprocal()
 
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps of the engine, skipped ones too."""
+        return int(self.engine.global_steps)
+
     def step_applied(self) -> bool:
         return bool(self.engine.was_step_applied())
 
@@ -90,6 +111,19 @@ def _refuse_unsupported(engine: Any, layout: Layout) -> None:
         raise UserError(
             "fp16 at ZeRO stage 0: DeepSpeed 0.19 divides gradients by a loss scale that engine.backward() never "
             "multiplied the loss by; use ZeRO stage 1, 2 or 3 for fp16"
+        )
+    leaves = [name for name, module in engine.module.named_modules() if getattr(module, "_z3_leaf", False)]
+    if stage == 3 and leaves:
+        raise UserError(
+            f"ZeRO-3 leaf module {leaves[0] or type(engine.module).__name__}: DeepSpeed reduces the gradients of a leaf module "
+            f"after every backward through it, also after the detached ones of scoring; leave out set_z3_leaf_modules, "
+            f"zero_optimization.leaf_module and stage3_module_granularity_threshold"
+        )
+    predivided = engine.gradient_predivide_factor()
+    if stage == 3 and engine.postscale_gradients() and predivided == layout.dp_size != 1:
+        raise UserError(
+            f"gradient_predivide_factor {predivided:g} at ZeRO stage 3 with as many data-parallel ranks: DeepSpeed 0.19 divides "
+            f"gradients by it and never multiplies them again; leave it out"
         )
     device = _device(engine.zero_offload_param())
     if device != "none":

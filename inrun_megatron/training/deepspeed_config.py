@@ -97,6 +97,7 @@ def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], B
             raise UserError(f'"{section}" in {path} is not used: give {flag} and remove the section')
     _refuse_other_writers(content, path)
     _refuse_other_recomputation(content, path)
+    _refuse_unread(content, path)
     merge_ = _Merge(path, content)
     batch = _batch(merge_, config, data_parallel)
     clip = merge_.settle("gradient_clipping", "--clip-grad", training.clip_grad, 1.0)
@@ -159,6 +160,27 @@ def _refuse_other_recomputation(content: Mapping[str, Any], path: str | None) ->
         raise UserError(
             f'"pipeline.activation_checkpoint_interval" in {path} is {json.dumps(interval)}: it leaves the embedding '
             "untrained; remove it and give --recompute-granularity full"
+        )
+
+
+def _refuse_unread(content: Mapping[str, Any], path: str | None) -> None:
+    """Settings that DeepSpeed knows and that this program's loop does not follow, or would overrule."""
+    if content.get("managed_gradient_accumulation") is False:
+        raise UserError(
+            f'"managed_gradient_accumulation" in {path} is false: every microbatch would be an optimizer step; remove it'
+        )
+    if "bfloat16" in content:  # "bf16", which is always written, hides it
+        raise UserError(f'"bfloat16" in {path} is an old name that would be ignored: write "bf16"')
+    zero = content.get("zero_optimization")
+    for key, name in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+        if isinstance(zero, Mapping) and zero.get(key):
+            raise UserError(
+                f'"zero_optimization.{key}" in {path} is an old name: write "{name}": {{"device": "cpu"}}'
+            )
+    efficiency = content.get("data_efficiency")
+    if isinstance(efficiency, Mapping) and efficiency.get("enabled"):
+        raise UserError(
+            f'"data_efficiency" in {path} is for DeepSpeed\'s own data loader and layers and would be ignored; remove it'
         )
 
 
