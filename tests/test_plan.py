@@ -197,7 +197,7 @@ def _measure(rank: int, world: int, case: Case) -> Measured:
                     forward_backward(engine, microbatch)
         assert owner.result.scored, owner.result.status
 
-    step(1, False)  # moments and buffers exist from here on
+    step(1, True)  # moments and buffers exist from here on, and rows have been watched
     plain = _operations(lambda: step(2, False))
     recorder = Recorder()
     with standing_in(recorder, COLLECTIVE_MODULES):
