@@ -39,6 +39,7 @@ def test_deepspeed_over_ssh_survives_a_killed_rank(job: Job) -> None:
     job.finishes()
 
 
+@pytest.mark.slow
 def test_mpirun_stops_on_a_signal_and_goes_on(job: Job) -> None:
     job.start("mpirun")
     job.wait_for_step(10)

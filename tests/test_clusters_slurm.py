@@ -167,6 +167,7 @@ def test_a_step_has_the_job_s_processors(tmp_path: Path, template: str) -> None:
         assert (" --cpus-per-task=12 " in step) == ("--cpus-per-task" in step) == given
 
 
+@pytest.mark.slow
 def test_a_preempted_job_saves_is_requeued_and_goes_on(
     slurm: Slurm, cluster_reference: Reference, tmp_path: Path
 ) -> None:

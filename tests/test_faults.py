@@ -164,6 +164,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", directory], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_space_brings_it_back(
     data: Path,
     tmp_path: Path,

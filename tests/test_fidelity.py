@@ -83,6 +83,7 @@ def test_every_setting() -> None:
     assert min(proxy) < 0.0
 
 
+@pytest.mark.slow
 def test_the_goals_of_the_path_estimators() -> None:
     """Where docs/evidence.md says that they hold: AdamW, steps 5 and 30, and SGD with momentum; 30 permutations."""
     for optimizer in step_game.OPTIMIZERS:
