@@ -16,7 +16,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def blocks_of(size: int, block: int) -> int:
-    """How many blocks hold ``size``. (``triton.cdiv`` takes the host 10 microseconds, a fifth of a launch.)"""
+    """How many blocks hold ``size``. (``triton.cdiv`` takes the host microseconds: docs/gpu.md.)"""
     return -(-size // block)
 
 

@@ -108,7 +108,8 @@ def _steps_done(optimizer: torch.optim.Optimizer, group: dict[str, Any], tensor:
     own = optimizer.state.get(tensor, {}).get("step", group.get("step", 0))
     if type(optimizer).__name__ != "FusedAdam":
         return own
-    return max([own, *(optimizer.state.get(other, {}).get("step", 0) for other in group["params"])])
+    counts = (optimizer.state.get(other, {}).get("step", 0) for other in reversed(group["params"]))
+    return next((count for count in counts if count), own)
 
 
 def _moment(state: dict[str, Any], name: str, weights: Tensor) -> Tensor:
