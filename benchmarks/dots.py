@@ -26,7 +26,8 @@ from rich.table import Table
 from torch import Tensor
 
 from inrun_megatron.dots import cost
-from inrun_megatron.dots.linear import blocks_and_dots, weight_gradient
+from inrun_megatron.dots.linear import blocks_and_dots
+from inrun_megatron.dots.products import weight_gradient
 from inrun_megatron.dots.projection import token_dots
 
 LENGTHS = (4, 8, 16, 32, 64, 128, 256, 1024)

@@ -123,7 +123,7 @@ def _instrument(phases: Phases, shapley: Any, case: Case) -> None:
 
 def profile(case: Case, pairs: int, vocab: int) -> Profile:
     """Both kinds of steps on this rank, the scored ones with timers; a function for `on_ranks`."""
-    from inrun_megatron.dots.linear import weight_gradient
+    from inrun_megatron.dots.products import weight_gradient
     from inrun_megatron.parallel import Layout
     from inrun_megatron.scored_step import ScoredStep
 

@@ -116,7 +116,7 @@ def place(step: Step, share: float, path: Tensor | None, out: Tensor) -> None:
     moved: Tensor | None = None
     weights = step.weights
     if path is None and _fused(step, out):
-        from . import triton_adam
+        from .optimizers import triton_adam
 
         triton_adam.idle(step, out)
         return
@@ -158,7 +158,7 @@ def condition(
     """
     device, home = gradients[0].device, step.weights.device
     if path is None and isinstance(clips, Tensor) and _fused(step, gradients[0]):
-        from . import triton_adam
+        from .optimizers import triton_adam
 
         momentum, decay = triton_adam.condition(step, gradients, clips, counted, out)
         return momentum, decay

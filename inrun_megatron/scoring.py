@@ -18,9 +18,10 @@ from .dots.elementwise import (
     token_vector_dots,
     vector_dots,
 )
-from .dots.linear import HAS_TRITON, weight_gradient_and_dots, weight_gradient_fp32
+from .dots.linear import HAS_TRITON, weight_gradient_and_dots
 from .dots.parts import Parts
 from .dots.precision import wide
+from .dots.products import weight_gradient_fp32
 from .dots.projection import token_dots
 from .dots.segments import Segments
 from .errors import UserError

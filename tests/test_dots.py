@@ -10,12 +10,8 @@ from torch import Tensor
 
 from inrun_megatron.dots import cost
 from inrun_megatron.dots.elementwise import embedding_dots, embedding_gradient, row_gradients, vector_dots
-from inrun_megatron.dots.linear import (
-    blocks_and_dots,
-    weight_gradient,
-    weight_gradient_and_dots,
-    weight_gradient_fp32,
-)
+from inrun_megatron.dots.linear import blocks_and_dots, weight_gradient_and_dots
+from inrun_megatron.dots.products import weight_gradient, weight_gradient_fp32
 from inrun_megatron.dots.projection import token_dots
 
 S, IN, OUT, TARGETS = 7, 12, 20, 3

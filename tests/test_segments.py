@@ -8,7 +8,8 @@ from torch import Tensor
 
 from inrun_megatron.dots import linear
 from inrun_megatron.dots.elementwise import token_embedding_dots, token_vector_dots
-from inrun_megatron.dots.linear import weight_gradient, weight_gradient_and_dots
+from inrun_megatron.dots.linear import weight_gradient_and_dots
+from inrun_megatron.dots.products import weight_gradient
 from inrun_megatron.dots.segments import Segments
 from inrun_megatron.errors import UserError
 from inrun_megatron.rows import StepRows

@@ -205,7 +205,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from inrun_megatron import triton_adam
+from inrun_megatron.optimizers import triton_adam
 from inrun_megatron.dots import triton_blocks, triton_elementwise, triton_linear, triton_norms
 
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from inrun_megatron import estimators, triton_adam
+from inrun_megatron import estimators
 from inrun_megatron.estimators import condition, place
-from inrun_megatron.optimizers import AdamStep
+from inrun_megatron.optimizers import AdamStep, triton_adam
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 2 * triton_adam.BLOCK + 77

@@ -66,7 +66,7 @@ class Counting:
         """
         total = torch.zeros(len(shard), dtype=torch.float64, device=shard.device)
         if shard.is_cuda and HAS_TRITON and vector.dtype == torch.float32:
-            from .. import triton_adam  # where there is no GPU, Triton need not be installed
+            from ..optimizers import triton_adam  # where there is no GPU, Triton need not be installed
 
             for lo, hi in self.stretches(group, start, vector.numel()):
                 rows = list(shard[:, start + lo : start + hi])

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import copy_engine, cost, triton_blocks, triton_linear
-from .linear import weight_gradient
 from .parts import Parts
+from .products import weight_gradient
 from .projection import token_dots
 from .segments import Segments
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from . import cost
 from .parts import Parts
 from .precision import LOW_PRECISION, widened
-from .products import add_mm_fp32, mm_fp32
+from .products import weight_gradient
 from .projection import token_dots
 from .segments import Segments
 
@@ -36,24 +36,6 @@ ROWS_PER_ACCUMULATOR = 8
 
 Rows = Tensor | list[Tensor]
 """K directions of a weight, flat: a matrix [K, out * in], or one tensor each."""
-
-
-def weight_gradient(activation: Tensor, output_grad: Tensor) -> Tensor:
-    """``dW = B^T A [out, in]``: the product that training without scoring computes."""
-    return output_grad.flatten(0, -2).t().matmul(activation.flatten(0, -2))
-
-
-def weight_gradient_fp32(
-    activation: Tensor, output_grad: Tensor, out: Tensor, *, overwrite: bool = False
-) -> None:
-    """``out += B^T A`` (``out = `` with ``overwrite``), fp32 accumulation and output whatever the buffers' precision."""
-    a, b = activation.flatten(0, -2), output_grad.flatten(0, -2).t()
-    if a.dtype == out.dtype:
-        torch.mm(b, a, out=out) if overwrite else out.addmm_(b, a)
-    elif overwrite:
-        mm_fp32(b, a, out)
-    else:
-        add_mm_fp32(out, b, a)
 
 
 def weight_gradient_and_dots(

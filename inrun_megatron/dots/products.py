@@ -1,4 +1,4 @@
-"""Matrix products of bf16 and fp16 operands whose results are fp32 and never rounded.
+"""Matrix products: the one that training takes, and those of bf16 and fp16 operands whose results are fp32 and never rounded.
 
 On a GPU by cuBLAS, which accumulates in fp32 anyway and writes (or adds to) an fp32 result: torch's ``out_dtype``, since
 2.8. Elsewhere from widened operands.
@@ -8,6 +8,24 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def weight_gradient(activation: Tensor, output_grad: Tensor) -> Tensor:
+    """``dW = B^T A [out, in]``: the product that training without scoring computes."""
+    return output_grad.flatten(0, -2).t().matmul(activation.flatten(0, -2))
+
+
+def weight_gradient_fp32(
+    activation: Tensor, output_grad: Tensor, out: Tensor, *, overwrite: bool = False
+) -> None:
+    """``out += B^T A`` (``out = `` with ``overwrite``), fp32 accumulation and output whatever the buffers' precision."""
+    a, b = activation.flatten(0, -2), output_grad.flatten(0, -2).t()
+    if a.dtype == out.dtype:
+        torch.mm(b, a, out=out) if overwrite else out.addmm_(b, a)
+    elif overwrite:
+        mm_fp32(b, a, out)
+    else:
+        add_mm_fp32(out, b, a)
 
 
 def _native(operand: Tensor) -> bool:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..dots.linear import weight_gradient
+from ..dots.products import weight_gradient
 from .emission import Call
 
 

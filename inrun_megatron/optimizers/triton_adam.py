@@ -4,7 +4,7 @@
     idle        out       <-  Phi(0)                                                    (AdamStep.idle)
     inner       <d_k, vector>                                                           (Directions.inner_products)
 
-The formulas are those of optimizers.py; Adam's coupled decay and the path estimators stay with torch's operations. A
+The formulas are those of adam.py; Adam's coupled decay and the path estimators stay with torch's operations. A
 program owns a block of elements; it reads the optimizer's state once for all targets. Blocks write their parts of a sum
 side by side, which are added in fp64 in a fixed order.
 """
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dots.triton_launch import equally_spaced, of_target
-from .optimizers import AdamStep
+from ..dots.triton_launch import equally_spaced, of_target
+from .adam import AdamStep
 
 BLOCK = 2048
 

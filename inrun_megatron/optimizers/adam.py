@@ -1,6 +1,5 @@
-"""The optimizer's step Phi(g), elementwise: its Jacobian, where it leads, and its slope along the batch's path.
+"""Adam's step Phi(g), elementwise: its Jacobian, where it leads, and its slope along the batch's path.
 
-    SGD     J = lr * (1 - dampening) (* (1 + momentum (1 - dampening)) with Nesterov)     arXiv 2406.11011, Theorem 3
     Adam    J_k = lr (1 - b1) / bc1 / den_k,     den_k = sqrt((b2 v + (1 - b2) h_k^2) / bc2) + eps
             bc1 = 1 - b1^t, bc2 = 1 - b2^t, v from before the step (optimizer-aware form after arXiv 2602.00329)
             h_k = a tenth of grad L_k, clipped as the optimizer clips (all of it at t = 1)
@@ -23,141 +22,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .defaults import CUDA_BLOCK
-
 # How much of the validation gradient stands in for a second moment that has seen nothing yet; chosen by fidelity
 # to Monte Carlo Shapley values (docs/algorithm.md): more of it damps what v knows, none of it explodes.
 STAND_IN = 0.1
-
-# Elementwise work goes block by block, so that a dozen passes over a CPU's shard stay in its cache. Blocks write into
-# one vector that is there already: new ones of this size would be fetched from the system, page by page, each time.
-CPU_BLOCK = 1 << 18
-
-
-def block_size(numel: int, device: torch.device) -> int:
-    """Elements of a block of a vector of ``numel``."""
-    return max(1, min(numel, CPU_BLOCK if device.type == "cpu" else CUDA_BLOCK))
-
-
-class Step(Protocol):
-    """The coming step of one optimizer tensor; all vectors are flat ``[n]``, ``work`` is one to compute in."""
-
-    @property
-    def weights(self) -> Tensor:
-        """fp32 shard that the step moves."""
-        ...
-
-    @property
-    def gain(self) -> float:
-        """The scalar part of J: what it is proportional to beside vectors of the optimizer's state."""
-        ...
-
-    def block(self, part: slice) -> Step:
-        """The step of a part of the tensor."""
-        ...
-
-    def precondition(self, gradient: Tensor, clip: float | Tensor, work: Tensor) -> None:
-        """Multiply grad L_k by J in place; ``clip`` (a number, or a scalar on the device, which is not waited for) is
-        what the optimizer would multiply such a gradient by. ``work`` is overwritten."""
-        ...
-
-    def drift(self, work: Tensor) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
-        """``w - Phi(0)`` as (momentum part, decay part), each a vector (``work``, perhaps) and a factor."""
-        ...
-
-    def idle(self, out: Tensor, work: Tensor) -> None:
-        """Write ``Phi(0)``, where the step leads without a gradient, into ``out`` (not the weights themselves).
-
-        ``work`` is overwritten.
-        """
-        ...
-
-    def slope(
-        self, gradient: Tensor, target: Tensor | None = None, clip: float | Tensor = 1.0
-    ) -> Tensor | float:
-        """``(Phi(0) - Phi(g)) / g``, the Jacobian's mean over the path from 0 to ``g``.
-
-        With ``target`` (grad L_k, and its clip coefficient) the stand-in h_k joins both ends' second moments.
-        """
-        ...
-
-    def reach(self) -> Callable[[int], float]:
-        """A gradient's weight in the ``j``-th step after the coming one over its weight in the coming one, by ``j``."""
-        ...
-
-
-@dataclass(frozen=True)
-class SGDStep:
-    """One SGD step of one optimizer tensor, as torch.optim.SGD computes it.
-
-    Attributes:
-        lr, momentum, dampening, weight_decay: hyperparameters of the coming step.
-        nesterov: whether momentum looks ahead.
-        weights: fp32 shard ``[n]``.
-        momentum_buffer: ``[n]`` from before the step; None before the first one, when torch takes the
-            gradient itself as the buffer (no dampening).
-    """
-
-    lr: float
-    weights: Tensor
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    momentum_buffer: Tensor | None = None
-
-    @property
-    def gain(self) -> float:
-        return self.jacobian()
-
-    def block(self, part: slice) -> SGDStep:
-        buffer = self.momentum_buffer
-        return replace(
-            self, weights=self.weights[part], momentum_buffer=None if buffer is None else buffer[part]
-        )
-
-    def jacobian(self) -> float:
-        """J, a number."""
-        return self.lr * self._passed()
-
-    def _passed(self) -> float:
-        """J without the learning rate: what momentum lets through of a gradient in its own step."""
-        if self.momentum == 0.0:
-            return 1.0
-        gain = 1.0 if self.momentum_buffer is None else 1.0 - self.dampening
-        return 1.0 + self.momentum * gain if self.nesterov else gain
-
-    def precondition(self, gradient: Tensor, clip: float | Tensor, work: Tensor) -> None:
-        gradient.mul_(self.jacobian())
-
-    def idle(self, out: Tensor, work: Tensor) -> None:
-        out.copy_(self.weights)
-        for term in self.drift(work):
-            if term is not None:
-                out.sub_(term[0], alpha=term[1])
-
-    def drift(self, work: Tensor) -> tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None]:
-        momentum = decay = None
-        if self.momentum and self.momentum_buffer is not None:
-            look = self.momentum * self.momentum if self.nesterov else self.momentum
-            momentum = (self.momentum_buffer, self.lr * look)
-        if self.weight_decay:
-            decay = (self.weights, self.weight_decay * self.jacobian())
-        return momentum, decay
-
-    def slope(self, gradient: Tensor, target: Tensor | None = None, clip: float | Tensor = 1.0) -> float:
-        return self.jacobian()
-
-    def reach(self) -> Callable[[int], float]:
-        own = self._passed() or 1.0  # dampening 1 lets nothing through, later neither
-        gain = 1.0 if self.momentum_buffer is None else 1.0 - self.dampening
-        later = gain * self.momentum if self.nesterov else gain
-        return lambda j: 1.0 if j == 0 else later * self.momentum**j / own
 
 
 @dataclass(frozen=True)
@@ -306,33 +177,3 @@ class AdamStep:
             return (1.0 - self.beta1**self.t) / (1.0 - self.beta1 ** (self.t + j))
 
         return lambda j: self.beta1**j * corrected(j)
-
-
-@dataclass(frozen=True)
-class ProxyStep:
-    """The paper's SGD proxy under any optimizer: J = lr, no state, no drift."""
-
-    lr: float
-    weights: Tensor
-
-    @property
-    def gain(self) -> float:
-        return self.lr
-
-    def block(self, part: slice) -> ProxyStep:
-        return ProxyStep(self.lr, self.weights[part])
-
-    def precondition(self, gradient: Tensor, clip: float | Tensor, work: Tensor) -> None:
-        gradient.mul_(self.lr)
-
-    def drift(self, work: Tensor) -> tuple[None, None]:
-        return None, None
-
-    def idle(self, out: Tensor, work: Tensor) -> None:
-        out.copy_(self.weights)
-
-    def slope(self, gradient: Tensor, target: Tensor | None = None, clip: float | Tensor = 1.0) -> float:
-        return self.lr
-
-    def reach(self) -> Callable[[int], float]:
-        return lambda j: 1.0 if j == 0 else 0.0
