@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from inrun_megatron.ledger.lock import DirectoryLock
 from tests import real_text
 from tests.distributed import DistributedError, Workers, run_distributed
 from tests.real_text import TARGETS, arguments, checkpoint_differences, ledger, refused, run_here
@@ -111,6 +113,19 @@ def test_a_run_can_be_repeated_from_its_yaml(two_ranks: Workers, data: Path, tmp
     )
     last = "checkpoints/iter_0000004"
     assert checkpoint_differences(tmp_path / "one" / last, tmp_path / "two" / last) == []
+
+
+def test_a_run_without_a_ledger_holds_its_checkpoints(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
+    argv = arguments(
+        data, "--no-shapley", "--zero-stage", "1", "--save", str(tmp_path), "--load", str(tmp_path)
+    )
+    once = ["--train-iters", "1", "--lr-warmup-iters", "0"]
+    two_ranks.run(run_here, [*argv, *once])  # gives the directory back
+    before = sorted(tmp_path.rglob("*"))
+    with closing(DirectoryLock(tmp_path / "checkpoints")):
+        message = refused(two_ranks, argv)
+    assert "is being written by another run" in message and "choose another --save" in message
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # --- bad input after the ranks have met ------------------------------------------------------------------------------

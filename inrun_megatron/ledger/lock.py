@@ -1,4 +1,4 @@
-"""One run per ledger directory: an advisory lock that the kernel drops when the process dies, however it
+"""One run per directory: an advisory lock that the kernel drops when the process dies, however it
 dies."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, e
 
 
 class DirectoryLock:
-    """Exclusive hold of a ledger directory through flock(2) on its `LOCK` file.
+    """Exclusive hold of a directory through flock(2) on its `LOCK` file; ``flag`` is the one that names the directory.
 
     The file names the holder (host, process id, time) for the error message only; the lock itself is the
     kernel's, so a killed run leaves nothing to clean up. On a file system without flock (Lustre mounted so)
@@ -40,8 +40,8 @@ class DirectoryLock:
     Raises UserError, one line, when another run holds the directory.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory.resolve()
+    def __init__(self, directory: Path, flag: str = "--shapley-dir") -> None:
+        self.directory, self._flag = directory.resolve(), flag
         if self.directory in _HELD:
             raise UserError(f"{directory} is already open for writing in this process; close it first")
         self.path = self.directory / LOCK_FILE
@@ -50,7 +50,7 @@ class DirectoryLock:
         except OSError as error:
             raise UserError(
                 f"cannot write {self.path}: {error.strerror or error}; free or repair the file system, or choose another "
-                "--shapley-dir"
+                f"{flag}"
             ) from error
         try:
             self._acquire()
@@ -100,7 +100,7 @@ class DirectoryLock:
         holder = self._holder()
         who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')} since {holder.get('created', '?')}"
         return UserError(
-            f"{self.directory} is being written by another run ({who}); {remedy}, or choose another --shapley-dir"
+            f"{self.directory} is being written by another run ({who}); {remedy}, or choose another {self._flag}"
         )
 
     def _holder(self) -> dict[str, Any]:

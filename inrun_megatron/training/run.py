@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch.distributed as dist
 
 from inrun_megatron.config import Config
 from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.files import make_directory, refused
+from inrun_megatron.ledger.lock import DirectoryLock
 from inrun_megatron.parallel import Layout
 from inrun_megatron.training import checkpoint, datasets, distributed, run_state
 from inrun_megatron.training.arguments import write_yaml
@@ -110,9 +113,6 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
         )
     elif config.training.recompute_granularity is not None:
         trainer.recompute(config.training.recompute_num_layers)
-    # Only now: a refused resume leaves the run's own as it was.
-    all_ranks(lambda: _describe(config))
-
     loop = Run(
         config=config,
         batch=batch,
@@ -125,16 +125,31 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
         progress=progress,
         scoring=scoring,
     )
-    watchdog.arm()
-    with signals:
-        stop = loop.train(signals)
-        if scoring is not None:
-            scoring.close()
+    # Only now: a refused resume leaves the run's own as it was.
+    with all_ranks(lambda: _own_checkpoints(loop)):
+        all_ranks(lambda: _describe(config))
+        watchdog.arm()
+        with signals:
+            stop = loop.train(signals)
+            if scoring is not None:
+                scoring.close()
     if stop is None:
         return FINISHED
     saved = f"saved {checkpoint.tag_of(progress.iteration)}" if loop.saves else "no checkpoint is configured"
     _say(f"stopped by {stop} after step {progress.iteration}: {saved}; exit code {STOPPED}")
     return STOPPED
+
+
+def _own_checkpoints(loop: Run) -> AbstractContextManager[object]:
+    """The checkpoints' directory held by rank 0: without scoring no ledger's lock keeps a second run out."""
+    if not loop.saves or dist.get_rank() != 0:
+        return nullcontext()
+    directory = Path(str(loop.config.checkpoint.save)) / run_state.DIRECTORY
+    try:
+        make_directory(directory)
+    except OSError as error:
+        raise refused(directory, error) from error
+    return closing(DirectoryLock(directory, flag="--save"))
 
 
 def _describe(config: Config) -> None:
