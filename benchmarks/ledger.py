@@ -4,9 +4,10 @@
     python -m benchmarks.ledger --rows 4000000       a smaller one
     python -m benchmarks.ledger --keep DIR           leave the ledger in DIR and use it again
     python -m benchmarks.ledger --only report        one command
+    python -m benchmarks.ledger --rows 3200000 --batch 8     100,000 steps of few samples
     python -m benchmarks.ledger --granularity document   values by document: a sample has a row for each of its documents
 
-Rows: 4 targets, 1,024 samples a step, 4 datasets with 20 sources each; documents of 8 to 64 tokens and samples of 16, so
+Rows: 4 targets, 1,024 samples a step (--batch), 4 datasets with 20 sources each; documents of 8 to 64 tokens and samples of 16, so
 that most samples are cut from one or two documents. The rows go through the real writer and its commits, the samples
 through megatron-core's own index arrays. Each command runs as a user's does, in a process of its own: wall and processor
 time are of the whole process, memory is its peak.
@@ -31,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 TARGETS = ("code", "prose", "maths", "dialogue")
-DATASETS, SOURCES, BATCH, WRITERS, SEQUENCE = 4, 20, 1024, 4, 16
+DATASETS, SOURCES, WRITERS, SEQUENCE = 4, 20, 4, 16
 COMMIT_EVERY = 500
 
 COMMANDS = {
@@ -111,16 +112,18 @@ def segments_of(table: list[dict[str, Any]], samples: int) -> list[np.ndarray]:
     return found
 
 
-def write_ledger(directory: Path, rows: int, granularity: str = "sample") -> dict[str, Any]:
-    """Generate; returns the figures of the writing."""
+def write_ledger(
+    directory: Path, rows: int, granularity: str = "sample", batch: int = 1024
+) -> dict[str, Any]:
+    """Generate; returns the figures of the writing. batch: samples a step, a multiple of DATASETS and WRITERS."""
     from inrun_megatron.ledger import LedgerWriter, RunDescription, StepRecord, commit, create_ledger
 
     cut = granularity == "document"
     # Samples of 16 tokens, cut from documents of 36 on average, have 16 / 36 boundaries.
-    steps = int(rows / (BATCH * len(TARGETS) * (1 + SEQUENCE / 36 if cut else 1)))
+    steps = int(rows / (batch * len(TARGETS) * (1 + SEQUENCE / 36 if cut else 1)))
     directory.mkdir(parents=True, exist_ok=True)
-    table = write_data(directory, steps * BATCH + BATCH)
-    segments = segments_of(table, steps * BATCH // DATASETS) if cut else []
+    table = write_data(directory, steps * batch + batch)
+    segments = segments_of(table, steps * batch // DATASETS) if cut else []
     described = RunDescription(
         targets=[{"name": name, "sequences": 8} for name in TARGETS],
         datasets=table,
@@ -134,14 +137,14 @@ def write_ledger(directory: Path, rows: int, granularity: str = "sample") -> dic
     nothing = np.zeros(DATASETS, dtype=np.int64)
     started, inside, written = time.perf_counter(), 0.0, 0
     losses = np.full(len(TARGETS), 6.0)
-    share = BATCH // WRITERS
+    share = batch // WRITERS
     with create_ledger(directory / "shapley", described):
         writers = [LedgerWriter(directory / "shapley", number) for number in range(WRITERS)]
         for step in range(1, steps + 1):
-            dataset = np.arange(BATCH) % DATASETS
-            sample = nothing[dataset] + np.arange(BATCH) // DATASETS
-            nothing += BATCH // DATASETS
-            segment = np.zeros(BATCH, np.int32)
+            dataset = np.arange(batch) % DATASETS
+            sample = nothing[dataset] + np.arange(batch) // DATASETS
+            nothing += batch // DATASETS
+            segment = np.zeros(batch, np.int32)
             if cut:
                 counts = np.array([segments[d][k] for d, k in zip(dataset, sample, strict=True)])
                 dataset, sample = np.repeat(dataset, counts), np.repeat(sample, counts)
@@ -153,8 +156,8 @@ def write_ledger(directory: Path, rows: int, granularity: str = "sample") -> dic
             written += len(sample) * len(TARGETS)
             record = StepRecord(
                 step=step,
-                samples=BATCH,
-                consumed_samples=step * BATCH,
+                samples=batch,
+                consumed_samples=step * batch,
                 clip_coefficient=1.0,
                 target_loss=losses.tolist(),
                 sum_values=sums.tolist(),
@@ -209,6 +212,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--granularity", choices=("sample", "document"), default="sample")
+    parser.add_argument("--batch", type=int, default=1024, help="samples a step: a multiple of 4")
     parser.add_argument("--only", choices=COMMANDS, action="append", help="this command; may be given again")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
@@ -218,7 +222,9 @@ def main() -> None:
         if not (directory / "shapley" / "run.json").exists():
             # In a process of its own: a child's peak is at least what its parent holds when it is started.
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                written = pool.submit(write_ledger, directory, options.rows, options.granularity).result()
+                written = pool.submit(
+                    write_ledger, directory, options.rows, options.granularity, options.batch
+                ).result()
             figures["writing"] = written
             print(
                 f"{written['rows']:,} rows written in {written['seconds']:.0f} s ({written['bytes_per_row']:.1f} bytes a row); "

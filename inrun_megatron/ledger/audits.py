@@ -8,12 +8,16 @@ coverage     every trainable parameter has a tap
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from inrun_megatron.ledger.checks import Check, setting
+from inrun_megatron.ledger.columns import equals, integers, is_known, numbers, or_one, texts
+from inrun_megatron.ledger.description import Starts
 from inrun_megatron.ledger.schema import SCORED
 from inrun_megatron.ledger.step_table import loss_changes
 
@@ -69,68 +73,58 @@ def check_coverage(run: Mapping[str, Any]) -> Check:
     return Check("coverage", parameters > 0 and tapped == parameters and not missing, detail, figures)
 
 
-def check_additivity(
-    settings_at: Callable[[int], Mapping[str, Any]],
-    steps: list[dict[str, Any]],
-    absolute: Mapping[tuple[int, str], float],
-) -> Check:
+def check_additivity(starts: Starts, steps: pa.Table, absolute: NDArray[np.float64]) -> Check:
     """Worst step of |lhs - rhs| / (sum_i |phi_i| / c_t), within the tolerance of the step's precision.
 
-    settings_at: step -> settings in force (`Starts.at`). steps: rows of steps/. absolute: sum of |values| of each (step, target); lhs and rhs are before clipping,
-    the values after it, hence the clip coefficient c_t (and under trajectory credit the credit factor).
+    starts: the settings in force. steps: `Ledger.steps()`. absolute: sum of |values| of each row of steps. lhs and rhs are
+    before clipping, the values after it, hence the clip coefficient c_t (and under trajectory credit the credit factor).
     """
-    trajectory = setting(settings_at(0), "credit", group="shapley") == "trajectory"
-    precisions: dict[str, None] = {}  # as a set in order
-    worst: dict[str, dict[str, Any]] = {}
-    scored = judged = 0
-    failed: list[int] = []
-    for row in steps:
-        if row["status"] != SCORED:
-            continue
-        scored += 1
-        lhs, rhs = row["additivity_lhs"], row["additivity_rhs"]
-        if lhs is None or rhs is None:
-            continue
-        judged += 1
-        factor = (row["clip_coefficient"] or 1.0) * ((row["credit_factor"] or 1.0) if trajectory else 1.0)
-        scale = absolute.get((row["step"], row["target"]), 0.0) / factor
-        error = _ratio(abs(lhs - rhs), scale if scale > 0 else max(abs(lhs), abs(rhs)))
-        precision = precision_of(settings_at(row["step"]))
-        precisions[precision] = None
-        if not error <= ADDITIVITY_TOLERANCE[precision]:
-            failed.append(row["step"])
-        known = worst.get(row["target"])
-        if known is None or (
-            (error > known["error"] or math.isnan(error)) and not math.isnan(known["error"])
-        ):
-            worst[row["target"]] = {"error": error, "step": row["step"]}
+    scored = equals(steps, "status", SCORED)
+    chosen = scored & is_known(steps, "additivity_lhs") & is_known(steps, "additivity_rhs")
+    own = steps.filter(pa.array(chosen))
+    lhs, rhs = numbers(own, "additivity_lhs"), numbers(own, "additivity_rhs")
+    factor = or_one(numbers(own, "clip_coefficient"), is_known(own, "clip_coefficient"))
+    if setting(starts.at(0), "credit", group="shapley") == "trajectory":
+        factor = factor * or_one(numbers(own, "credit_factor"), is_known(own, "credit_factor"))
+    step, target = integers(own, "step"), texts(own, "target")
+    scale = absolute[chosen] / factor
+    error = _ratios(np.abs(lhs - rhs), np.where(scale > 0, scale, np.maximum(np.abs(lhs), np.abs(rhs))))
+    precisions = [precision_of(settings) for settings in starts.all()]
+    in_force = starts.numbers(step)
+    tolerance = np.array([ADDITIVITY_TOLERANCE[name] for name in precisions])[in_force]
+    failed = np.unique(step[~(error <= tolerance)]).tolist()  # "not within", so that a NaN fails
+    worst = {}
+    for name in dict.fromkeys(target):
+        places_of = np.flatnonzero(target == name)
+        worst_of = places_of[np.argmax(error[places_of])]  # the first NaN, if there is one
+        worst[name] = {"error": float(error[worst_of]), "step": int(step[worst_of])}
+    judged_as = dict.fromkeys(precisions[number] for number in np.unique(in_force))
+    judged, total = len(step), int(scored.sum())
     figures = {
-        "tolerance": {precision: ADDITIVITY_TOLERANCE[precision] for precision in precisions},
-        "scored": scored,
+        "tolerance": {precision: ADDITIVITY_TOLERANCE[precision] for precision in judged_as},
+        "scored": total,
         "judged": judged,
-        "failed_steps": sorted(set(failed)),
+        "failed_steps": failed,
         "worst": {
             target: {"error": _finite(entry["error"]), "step": entry["step"]}
             for target, entry in worst.items()
         },
     }
-    if scored == 0:
+    if total == 0:
         return Check("additivity", True, "no scored step to judge", figures)
     if judged == 0:
-        return Check(
-            "additivity", False, f"no figures recorded for {scored:,} scored (step, target)", figures
-        )
+        return Check("additivity", False, f"no figures recorded for {total:,} scored (step, target)", figures)
     story = ", ".join(
         f"{target} {entry['error']:.1e} (step {entry['step']})" for target, entry in worst.items()
     )
-    tolerances = ", ".join(f"{ADDITIVITY_TOLERANCE[name]:.0e} ({name})" for name in precisions)
+    tolerances = ", ".join(f"{ADDITIVITY_TOLERANCE[name]:.0e} ({name})" for name in judged_as)
     detail = f"largest gap {story}; tolerance {tolerances} of sum |values|"
     if failed:
-        detail = f"{len(set(failed)):,} steps beyond the tolerance; " + detail
+        detail = f"{len(failed):,} steps beyond the tolerance; " + detail
     return Check("additivity", not failed, detail, figures)
 
 
-def check_efficiency(run: Mapping[str, Any], steps: list[dict[str, Any]]) -> Check:
+def check_efficiency(run: Mapping[str, Any], steps: pa.Table) -> Check:
     """Predicted against realised loss change over all scored steps where both are known, per target.
 
     Explained fraction = sum_t (batch + momentum + decay) / sum_t realised; the figures give each of the three sums.
@@ -141,15 +135,14 @@ def check_efficiency(run: Mapping[str, Any], steps: list[dict[str, Any]]) -> Che
     proxy = _is_proxy(run)
     figures: dict[str, Any] = {"proxy": proxy, "targets": {}}
     story, faults = [], []
-    targets = list(dict.fromkeys(row["target"] for row in steps))
+    targets = list(dict.fromkeys(texts(steps, "target")))
     changes = loss_changes(run, steps)
     for target in targets:
-        own = [change for change in changes if change.target == target]
-        predicted = np.array([change.predicted for change in own])
-        realised = np.array([change.realised for change in own])
-        entry, fault = judge_efficiency(predicted, realised, proxy)
-        for name in ("batch", "momentum", "decay"):
-            entry[name] = _finite(sum(getattr(change, name) for change in own))
+        own = changes.of(target)
+        with np.errstate(invalid="ignore"):  # of opposite infinities
+            entry, fault = judge_efficiency(own.predicted, own.realised, proxy)
+            for name in ("batch", "momentum", "decay"):
+                entry[name] = _finite(float(getattr(own, name).sum()))
         figures["targets"][target] = entry
         if fault:
             faults.append(f"{target}: {fault}")
@@ -217,10 +210,11 @@ def _is_proxy(run: Mapping[str, Any]) -> bool:
     return chosen == "sgd" and trained != "sgd"
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    if denominator > 0:
-        return numerator / denominator
-    return 0.0 if numerator == 0 else math.nan if math.isnan(numerator) else math.inf
+def _ratios(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of what is not negative; over nothing 0 / 0 is 0, anything else infinite."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        over_nothing = np.where(numerator == 0, 0.0, np.where(np.isnan(numerator), np.nan, np.inf))
+        return np.where(denominator > 0, numerator / denominator, over_nothing)
 
 
 def _finite(number: float) -> float | None:

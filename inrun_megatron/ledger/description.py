@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import read_json, write_json
 from inrun_megatron.ledger.schema import RUN_FILE, RunDescription, check_version, now
@@ -48,6 +51,14 @@ class Starts:
         """What run.json would say of the start that made `step`: the last one from before it."""
         number = bisect_left(self._later, step, key=lambda start: start["step"])
         return self._later[number - 1] if number else self._first
+
+    def all(self) -> list[Mapping[str, Any]]:
+        """The settings of every start, the first one's first."""
+        return [self._first, *self._later]
+
+    def numbers(self, steps: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of `all` made each step ``[n]``."""
+        return np.searchsorted([start["step"] for start in self._later], steps, side="left")
 
     def resumed(self) -> list[dict[str, Any]]:
         """The starts that resumed the run, in order."""

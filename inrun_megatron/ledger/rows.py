@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from inrun_megatron.ledger.checks import NAMED, Check, name_some, setting
+from inrun_megatron.ledger.columns import equals, integers, is_known, numbers, places, taken, texts
 from inrun_megatron.ledger.schema import SCHEMAS, SCORED, STEPS, VALUES, PartInfo
 from inrun_megatron.ledger.step_table import with_realised
 
@@ -34,19 +34,22 @@ DUPLICATE_RANGE_ROWS = 1 << 21
 """Rows that the search for duplicates holds in memory at a time."""
 
 
-@dataclass
-class StepTotals:
-    """Rows, samples, sum of values and sum of |values| of each (step, target), from the rows themselves."""
+TOTALS = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("target", pa.string()),
+        ("rows", pa.int64()),
+        ("samples", pa.int64()),
+        ("total", pa.float64()),
+        ("absolute", pa.float64()),
+    ]
+)
+"""Of each (step, target), from the rows themselves: rows, samples (rows with segment 0: every sample has one), sum of
+values and sum of |values|."""
 
-    samples: Counter[tuple[int, str]] = field(default_factory=Counter)
-    """Rows with segment 0: every sample has one."""
-    rows: Counter[tuple[int, str]] = field(default_factory=Counter)
-    total: Counter[tuple[int, str]] = field(default_factory=Counter)
-    absolute: Counter[tuple[int, str]] = field(default_factory=Counter)
 
-
-def check_contents(ledger: Ledger, parts: list[PartInfo]) -> tuple[StepTotals, Check]:
-    """Values finite, names and indices known, steps inside the part's range."""
+def check_contents(ledger: Ledger, parts: list[PartInfo]) -> tuple[pa.Table, Check]:
+    """Values finite, names and indices known, steps inside the part's range; and TOTALS."""
     sums, bad = _Sums(), []
     rows = not_finite = 0
     datasets = len(ledger.run["datasets"])
@@ -104,13 +107,8 @@ class _Sums:
         if self._rows > SUMMED_ROWS:
             self._keep(self._taken())
 
-    def totals(self) -> StepTotals:
-        totals = StepTotals()
-        for row in self._taken().to_pylist() if self._tables else []:
-            key = (row["step"], row["target"])
-            totals.rows[key], totals.samples[key] = row["rows"], row["samples"]
-            totals.total[key], totals.absolute[key] = row["total"], row["absolute"]
-        return totals
+    def totals(self) -> pa.Table:
+        return self._taken().cast(TOTALS) if self._tables else TOTALS.empty_table()
 
     def _keep(self, table: pa.Table) -> None:
         self._tables.append(table)
@@ -129,7 +127,7 @@ def _added(table: pa.Table) -> pa.Table:
     )
 
 
-def check_duplicates(ledger: Ledger, parts: list[PartInfo], totals: StepTotals) -> Check:
+def check_duplicates(ledger: Ledger, parts: list[PartInfo], totals: pa.Table) -> Check:
     """No (step, dataset, sample, target) twice: the last defence against a resume that kept what it
     repeats."""
     keys = ["step", "dataset", "sample", "segment", "target"]
@@ -167,14 +165,14 @@ def check_duplicates(ledger: Ledger, parts: list[PartInfo], totals: StepTotals) 
     return Check("duplicates", True, "every (step, dataset, sample, segment, target) once", figures)
 
 
-def _step_ranges(totals: StepTotals) -> Iterator[tuple[int, int]]:
+def _step_ranges(totals: pa.Table) -> Iterator[tuple[int, int]]:
     """Consecutive ranges of steps with at most DUPLICATE_RANGE_ROWS rows each (or one step)."""
-    per_step: Counter[int] = Counter()
-    for (step, _), rows in totals.rows.items():
-        per_step[step] += rows
+    steps, places_of = np.unique(integers(totals, "step"), return_inverse=True)
+    rows = np.bincount(places_of, integers(totals, "rows")).astype(np.int64)
+    per_step = dict(zip(steps.tolist(), rows.tolist(), strict=True))
     first: int | None = None
     last = held = 0
-    for step in sorted(per_step):
+    for step in per_step:
         if first is not None and held + per_step[step] > DUPLICATE_RANGE_ROWS:
             yield first, last
             first, held = None, 0
@@ -185,7 +183,7 @@ def _step_ranges(totals: StepTotals) -> Iterator[tuple[int, int]]:
         yield first, last
 
 
-def steps_of(ledger: Ledger, whole: list[PartInfo]) -> list[dict[str, Any]]:
+def steps_of(ledger: Ledger, whole: list[PartInfo]) -> pa.Table:
     """Rows of steps/, from the whole parts only."""
     tables = [
         pq.read_table(ledger.directory / part.file, partitioning=None)
@@ -193,9 +191,9 @@ def steps_of(ledger: Ledger, whole: list[PartInfo]) -> list[dict[str, Any]]:
         if part.table == STEPS
     ]
     if not tables:
-        return []
+        return SCHEMAS[STEPS].empty_table()
     table = pa.concat_tables(table.cast(SCHEMAS[STEPS]) for table in tables).unify_dictionaries()
-    return with_realised(table, ledger.target_names).to_pylist()
+    return with_realised(table, ledger.target_names)
 
 
 def _due(ledger: Ledger, step: int) -> bool:
@@ -203,31 +201,41 @@ def _due(ledger: Ledger, step: int) -> bool:
     return bool(interval) and step % interval == 0 and not ledger.starts.without_scoring(step)
 
 
-def check_steps(ledger: Ledger, steps: list[dict[str, Any]], totals: StepTotals, complete: bool) -> Check:
+def check_steps(ledger: Ledger, steps: pa.Table, totals: pa.Table, complete: bool) -> Check:
     """Step records and rows tell the same story; no step is missing."""
-    bad: list[str] = []
-    statuses: dict[int, str] = {}
-    seen: Counter[tuple[int, str]] = Counter()
-    for row in steps:
-        key = (row["step"], row["target"])
-        seen[key] += 1
-        statuses[row["step"]] = row["status"]
-        expected = row["samples"] if row["status"] == SCORED else 0
-        if totals.samples[key] != expected:
-            bad.append(f"step {key[0]} target {key[1]}: {totals.samples[key]} rows, {expected} recorded")
-        elif row["status"] == SCORED and row["sum_values"] is not None:
-            gap = abs(totals.total[key] - row["sum_values"])
-            if not gap <= SUM_TOLERANCE * totals.absolute[key]:  # "not within", so that a NaN fails
-                bad.append(
-                    f"step {key[0]} target {key[1]}: rows sum to {totals.total[key]}, recorded {row['sum_values']}"
-                )
-    bad += [f"step {key[0]} target {key[1]}: {count} records" for key, count in seen.items() if count > 1]
-    bad += [
-        f"step {key[0]} target {key[1]}: rows without a step record" for key in totals.rows if key not in seen
+    step, target = integers(steps, "step"), texts(steps, "target")
+    scored, place = equals(steps, "status", SCORED), places(steps, totals)
+    rows, total, absolute = (
+        taken(totals[name].to_numpy(), place) for name in ("samples", "total", "absolute")
+    )
+    expected, recorded = np.where(scored, integers(steps, "samples"), 0), numbers(steps, "sum_values")
+    other_rows = rows != expected
+    # "Not within", so that a NaN fails.
+    other_sum = (
+        scored & is_known(steps, "sum_values") & ~(np.abs(total - recorded) <= SUM_TOLERANCE * absolute)
+    )
+    bad = [
+        f"step {step[i]} target {target[i]}: "
+        + (
+            f"{rows[i]} rows, {expected[i]} recorded"
+            if other_rows[i]
+            else f"rows sum to {total[i]}, recorded {recorded[i]}"
+        )
+        for i in np.flatnonzero(other_rows | other_sum)
     ]
+    records = steps.group_by(["step", "target"]).aggregate([([], "count_all")])
+    twice = records.filter(pc.greater(records["count_all"], 1))
+    bad += [
+        f"step {row['step']} target {row['target']}: {row['count_all']} records" for row in twice.to_pylist()
+    ]
+    alone = totals.filter(pa.array(places(totals, steps) < 0))
+    bad += [
+        f"step {row['step']} target {row['target']}: rows without a step record" for row in alone.to_pylist()
+    ]
+    statuses = dict(zip(step.tolist(), texts(steps, "status").tolist(), strict=True))
     # From the first record on: a run that continues another one's checkpoint begins in the middle.
-    recorded = range(min(statuses), max(statuses) + 1) if statuses else range(0)
-    missing = [step for step in recorded if step not in statuses and _due(ledger, step)]
+    covered = range(min(statuses), max(statuses) + 1) if statuses else range(0)
+    missing = [number for number in covered if number not in statuses and _due(ledger, number)]
     if missing:
         bad.append(f"no record of {len(missing)} steps (first: {missing[0]})")
     kinds = Counter(status for status in statuses.values())

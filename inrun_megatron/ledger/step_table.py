@@ -11,15 +11,17 @@ batch_t is the sum of the values of the step's own game: under trajectory credit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from inrun_megatron.ledger.checks import setting
+from inrun_megatron.ledger.columns import equals, integers, is_known, numbers, or_one, places, texts
 from inrun_megatron.ledger.schema import DRIFT, SCORED, STEPS_SCHEMA
 
 
@@ -46,45 +48,48 @@ def with_realised(steps: pa.Table, targets: list[str]) -> pa.Table:
 
 
 @dataclass(frozen=True)
-class LossChange:
-    """The change of one target's loss over one scored step, and what it is made of. Nats per token, positive = lower."""
+class LossChanges:
+    """The changes of targets' losses over scored steps, and what they are made of: arrays ``[n]``, one element for each
+    step and target. Nats per token, positive = lower."""
 
-    step: int
-    target: str
-    realised: float
-    batch: float
+    step: NDArray[np.int64]
+    target: NDArray[np.object_]
+    realised: NDArray[np.float64]
+    batch: NDArray[np.float64]
     """Due to the step's samples."""
-    momentum: float
-    decay: float
+    momentum: NDArray[np.float64]
+    decay: NDArray[np.float64]
 
     @property
-    def predicted(self) -> float:
+    def predicted(self) -> NDArray[np.float64]:
         return self.batch + self.momentum + self.decay
 
+    def where(self, chosen: NDArray[np.bool_]) -> LossChanges:
+        return LossChanges(**{own.name: getattr(self, own.name)[chosen] for own in fields(self)})
 
-def loss_changes(run: Mapping[str, Any], steps: Iterable[Mapping[str, Any]]) -> list[LossChange]:
-    """Of every (step, target) where both sides are known. run: run.json; steps: rows of `with_realised`."""
-    trajectory = setting(run, "credit", group="shapley") == "trajectory"
-    rows = list(steps)
-    drift_of = {(row["step"], row["target"]): row for row in rows if row["base"] == DRIFT}
-    changes = []
-    for row in rows:
-        if row["status"] != SCORED or row["realised"] is None or row["sum_values"] is None:
-            continue
-        drifting: Mapping[str, Any] | None = row
-        if row["base"] == DRIFT:
-            drifting = drift_of.get((row["step"] + 1, row["target"]))
-            if drifting is None or drifting["status"] != SCORED:
-                continue  # the next step's own drift is not known
-        assert drifting is not None
-        changes.append(
-            LossChange(
-                step=row["step"],
-                target=row["target"],
-                realised=row["realised"],
-                batch=row["sum_values"] / ((row["credit_factor"] or 1.0) if trajectory else 1.0),
-                momentum=drifting["momentum_term"] or 0.0,
-                decay=drifting["decay_term"] or 0.0,
-            )
-        )
-    return changes
+    def of(self, target: str) -> LossChanges:
+        return self.where(self.target == target)
+
+
+def loss_changes(run: Mapping[str, Any], steps: pa.Table) -> LossChanges:
+    """Of every (step, target) where both sides are known. run: run.json; steps: as `with_realised` gives them."""
+    step, scored, drift = (
+        integers(steps, "step"),
+        equals(steps, "status", SCORED),
+        equals(steps, "base", DRIFT),
+    )
+    known = scored & is_known(steps, "realised") & is_known(steps, "sum_values")
+    # Where momentum and decay up to the later loss are recorded: in the step itself, or, at the drift point, in the next.
+    after = steps.select(["step", "target"]).set_column(0, "step", pa.array(step + 1))
+    recorded = np.where(drift, places(after, steps), np.arange(len(step)))
+    # The drift of a next step that was not scored, or took its losses elsewhere, is not known.
+    known &= ~drift | ((recorded >= 0) & scored[recorded] & drift[recorded])
+    batch = numbers(steps, "sum_values")
+    if setting(run, "credit", group="shapley") == "trajectory":
+        batch = batch / or_one(numbers(steps, "credit_factor"), is_known(steps, "credit_factor"))
+    momentum, decay = (
+        np.where(is_known(steps, name), numbers(steps, name), 0.0)[recorded]
+        for name in ("momentum_term", "decay_term")
+    )
+    whole = LossChanges(step, texts(steps, "target"), numbers(steps, "realised"), batch, momentum, decay)
+    return whole.where(known)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from inrun_megatron.ledger.audits import check_additivity, check_coverage, check_efficiency
 from inrun_megatron.ledger.checks import Check, name_some
+from inrun_megatron.ledger.columns import places, taken
 from inrun_megatron.ledger.files import digest_of, sha256_of
 from inrun_megatron.ledger.rows import check_contents, check_duplicates, check_steps, steps_of
 from inrun_megatron.ledger.run import own_files
@@ -47,7 +48,7 @@ def verify_ledger(ledger: Ledger) -> list[Check]:
         check_steps(ledger, steps, totals, complete),
         check_datasets(ledger),
         check_coverage(ledger.run),
-        check_additivity(ledger.starts.at, steps, totals.absolute),
+        check_additivity(ledger.starts, steps, taken(totals["absolute"].to_numpy(), places(steps, totals))),
         check_efficiency(ledger.run, steps),
     ]
 

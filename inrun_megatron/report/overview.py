@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from inrun_megatron.ledger.audits import precision_of
 from inrun_megatron.ledger.checks import setting
+from inrun_megatron.ledger.columns import integers, is_known, numbers, texts
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.ledger.step_table import loss_changes
 
@@ -74,15 +76,16 @@ def _lines(ledger: Ledger, run: Mapping[str, Any]) -> dict[str, str]:
 
 def describe_steps(ledger: Ledger, steps: pa.Table) -> dict[str, Any]:
     """Counts of steps by status, samples and time. steps: `Ledger.steps()`."""
-    rows = [row for row in steps.to_pylist() if row["target"] == ledger.target_names[0]]
-    total = sum(row["seconds_total"] or 0.0 for row in rows)
-    scoring = sum(row["seconds_scoring"] or 0.0 for row in rows)
-    consumed = [row["consumed_samples"] for row in rows if row["consumed_samples"] is not None]
+    own = steps.filter(pc.equal(pc.cast(steps["target"], pa.string()), ledger.target_names[0]))
+    total, scoring = (
+        float(np.where(is_known(own, name), numbers(own, name), 0.0).sum())
+        for name in ("seconds_total", "seconds_scoring")
+    )
     return {
         "last": ledger.last_step,
-        "statuses": dict(Counter(row["status"] for row in rows)),
-        "samples_scored": sum(row["samples"] for row in rows),
-        "samples_consumed": max(consumed, default=None),
+        "statuses": dict(Counter(own["status"].to_pylist())),
+        "samples_scored": pc.sum(own["samples"], min_count=0).as_py(),
+        "samples_consumed": pc.max(own["consumed_samples"]).as_py(),
         "seconds_total": total,
         "seconds_scoring": scoring,
         "scoring_share": scoring / total if total else None,
@@ -95,42 +98,34 @@ def describe_targets(ledger: Ledger, steps: pa.Table) -> list[dict[str, Any]]:
     explained_fraction = (sum_values + momentum_term + decay_term) / realised, sums over the scored steps where all are
     known; see ledger/step_table.py. Under trajectory credit sum_values is that of the steps' own games.
     """
-    rows = steps.to_pylist()
-    changes = loss_changes(ledger.run, rows)
+    changes = loss_changes(ledger.run, steps)
+    with np.errstate(invalid="ignore"):  # what is not finite, the efficiency audit names
+        changes = changes.where(np.isfinite(changes.realised) & np.isfinite(changes.predicted))
+    step, loss, of = integers(steps, "step"), numbers(steps, "target_loss"), texts(steps, "target")
     described = []
     for target in ledger.targets:
-        own = [row for row in rows if row["target"] == target["name"] and _finite(row["target_loss"])]
-        # What is not finite, the efficiency audit names.
-        known = [
-            change
-            for change in changes
-            if change.target == target["name"] and _finite(change.realised) and _finite(change.predicted)
-        ]
-        realised = sum(change.realised for change in known)
-        values = sum(change.batch for change in known)
-        momentum = sum(change.momentum for change in known)
-        decay = sum(change.decay for change in known)
+        own, known = np.flatnonzero((of == target["name"]) & np.isfinite(loss)), changes.of(target["name"])
+        realised, values, momentum, decay = (
+            float(sums.sum()) for sums in (known.realised, known.batch, known.momentum, known.decay)
+        )
+        judged = len(known.step)
         described.append(
             {
                 "name": target["name"],
                 "sequences": target.get("sequences") or target.get("n"),
-                "first_step": own[0]["step"] if own else None,
-                "first_loss": own[0]["target_loss"] if own else None,
-                "last_step": own[-1]["step"] if own else None,
-                "last_loss": own[-1]["target_loss"] if own else None,
-                "steps_judged": len(known),
-                "realised": realised if known else None,
-                "sum_values": values if known else None,
-                "momentum_term": momentum if known else None,
-                "decay_term": decay if known else None,
+                "first_step": int(step[own[0]]) if len(own) else None,
+                "first_loss": float(loss[own[0]]) if len(own) else None,
+                "last_step": int(step[own[-1]]) if len(own) else None,
+                "last_loss": float(loss[own[-1]]) if len(own) else None,
+                "steps_judged": judged,
+                "realised": realised if judged else None,
+                "sum_values": values if judged else None,
+                "momentum_term": momentum if judged else None,
+                "decay_term": decay if judged else None,
                 "explained_fraction": (values + momentum + decay) / realised if realised else None,
             }
         )
     return described
-
-
-def _finite(number: float | None) -> bool:
-    return number is not None and math.isfinite(number)
 
 
 def _joined(*pieces: Any) -> str:

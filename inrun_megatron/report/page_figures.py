@@ -77,7 +77,7 @@ def build_figures(
         figures |= _documents(query, phases[-1], documents, moved)
         rows = figures["rows"]["rows"]
         full = rows <= VERIFY_ROWS if verify is None else verify
-        checks = ledger.verify() if full else audits_of(query, steps.to_pylist())
+        checks = ledger.verify() if full else audits_of(query, steps)
     figures["audits"] = {"full": full, "checks": [check.to_dict() for check in checks]}
     figures["findings"] = findings(figures)
     return figures

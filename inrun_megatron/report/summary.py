@@ -7,9 +7,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.audits import check_additivity, check_coverage, check_efficiency
 from inrun_megatron.ledger.checks import Check
+from inrun_megatron.ledger.columns import numbers, places, taken
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.report.document_sums import Leading
 from inrun_megatron.report.documents import Documents, parse_moved
@@ -62,22 +65,17 @@ def build_summary(
         )[0]
         summary["largest"] = largest_samples(query, phases[-1])
         summary["documents"], summary["documents_error"] = _documents(query, phases[-1], documents, moved)
-        summary["audits"] = [check.to_dict() for check in audits_of(query, steps.to_pylist())]
+        summary["audits"] = [check.to_dict() for check in audits_of(query, steps)]
     return summary
 
 
-def audits_of(query: Query, steps: list[dict[str, Any]]) -> list[Check]:
-    """The audits that need no pass over files and rows. steps: rows of `Ledger.steps()`."""
-    absolute = {
-        (row["step"], row["target"]): row["absolute"]
-        for row in query.rows(
-            "SELECT step, target, sum(absolute) AS absolute FROM cells GROUP BY step, target"
-        )
-    }
+def audits_of(query: Query, steps: pa.Table) -> list[Check]:
+    """The audits that need no pass over files and rows. steps: `Ledger.steps()`."""
+    found = query.table("SELECT step, target, sum(absolute) AS absolute FROM cells GROUP BY step, target")
     run = query.ledger.run
     return [
         check_coverage(run),
-        check_additivity(query.ledger.starts.at, steps, absolute),
+        check_additivity(query.ledger.starts, steps, taken(numbers(found, "absolute"), places(steps, found))),
         check_efficiency(run, steps),
     ]
 
