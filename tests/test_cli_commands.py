@@ -19,7 +19,7 @@ import pytest
 from inrun_megatron import cli
 from inrun_megatron.ledger import Ledger, LedgerWriter, commit, create_ledger
 from inrun_megatron.report.summary import build_summary, print_summary
-from inrun_megatron.report.tables import scale_near, scale_of
+from inrun_megatron.report.tables import decimals_of, scale_near, scale_of, with_error
 from tests.synthetic_ledger import TARGETS, Shape, description, prepared_datasets, write_run
 
 COMMANDS = ("prepare", "summary", "top", "show", "export", "verify")
@@ -99,6 +99,16 @@ def test_a_summary_has_one_unit(run: tuple[Path, np.ndarray], inrun: Callable[..
     assert scale_near([-0.9, 0.2], given) == given  # 9,000 units
     assert scale_of([5e-324]) == (1.0, "")
     assert scale_near([2.0], given) == scale_of([2.0]) and scale_near([9e-5], given) == scale_of([9e-5])
+
+
+def test_an_error_keeps_a_digit() -> None:
+    assert with_error(0.12, 0.0034, 1.0).plain == "+0.120 ± 0.003"
+    assert (
+        with_error(14.7, 0.96, 1.0).plain == "+14.70 ± 0.96" and with_error(1.0, None, 1.0).plain == "+1.00"
+    )
+    assert (
+        decimals_of(0.5, 0.004, None) == 3 and decimals_of(1e-9) == 4 and decimals_of(0.0, float("nan")) == 2
+    )
 
 
 def test_summary_as_json(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:

@@ -25,7 +25,16 @@ from inrun_megatron.report.phases import Phase, choose_steps, phases_of
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.ranking import Level, Measure, create_figures, level_of, ranked
 from inrun_megatron.report.summary import with_place
-from inrun_megatron.report.tables import console, in_nats, print_json, scale_near, scale_of, signed, table
+from inrun_megatron.report.tables import (
+    console,
+    decimals_of,
+    in_nats,
+    print_json,
+    scale_near,
+    scale_of,
+    signed,
+    table,
+)
 
 
 def top(
@@ -128,6 +137,8 @@ def _print(
     each, heading = _each(by)
     (unit, name), (each_unit, each_name) = units
     texts = by in (Level.sample, Level.document)
+    errors = [] if texts else [row["standard_error"] for row in rows]
+    digits = decimals_of(*(None if error is None else error / each_unit for error in errors))
     columns: list[str | tuple[str, str]] = [
         (by.capitalize(), "left"),
         f"Value\n{in_nats(name)}",
@@ -150,8 +161,8 @@ def _print(
         cells: list[str | Text] = [
             Text(key),
             signed(row["value"] / unit),
-            signed(None if row[each] is None else row[each] / each_unit),
-            *([] if texts else _spread(row, each_unit)),
+            signed(None if row[each] is None else row[each] / each_unit, digits),
+            *([] if texts else _spread(row, each_unit, digits)),
             signed(row["relative" if rank is Measure.relative else "normalised"]),
             f"{row['tokens']:,}",
         ]
@@ -163,11 +174,11 @@ def _print(
     out.print()
 
 
-def _spread(row: dict[str, Any], unit: float) -> list[str | Text]:
+def _spread(row: dict[str, Any], unit: float, digits: int) -> list[str | Text]:
     """Error of the mean, share of negative samples, samples."""
     error = row["standard_error"]
     return [
-        "-" if error is None else f"{error / unit:.2f}",
+        "-" if error is None else f"{error / unit:.{digits}f}",
         f"{row['negative_share']:.0%}",
         f"{row['samples']:,}",
     ]

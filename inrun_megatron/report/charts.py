@@ -14,7 +14,7 @@ from inrun_megatron.report.charts_training import (
     timing_chart,
     training_chart,
 )
-from inrun_megatron.report.tables import scale_near, scale_of
+from inrun_megatron.report.tables import decimals_of, scale_near, scale_of
 
 MEASURES = ("normalised", "nats")
 ROWS = 40
@@ -73,7 +73,8 @@ def bar_charts(
         for row in first_and_last(own):
             spread = (row[error] or 0.0) / unit
             value = row[mean] / unit
-            label = f"{value:+.2f}" + (f" ± {spread:.2f}" if row[error] is not None else "")
+            digits = decimals_of(spread)
+            label = f"{value:+.{digits}f}" + (f" ± {spread:.{digits}f}" if row[error] is not None else "")
             data.append(
                 {"name": row["name"], "domain": palette.key(row["dataset"]), "value": value, "label": label}
                 | {"low": value - 2 * spread, "high": value + 2 * spread, "samples": row["samples"]}

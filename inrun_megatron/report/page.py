@@ -21,7 +21,7 @@ from inrun_megatron.report.charts import MEASURES, all_charts, default_charts
 from inrun_megatron.report.charts_theme import theme
 from inrun_megatron.report.documents import printable, shorten
 from inrun_megatron.report.page_words import CHECKS
-from inrun_megatron.report.tables import figure, json_ready, scale_near, scale_of
+from inrun_megatron.report.tables import decimals_of, figure, json_ready, scale_near, scale_of
 
 GENERATOR = '<meta name="generator" content="inrun report">'
 """Marks our pages, so that --output replaces those and no other file."""
@@ -37,6 +37,7 @@ def render(figures: dict[str, Any]) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"figure": figure, "snippet": _snippet, "seconds": _seconds}
+    environment.globals["decimals_of"] = decimals_of
     environment.globals["source"] = lambda name: Markup(loader.get_source(environment, name)[0])
     charts = {chart.name: vars(chart) | {"name": chart.name} for chart in all_charts(figures)}
     domain_unit, domain_unit_name = scale_of([row["mean"] for row in figures["domains"]])

@@ -13,7 +13,7 @@ from inrun_megatron.ledger.checks import Check
 from inrun_megatron.ledger.schema import SCORED
 from inrun_megatron.report.attribution import IN_WORDS
 from inrun_megatron.report.documents import shorten
-from inrun_megatron.report.tables import in_nats, scale_near, scale_of, signed, table, with_error
+from inrun_megatron.report.tables import decimals_of, in_nats, scale_near, scale_of, signed, table, with_error
 
 LARGE_SHARE = 0.05
 """A sample with more than this share of a phase's sum of |values| is named."""
@@ -98,7 +98,7 @@ def _targets(targets: Sequence[dict[str, Any]], out: Console) -> None:
             "-" if target["first_loss"] is None else f"{target['first_loss']:.4f}",
             "-" if target["last_loss"] is None else f"{target['last_loss']:.4f}",
             "-" if change is None else f"{change:+.4f}",
-            *("-" if term is None else f"{-term:+.4f}" for term in terms),
+            *("-" if term is None else f"{0 - term:+.4f}" for term in terms),
             "-" if explained is None else f"{explained:.0%}",
         )
     out.print(made)
@@ -112,6 +112,11 @@ def _targets(targets: Sequence[dict[str, Any]], out: Console) -> None:
 def _domains(summary: dict[str, Any], target: str, out: Console) -> None:
     rows = [row for row in summary["domains"] if row["target"] == target]
     unit, name = scale_near([row["mean"] for row in rows], _scale(summary))
+    # One number of decimals to a column.
+    digits, normalised_digits = (
+        decimals_of(*(None if row[field] is None else row[field] / scale for row in rows))
+        for field, scale in (("standard_error", unit), ("normalised_standard_error", 1.0))
+    )
     made = table(
         [
             ("Phase", "left"),
@@ -133,10 +138,10 @@ def _domains(summary: dict[str, Any], target: str, out: Console) -> None:
                 Text(label),
                 Text(shorten(row["name"], 22)),
                 f"{row['samples']:,}",
-                with_error(row["mean"], row["standard_error"], unit),
+                with_error(row["mean"], row["standard_error"], unit, digits),
                 f"{row['sum']:+#.3g}",
                 f"{row['negative_share']:.0%}",
-                with_error(row["normalised_mean"], row["normalised_standard_error"], 1.0),
+                with_error(row["normalised_mean"], row["normalised_standard_error"], 1.0, normalised_digits),
             )
         made.add_section()
     _subheading(f"Target {target}", out)

@@ -51,8 +51,16 @@ def signed(number: float | None, digits: int = 2) -> Text:
     return Text(f"{number:+.{digits}f}", style=style)
 
 
-def with_error(mean: float, error: float | None, unit: float, digits: int = 2) -> Text:
-    """`+12.30 ± 0.45`, both divided by `unit`."""
+def decimals_of(*errors: float | None) -> int:
+    """Decimals of a figure and its standard error: two, or as many (up to four) as leave the smallest error a digit."""
+    known = [error for error in errors if error is not None and math.isfinite(error) and error > 0]
+    return min(max(2, -math.floor(math.log10(min(known)))), 4) if known else 2
+
+
+def with_error(mean: float, error: float | None, unit: float, digits: int | None = None) -> Text:
+    """`+12.30 ± 0.45`, both divided by `unit`. digits: after the point, default as `decimals_of`."""
+    if digits is None:
+        digits = decimals_of(None if error is None else error / unit)
     text = signed(mean / unit, digits)
     text.append("" if error is None else f" ± {error / unit:.{digits}f}", style="default")
     return text
