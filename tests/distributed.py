@@ -220,6 +220,7 @@ class Workers:
         errors: dict[int, str] = {}
         waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
         while waiting and (left := deadline - time.monotonic()) > 0:
+            came: dict[int, str] = {}
             for pipe in wait(list(waiting), timeout=left):
                 assert isinstance(pipe, Connection)
                 rank = waiting.pop(pipe)
@@ -231,7 +232,9 @@ class Workers:
                     continue
                 answers[rank] = None if failed else answer
                 if failed:
-                    errors[rank] = answer
+                    came[rank] = answer
+            # Of what comes together on a busy machine, a rank that died is the cause of what others say.
+            errors |= came
             if errors:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return answers, errors
