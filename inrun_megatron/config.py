@@ -152,7 +152,7 @@ class TrainingConfig:
     bf16: bool = False
     """Train in bfloat16 with fp32 master weights."""
     fp16: bool = False
-    """Train in float16 with fp32 master weights and loss scaling."""
+    """Train in float16 with fp32 master weights and loss scaling; with ZeRO stage 1, 2 or 3."""
     loss_scale: Unset[float] = None
     """Fixed loss scale of --fp16. Default: dynamic."""
     initial_loss_scale: Unset[float] = None

@@ -22,7 +22,7 @@ from inrun_megatron.training.exit_codes import FINISHED, STOPPED
 from inrun_megatron.training.loop import Run
 from inrun_megatron.training.monitor import Monitor, check_available
 from inrun_megatron.training.signals import StopSignals
-from inrun_megatron.training.validation import check_pipeline, validate
+from inrun_megatron.training.validation import check_fp16, check_pipeline, validate
 from inrun_megatron.training.watchdog import Watchdog
 
 
@@ -40,6 +40,7 @@ def prepare(config: Config, world_size: int) -> Settled:
     data_parallel = validate(config, world_size)
     settled, deepspeed, batch = merge(config, data_parallel)
     check_available(deepspeed)
+    check_fp16(settled)
     check_pipeline(settled)
     datasets.check_arguments(config)
     _check_precision(settled)
