@@ -124,7 +124,7 @@ class TrainingConfig:
     lr: float
     """Peak learning rate."""
     global_batch_size: Unset[int] = None
-    """Samples per optimizer step over all ranks. Default: micro batch size x data-parallel size."""
+    """Samples per optimizer step over all ranks; a resume may change it. Default: micro batch size x data-parallel size."""
     min_lr: float = 0.0
     """Lowest learning rate of the schedule."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "linear"

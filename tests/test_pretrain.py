@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -100,6 +101,41 @@ def test_scoring_leaves_no_trace_in_the_checkpoint(
     assert len(steps) == (2 if "interval" in flags else 4) * 2
     base = "current" if "midpoint" in flags else "drift"
     assert {row["base"] for row in steps} == {base} and all(row["credit_factor"] >= 1 for row in steps)
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+def test_a_resume_may_change_the_global_batch(
+    two_ranks: Workers, data: Path, tmp_path: Path, batch: int
+) -> None:
+    """The data goes on where it was, and so do learning rates, whose schedule is given in steps."""
+    argv = arguments(
+        data, *TARGETS, "--lr-decay-style", "cosine", "--weight-decay", "0", "--train-iters", "6"
+    )
+    ends = ("--csv-dir", "{0}/figures", "--save", "{0}")
+    whole, resumed = str(tmp_path / "whole"), str(tmp_path / "resumed")
+    two_ranks.run(run_here, [*argv, *(text.format(whole) for text in ends)])
+    argv += [text.format(resumed) for text in ends]
+    two_ranks.run(run_here, [*argv, "--exit-interval", "4"])
+    two_ranks.run(run_here, [*argv, "--load", resumed, "--global-batch-size", str(batch)])
+
+    def read(run: str) -> tuple[list[float], list[tuple[int, int, int]]]:
+        with open(next(Path(run, "figures").rglob("*train_lr.csv"))) as file:
+            rates = [
+                float(rate) for step, rate in csv.reader(file) if step.isdigit()
+            ]  # a start writes a headline
+        rows = {(row["step"], row["dataset"], row["sample"]) for row in ledger(Path(run), "values")}
+        return rates, sorted(rows)
+
+    (rates, samples), (rates_resumed, samples_resumed) = read(whole), read(resumed)
+    assert rates_resumed == pytest.approx(rates) and len(set(rates)) == 6
+    assert (len(samples), len(samples_resumed)) == (6 * 8, 4 * 8 + 2 * batch)
+    dealt, dealt_resumed = (
+        [place[1:] for place in rows if place[0] > 4] for rows in (samples, samples_resumed)
+    )
+    fewer, more = sorted((dealt, dealt_resumed), key=len)
+    assert set(fewer) <= set(more)
+    state = json.loads((Path(resumed) / "checkpoints" / "iter_0000006" / "run_state.json").read_text())
+    assert state["consumed_samples"] == 4 * 8 + 2 * batch
 
 
 def test_a_run_can_be_repeated_from_its_yaml(two_ranks: Workers, data: Path, tmp_path: Path) -> None:

@@ -82,7 +82,10 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
     vocabulary = all_ranks(lambda: datasets.vocabulary(config))
     targets = all_ranks(lambda: datasets.targets(config, vocabulary))
     resume = run_state.to_resume(config)
-    data = datasets.build(config, batch, vocabulary)
+    done = (
+        {} if resume is None else {"iteration": resume.iteration, "consumed_samples": resume.consumed_samples}
+    )
+    data = datasets.build(config, batch, vocabulary, **done)
     distributed.initialise(config.parallel)
     layout = Layout.from_megatron()
     trainer = build_trainer(config, settled.deepspeed, batch, vocabulary.vocab_size)
@@ -92,6 +95,8 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
         progress, as_it_is = checkpoint.load(config, trainer, resume)
         other = "" if as_it_is else ", written in another layout"
         _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
+        if resume.global_batch_size not in (None, batch.size):
+            _say(f"steps have {batch.size} samples from here on, {resume.global_batch_size} before")
     elif config.checkpoint.load is not None:
         why = " (--save-interval 0 writes none)" if config.checkpoint.save_interval == 0 else ""
         _say(f"--load {config.checkpoint.load} holds no checkpoint{why}: starting from the beginning")

@@ -31,11 +31,15 @@ _NOT_THE_MODEL = (
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage and precision are this run's; `ledger`: as in Progress."""
+    """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage and precision are this run's; `ledger`, `iteration` and
+    `consumed_samples`: as in Progress; `global_batch_size`: None where an older checkpoint does not say."""
 
     path: Path
     same_layout: bool
     ledger: str | None
+    iteration: int
+    consumed_samples: int
+    global_batch_size: int | None
 
 
 def find(directory: str) -> Path | None:
@@ -78,7 +82,14 @@ def _to_resume(config: Config) -> Resume | None:
         return None
     state = read(path)
     check_same_run(path, state, config)
-    return Resume(path, state["layout"] == layout_of(config), state.get("ledger", UNKNOWN))
+    return Resume(
+        path,
+        same_layout=state["layout"] == layout_of(config),
+        ledger=state.get("ledger", UNKNOWN),
+        iteration=state["iteration"],
+        consumed_samples=state["consumed_samples"],
+        global_batch_size=state.get("global_batch_size"),
+    )
 
 
 def check_whole(resume: Resume) -> None:
@@ -129,9 +140,10 @@ def model_of(config: Config) -> dict[str, Any]:
 
 
 def description(config: Config, ledger: str | None) -> dict[str, Any]:
-    """Layout, model and optimizer, and the run_id of the ledger that holds the values up to here, as they are saved."""
+    """Layout, batch, model and optimizer, and the run_id of the ledger that holds the values up to here, as they are saved."""
     return {
         "ledger": ledger,
+        "global_batch_size": config.training.global_batch_size,
         "layout": layout_of(config),
         "model": model_of(config),
         "optimizer": config.training.optimizer,
