@@ -230,7 +230,7 @@ class LoggingConfig:
     wandb_project: Unset[str] = None
     """Log to this project of Weights & Biases."""
     wandb_exp_name: Unset[str] = None
-    """Name of the run in Weights & Biases."""
+    """Group of the run in Weights & Biases, through DeepSpeed; the variable WANDB_NAME gives it a name of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
