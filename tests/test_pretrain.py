@@ -138,6 +138,31 @@ def test_a_resume_may_change_the_global_batch(
     assert state["consumed_samples"] == 4 * 8 + 2 * batch
 
 
+def _said(rank: int, world: int, argv: list[str]) -> list[str]:
+    """What rank 0 says of a run's start and end."""
+    from inrun_megatron.training import run
+
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_say", said.append)
+        run_here(rank, world, argv)
+    return said
+
+
+def test_a_resume_says_when_samples_come_in_another_order(
+    two_ranks: Workers, data: Path, tmp_path: Path
+) -> None:
+    """Eight samples an epoch: a ninth needs a second epoch, for which megatron-core shuffles both anew."""
+    flags = "--no-shapley --data-path {data}/target --split 1 --micro-batch-size 1 --global-batch-size 2"
+    argv = arguments(data, *flags.split(), "--save", str(tmp_path), "--load", str(tmp_path))
+    two_ranks.run(run_here, [*argv, "--exit-interval", "1"])
+    same, longer = [*argv, "--exit-interval", "2"], [*argv, "--train-iters", "5", "--exit-interval", "3"]
+    for start, changes in ((same, 0), (longer, 1), (longer, 0)):
+        resumed, *changed = two_ranks.run(_said, start)[0]
+        assert resumed.startswith("resumed from") and len(changed) == changes
+        assert all("some samples come again, some never" in line for line in changed)
+
+
 def test_a_run_can_be_repeated_from_its_yaml(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
     argv = arguments(data, "--no-shapley", "--zero-stage", "1", "--save", str(tmp_path / "one"))
     two_ranks.run(run_here, argv)

@@ -49,13 +49,14 @@ _FAILED_WRITES = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps done, training samples consumed, last step that the ledger has committed; and
-    that ledger's run_id (UNKNOWN from an older checkpoint, None where no step was scored)."""
+    """How far a run is: optimizer steps done, training samples consumed, last step that the ledger has committed; that
+    ledger's run_id (UNKNOWN from an older checkpoint, None where no step was scored); the order of its data (datasets.py)."""
 
     iteration: int = 0
     consumed_samples: int = 0
     ledger_step: int = 0
     ledger: str | None = None
+    data: str | None = None
 
     @property
     def counters(self) -> dict[str, int]:
@@ -104,7 +105,7 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
             own.append(_note_file(path))
             own[-1].write_text(note, encoding="utf-8")
         if dist.get_rank() == 0:
-            state = {**progress.counters, **run_state.description(config, progress.ledger)}
+            state = {**progress.counters, **run_state.description(config, progress.ledger, progress.data)}
             own.append(path / RUN_STATE_FILE)
             own[-1].write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         dist.barrier()

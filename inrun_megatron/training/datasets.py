@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,13 @@ class Data:
     train: Any
     validation: Any | None
     table: list[dict[str, Any]]
+
+    @property
+    def order(self) -> str:
+        """Equal where sample numbers mean the same text: hex sha256 of the files, their weights and GPTDataset's indices."""
+        decide = ("idx_sha256", "bin_digest", "weight", "index_sha256")
+        rows = [[row[name] for name in decide] for row in self.table]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def check_arguments(config: Config) -> None:

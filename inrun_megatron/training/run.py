@@ -97,9 +97,15 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
         _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
         if resume.global_batch_size not in (None, batch.size):
             _say(f"steps have {batch.size} samples from here on, {resume.global_batch_size} before")
+        if resume.data not in (None, data.order):
+            _say(
+                "the training data is another one or in another order than the checkpoint's (files, weights, --split, --seed, "
+                "--seq-length, or more epochs for more --train-iters): some samples come again, some never"
+            )
     elif config.checkpoint.load is not None:
         why = " (--save-interval 0 writes none)" if config.checkpoint.save_interval == 0 else ""
         _say(f"--load {config.checkpoint.load} holds no checkpoint{why}: starting from the beginning")
+    progress.data = data.order
     scoring = None
     if config.shapley.enabled:
         # Imported here so that training without scoring does not depend on it.

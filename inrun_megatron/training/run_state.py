@@ -32,7 +32,8 @@ _NOT_THE_MODEL = (
 @dataclass(frozen=True)
 class Resume:
     """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage and precision are this run's; `ledger`, `iteration` and
-    `consumed_samples`: as in Progress; `global_batch_size`: None where an older checkpoint does not say."""
+    `consumed_samples`: as in Progress; `global_batch_size` and `data` (datasets.Data.order): None where an older checkpoint
+    does not say."""
 
     path: Path
     same_layout: bool
@@ -40,6 +41,7 @@ class Resume:
     iteration: int
     consumed_samples: int
     global_batch_size: int | None
+    data: str | None
 
 
 def find(directory: str) -> Path | None:
@@ -89,6 +91,7 @@ def _to_resume(config: Config) -> Resume | None:
         iteration=state["iteration"],
         consumed_samples=state["consumed_samples"],
         global_batch_size=state.get("global_batch_size"),
+        data=state.get("data"),
     )
 
 
@@ -139,10 +142,12 @@ def model_of(config: Config) -> dict[str, Any]:
     return {name: value for name, value in settled.items() if name not in _NOT_THE_MODEL}
 
 
-def description(config: Config, ledger: str | None) -> dict[str, Any]:
-    """Layout, batch, model and optimizer, and the run_id of the ledger that holds the values up to here, as they are saved."""
+def description(config: Config, ledger: str | None, data: str | None) -> dict[str, Any]:
+    """Layout, batch, model, optimizer, the order of the data, and the run_id of the ledger that holds the values up to here,
+    as they are saved."""
     return {
         "ledger": ledger,
+        "data": data,
         "global_batch_size": config.training.global_batch_size,
         "layout": layout_of(config),
         "model": model_of(config),
