@@ -217,6 +217,18 @@ def test_what_a_pipeline_cannot_do_is_refused(flags: str, message: str) -> None:
         check_pipeline(settled)
 
 
+def test_gradients_that_stay_divided_are_refused(tmp_path: Path) -> None:
+    """Scored or not: at ZeRO stage 3 deepspeed 0.19 never undoes a division by the number of replicas."""
+    path = write_json(tmp_path / "divided.json", {"gradient_predivide_factor": 2.0})
+    flags = ("--no-shapley", "--deepspeed-config", path, "--zero-stage")
+    with pytest.raises(
+        UserError, match=r'"gradient_predivide_factor" in .* is 2, as are the data-parallel ranks'
+    ):
+        merge(config(*flags, "3"), 2)
+    merge(config(*flags, "3"), 4)
+    merge(config(*flags, "2"), 2)
+
+
 @pytest.mark.parametrize("stages", [1, 2])
 def test_fp16_without_a_loss_scale_is_refused(tmp_path: Path, stages: int) -> None:
     """Scored or not: deepspeed 0.19 divides by the scale that it multiplies by from ZeRO stage 1 on only."""
