@@ -124,7 +124,7 @@ class TrainingConfig:
     lr: float
     """Peak learning rate."""
     global_batch_size: Unset[int] = None
-    """Samples per optimizer step over all ranks. Default: micro batch size x data-parallel size."""
+    """Samples per optimizer step over all ranks; a resume may change it. Default: micro batch size x data-parallel size."""
     min_lr: float = 0.0
     """Lowest learning rate of the schedule."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "linear"
@@ -152,7 +152,7 @@ class TrainingConfig:
     bf16: bool = False
     """Train in bfloat16 with fp32 master weights."""
     fp16: bool = False
-    """Train in float16 with fp32 master weights and loss scaling."""
+    """Train in float16 with fp32 master weights and loss scaling; with ZeRO stage 1, 2 or 3."""
     loss_scale: Unset[float] = None
     """Fixed loss scale of --fp16. Default: dynamic."""
     initial_loss_scale: Unset[float] = None
@@ -230,7 +230,7 @@ class LoggingConfig:
     wandb_project: Unset[str] = None
     """Log to this project of Weights & Biases."""
     wandb_exp_name: Unset[str] = None
-    """Name of the run in Weights & Biases."""
+    """Group of the run in Weights & Biases, through DeepSpeed; the variable WANDB_NAME gives it a name of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,6 +175,14 @@ def test_fp16_at_stage_0_is_still_refused_for_a_reason() -> None:
     assert not issubclass(FP16_UnfusedOptimizer, ZeROOptimizer)
 
 
+def test_the_unfused_optimizer_still_steps_when_it_is_built() -> None:
+    """When it no longer does, engines/unfused.py can go; it needs no more of it than these lists and the inner optimizer."""
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    assert "self.initialize_optimizer_states()" in _source(FP16_UnfusedOptimizer.__init__)
+    assert "self.optimizer.step()" in _source(FP16_UnfusedOptimizer.initialize_optimizer_states)
+
+
 def test_inner_optimizers_run_public_step_hooks() -> None:
     """The additivity audit reads gradients in torch's public hook; DeepSpeed's optimizers must run it too."""
     import torch

@@ -15,7 +15,7 @@ from inrun_megatron.config import Config
 from inrun_megatron.errors import UserError
 from inrun_megatron.training.arguments import _groups, flags_markdown, parse, to_mapping, write_yaml
 from inrun_megatron.training.deepspeed_config import merge
-from inrun_megatron.training.validation import check_pipeline, validate
+from inrun_megatron.training.validation import check_fp16, check_pipeline, validate
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = shlex.split(
@@ -205,7 +205,6 @@ def test_bad_numbers_are_refused_with_values_and_remedy(flags: str, message: str
             "ZeRO stage 2 does not work with --pipeline-model-parallel-size 2.*--zero-stage 0 or 1",
         ),
         ("--zero-stage 3", "ZeRO stage 3"),
-        ("--zero-stage 0 --fp16", "--fp16 with .* use --zero-stage 1"),
         ("--zero-stage 0 --bf16", "--bf16 with .* use --zero-stage 1"),
         ("--num-layers 3", "2 does not divide --num-layers 3"),
         ("--shapley --shapley-micro-batch-size 5", "--shapley-micro-batch-size 5 is not --micro-batch-size"),
@@ -216,6 +215,29 @@ def test_what_a_pipeline_cannot_do_is_refused(flags: str, message: str) -> None:
     settled, _, _ = merge(config("--pipeline-model-parallel-size", "2", *flags.split()), 2)
     with pytest.raises(UserError, match=message):
         check_pipeline(settled)
+
+
+def test_gradients_that_stay_divided_are_refused(tmp_path: Path) -> None:
+    """Scored or not: at ZeRO stage 3 deepspeed 0.19 never undoes a division by the number of replicas."""
+    path = write_json(tmp_path / "divided.json", {"gradient_predivide_factor": 2.0})
+    flags = ("--no-shapley", "--deepspeed-config", path, "--zero-stage")
+    with pytest.raises(
+        UserError, match=r'"gradient_predivide_factor" in .* is 2, as are the data-parallel ranks'
+    ):
+        merge(config(*flags, "3"), 2)
+    merge(config(*flags, "3"), 4)
+    merge(config(*flags, "2"), 2)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_fp16_without_a_loss_scale_is_refused(tmp_path: Path, stages: int) -> None:
+    """Scored or not: deepspeed 0.19 divides by the scale that it multiplies by from ZeRO stage 1 on only."""
+    flags = ("--no-shapley", "--pipeline-model-parallel-size", str(stages))
+    json_file = write_json(tmp_path / "fp16.json", {"fp16": {"enabled": True}})
+    for fp16 in (("--fp16",), ("--deepspeed-config", json_file)):
+        with pytest.raises(UserError, match=r"--fp16 at ZeRO stage 0 .* use --zero-stage 1, 2 or 3"):
+            check_fp16(merge(config(*flags, *fp16), 2)[0])
+        check_fp16(merge(config(*flags, *fp16, "--zero-stage", "1"), 2)[0])
 
 
 def test_the_base_point_is_the_drift_where_that_costs_no_flush() -> None:

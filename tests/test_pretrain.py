@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -102,6 +103,66 @@ def test_scoring_leaves_no_trace_in_the_checkpoint(
     assert len(steps) == (2 if "interval" in flags else 4) * 2
     base = "current" if "midpoint" in flags else "drift"
     assert {row["base"] for row in steps} == {base} and all(row["credit_factor"] >= 1 for row in steps)
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+def test_a_resume_may_change_the_global_batch(
+    two_ranks: Workers, data: Path, tmp_path: Path, batch: int
+) -> None:
+    """The data goes on where it was, and so do learning rates, whose schedule is given in steps, and the figures' files."""
+    argv = arguments(
+        data, *TARGETS, "--lr-decay-style", "cosine", "--weight-decay", "0", "--train-iters", "6"
+    )
+    ends = ("--csv-dir", "{0}/figures", "--save", "{0}")
+    whole, resumed = str(tmp_path / "whole"), str(tmp_path / "resumed")
+    two_ranks.run(run_here, [*argv, *(text.format(whole) for text in ends)])
+    argv += [text.format(resumed) for text in ends]
+    two_ranks.run(run_here, [*argv, "--exit-interval", "4"])
+    two_ranks.run(run_here, [*argv, "--load", resumed, "--global-batch-size", str(batch)])
+
+    def read(run: str) -> tuple[list[float], list[tuple[int, int, int]]]:
+        with open(next(Path(run, "figures").rglob("*train_lr.csv"))) as file:
+            rates = [
+                float(rate) for _, rate in list(csv.reader(file))[1:]
+            ]  # a resume writes no second headline
+        rows = {(row["step"], row["dataset"], row["sample"]) for row in ledger(Path(run), "values")}
+        return rates, sorted(rows)
+
+    (rates, samples), (rates_resumed, samples_resumed) = read(whole), read(resumed)
+    assert rates_resumed == pytest.approx(rates) and len(set(rates)) == 6
+    assert (len(samples), len(samples_resumed)) == (6 * 8, 4 * 8 + 2 * batch)
+    dealt, dealt_resumed = (
+        [place[1:] for place in rows if place[0] > 4] for rows in (samples, samples_resumed)
+    )
+    fewer, more = sorted((dealt, dealt_resumed), key=len)
+    assert set(fewer) <= set(more)
+    state = json.loads((Path(resumed) / "checkpoints" / "iter_0000006" / "run_state.json").read_text())
+    assert state["consumed_samples"] == 4 * 8 + 2 * batch
+
+
+def _said(rank: int, world: int, argv: list[str]) -> list[str]:
+    """What rank 0 says of a run's start and end."""
+    from inrun_megatron.training import run
+
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_say", said.append)
+        run_here(rank, world, argv)
+    return said
+
+
+def test_a_resume_says_when_samples_come_in_another_order(
+    two_ranks: Workers, data: Path, tmp_path: Path
+) -> None:
+    """Eight samples an epoch: a ninth needs a second epoch, for which megatron-core shuffles both anew."""
+    flags = "--no-shapley --data-path {data}/target --split 1 --micro-batch-size 1 --global-batch-size 2"
+    argv = arguments(data, *flags.split(), "--save", str(tmp_path), "--load", str(tmp_path))
+    two_ranks.run(run_here, [*argv, "--exit-interval", "1"])
+    same, longer = [*argv, "--exit-interval", "2"], [*argv, "--train-iters", "5", "--exit-interval", "3"]
+    for start, changes in ((same, 0), (longer, 1), (longer, 0)):
+        resumed, *changed = two_ranks.run(_said, start)[0]
+        assert resumed.startswith("resumed from") and len(changed) == changes
+        assert all("some samples come again, some never" in line for line in changed)
 
 
 def test_a_run_can_be_repeated_from_its_yaml(two_ranks: Workers, data: Path, tmp_path: Path) -> None:

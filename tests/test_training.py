@@ -193,6 +193,15 @@ def test_canary_unfused_optimizer_forgets_tensor_parallel_shards(
     assert result["norms"][0] < 0.98 * baseline["gpt2"]["norms"][0]
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_bf16_takes_no_step_before_the_first(two_ranks: Workers, optimizer: str) -> None:
+    """At stage 0 DeepSpeed's optimizer takes one when it is built: decay at the whole learning rate, Adam's t one ahead."""
+    rest = {"bf16": True, "optimizer": optimizer, "weight_decay": 2.0, "lr": 0.05}
+    at = [two_ranks.run(_train, settings(zero=stage, **rest))[0] for stage in (0, 1)]
+    assert at[0]["losses"] == pytest.approx(at[1]["losses"], rel=1e-3)
+    assert at[1]["losses"][2] != pytest.approx(at[1]["losses"][0], rel=5e-3)  # a step does more than that
+
+
 # --- optimizer and schedule ------------------------------------------------------------------------------------------
 
 

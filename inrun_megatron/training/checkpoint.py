@@ -49,13 +49,14 @@ _FAILED_WRITES = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 @dataclass
 class Progress:
-    """How far a run is: optimizer steps done, training samples consumed, last step that the ledger has committed; and
-    that ledger's run_id (UNKNOWN from an older checkpoint, None where no step was scored)."""
+    """How far a run is: optimizer steps done, training samples consumed, last step that the ledger has committed; that
+    ledger's run_id (UNKNOWN from an older checkpoint, None where no step was scored); the order of its data (datasets.py)."""
 
     iteration: int = 0
     consumed_samples: int = 0
     ledger_step: int = 0
     ledger: str | None = None
+    data: str | None = None
 
     @property
     def counters(self) -> dict[str, int]:
@@ -104,7 +105,7 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
             own.append(_note_file(path))
             own[-1].write_text(note, encoding="utf-8")
         if dist.get_rank() == 0:
-            state = {**progress.counters, **run_state.description(config, progress.ledger)}
+            state = {**progress.counters, **run_state.description(config, progress.ledger, progress.data)}
             own.append(path / RUN_STATE_FILE)
             own[-1].write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         dist.barrier()
@@ -191,6 +192,7 @@ def load(config: Config, trainer: Trainer, resume: Resume) -> tuple[Progress, bo
     as_it_is = resume.same_layout and _everywhere(all_ranks(lambda: _lies_the_same(trainer, resume.path)))
     progress = _load(trainer, resume.path) if as_it_is else _load_reshaped(config, trainer, resume.path)
     progress.ledger = resume.ledger
+    _follow(config, trainer)
     return progress, as_it_is
 
 
@@ -226,12 +228,11 @@ def _load(trainer: Trainer, path: Path) -> Progress:
     for group, own in zip(trainer.optimizer.param_groups, settings, strict=True):
         group.update(own)
     zero_files.clip_as_configured(trainer.engine)
-    progress = _follow(trainer, client_state)
     state = torch.load(path / f"rng_{dist.get_rank():05d}.pt", weights_only=True)
     name, key, *rest = state["numpy"]
     state["numpy"] = (name, key.numpy().astype(np.uint32), *rest)
     cpu.set_rng_state(state)
-    return progress
+    return Progress(**client_state["progress"])
 
 
 def _load_reshaped(config: Config, trainer: Trainer, path: Path) -> Progress:
@@ -253,13 +254,17 @@ def _load_reshaped(config: Config, trainer: Trainer, path: Path) -> Progress:
     saved = all_ranks(read)
     Lookahead(state).settle()
     zero_files.restore_counters(trainer.engine, saved)
-    progress = _follow(trainer, saved)
+    progress = Progress(**saved["progress"])
     seed_streams(config.training.seed + progress.iteration)
     return progress
 
 
-def _follow(trainer: Trainer, client_state: dict[str, Any]) -> Progress:
-    """Bring the schedule to the checkpoint's position; its own settings come from the flags."""
-    trainer.schedule.num_steps = client_state["schedule"]["num_steps"]
+def _follow(config: Config, trainer: Trainer) -> None:
+    """Bring the schedule to the steps that were taken, skipped ones left out; its own settings come from the flags.
+
+    It counts samples, but its flags are in steps: those that are done count as of the global batch of now.
+    """
+    assert config.training.global_batch_size is not None  # training/deepspeed_config.py
+    taken = trainer.engine.global_steps - trainer.engine.skipped_steps
+    trainer.schedule.num_steps = taken * config.training.global_batch_size
     trainer.schedule.step(0)
-    return Progress(**client_state["progress"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +34,13 @@ class Data:
     train: Any
     validation: Any | None
     table: list[dict[str, Any]]
+
+    @property
+    def order(self) -> str:
+        """Equal where sample numbers mean the same text: hex sha256 of the files, their weights and GPTDataset's indices."""
+        decide = ("idx_sha256", "bin_digest", "weight", "index_sha256")
+        rows = [[row[name] for name in decide] for row in self.table]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def check_arguments(config: Config) -> None:
@@ -96,16 +105,22 @@ def targets(config: Config, tokenizer: Tokenizer) -> list[Target]:
     ]
 
 
-def build(config: Config, batch: Batch, tokenizer: Tokenizer) -> Data:
-    """Training samples for the whole run and validation samples for one evaluation. Collective over the world."""
+def build(
+    config: Config, batch: Batch, tokenizer: Tokenizer, *, iteration: int = 0, consumed_samples: int = 0
+) -> Data:
+    """Training samples for the whole run and validation samples for one evaluation. Collective over the world.
+
+    iteration, consumed_samples: of the checkpoint that the run goes on from, which may have had another global batch.
+    """
     training = config.training
+    coming = max(training.train_iters - iteration, 0) * batch.size
     evaluated = training.eval_iters * batch.size if training.eval_interval else 0
     try:
         train, validation = build_datasets(
             data_path=config.data.data_path,
             split=config.data.split,
             seq_length=config.data.seq_length,
-            train_samples=training.train_iters * batch.size,
+            train_samples=consumed_samples + coming,
             valid_samples=evaluated,
             seed=training.seed,
             tokenizer=tokenizer,

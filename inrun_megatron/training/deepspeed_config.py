@@ -108,6 +108,7 @@ def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], B
     stage = merge_.settle("zero_optimization.stage", "--zero-stage", config.parallel.zero_stage, 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"ZeRO stage {stage} does not exist: --zero-stage takes 0, 1, 2 or 3")
+    _refuse_lost_predivision(content, path, stage, data_parallel)
     scaling = _loss_scaling(merge_, config) if fp16 else _no_loss_scaling(config)
     _monitors(merge_, config)
     # DeepSpeed's own progress lines would break the progress bar.
@@ -181,6 +182,18 @@ def _refuse_unread(content: Mapping[str, Any], path: str | None) -> None:
     if isinstance(efficiency, Mapping) and efficiency.get("enabled"):
         raise UserError(
             f'"data_efficiency" in {path} is for DeepSpeed\'s own data loader and layers and would be ignored; remove it'
+        )
+
+
+def _refuse_lost_predivision(
+    content: Mapping[str, Any], path: str | None, stage: int, data_parallel: int
+) -> None:
+    """deepspeed 0.19 (runtime/zero/stage3.py) divides by the factor, and multiplies by it again unless it is the number of replicas."""
+    factor = content.get("gradient_predivide_factor")
+    if stage == 3 and factor == data_parallel and data_parallel > 1 and not content.get("prescale_gradients"):
+        raise UserError(
+            f'"gradient_predivide_factor" in {path} is {factor:g}, as are the data-parallel ranks: at ZeRO stage 3 DeepSpeed '
+            "divides gradients by it and never multiplies them again; remove it"
         )
 
 

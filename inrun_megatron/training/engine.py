@@ -19,6 +19,7 @@ from inrun_megatron.engines.gradients import (
     watch_fp32_clipping,
 )
 from inrun_megatron.engines.pipeline import unpartitioned
+from inrun_megatron.engines.unfused import forget_first_step
 from inrun_megatron.models import GPT, build_gpt, cpu
 from inrun_megatron.models.pipeline import GPTPipeline, build_pipeline
 from inrun_megatron.models.recompute import Wrap, enable_recompute
@@ -77,6 +78,7 @@ def build_trainer(config: Config, deepspeed_config: dict[str, Any], batch: Batch
         sum_sequence_parallel_gradients(engine.module, parallel_state.get_tensor_model_parallel_group())
     if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
         mark_tensor_parallel_gradients(engine.module)
+        forget_first_step(engine.optimizer)
     # Built after the engine, which may replace the optimizer's parameter groups.
     schedule = build_schedule(optimizer, config.training, batch.size)
     return Trainer(engine=engine, optimizer=optimizer, schedule=schedule, device=torch.device(engine.device))

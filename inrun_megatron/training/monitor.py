@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from inrun_megatron.errors import UserError
@@ -33,6 +34,7 @@ class Monitor:
 
         sections = {key: dict(deepspeed_config[key]) for key in MONITOR_SECTIONS if key in deepspeed_config}
         self._master = MonitorMaster(get_monitor_config(sections))
+        _go_on(self._master.csv_monitor)
 
     @property
     def enabled(self) -> bool:
@@ -45,3 +47,14 @@ class Monitor:
             self._master.write_events(
                 [(name, value, step) for name, value in figures.items() if value is not None]
             )
+
+
+def _go_on(monitor: Any) -> None:
+    """A start that goes on in CSV files writes no second headline into them.
+
+    deepspeed 0.19 (monitor/csv_monitor.py) writes one wherever a file is not among `filenames`, those of this process.
+    """
+    if getattr(monitor, "log_dir", None) is not None:
+        monitor.filenames += [
+            file.stem for file in Path(monitor.log_dir).glob("*.csv") if file.stat().st_size
+        ]

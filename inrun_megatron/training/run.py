@@ -25,7 +25,7 @@ from inrun_megatron.training.exit_codes import FINISHED, STOPPED
 from inrun_megatron.training.loop import Run
 from inrun_megatron.training.monitor import Monitor, check_available
 from inrun_megatron.training.signals import StopSignals
-from inrun_megatron.training.validation import check_pipeline, validate
+from inrun_megatron.training.validation import check_fp16, check_pipeline, validate
 from inrun_megatron.training.watchdog import Watchdog
 
 
@@ -43,6 +43,7 @@ def prepare(config: Config, world_size: int) -> Settled:
     data_parallel = validate(config, world_size)
     settled, deepspeed, batch = merge(config, data_parallel)
     check_available(deepspeed)
+    check_fp16(settled)
     check_pipeline(settled)
     datasets.check_arguments(config)
     _check_precision(settled)
@@ -84,7 +85,10 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
     vocabulary = all_ranks(lambda: datasets.vocabulary(config))
     targets = all_ranks(lambda: datasets.targets(config, vocabulary))
     resume = run_state.to_resume(config)
-    data = datasets.build(config, batch, vocabulary)
+    done = (
+        {} if resume is None else {"iteration": resume.iteration, "consumed_samples": resume.consumed_samples}
+    )
+    data = datasets.build(config, batch, vocabulary, **done)
     distributed.initialise(config.parallel)
     layout = Layout.from_megatron()
     trainer = build_trainer(config, settled.deepspeed, batch, vocabulary.vocab_size)
@@ -94,9 +98,17 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
         progress, as_it_is = checkpoint.load(config, trainer, resume)
         other = "" if as_it_is else ", written in another layout"
         _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
+        if resume.global_batch_size not in (None, batch.size):
+            _say(f"steps have {batch.size} samples from here on, {resume.global_batch_size} before")
+        if resume.data not in (None, data.order):
+            _say(
+                "the training data is another one or in another order than the checkpoint's (files, weights, --split, --seed, "
+                "--seq-length, or more epochs for more --train-iters): some samples come again, some never"
+            )
     elif config.checkpoint.load is not None:
         why = " (--save-interval 0 writes none)" if config.checkpoint.save_interval == 0 else ""
         _say(f"--load {config.checkpoint.load} holds no checkpoint{why}: starting from the beginning")
+    progress.data = data.order
     scoring = None
     if config.shapley.enabled:
         # Imported here so that training without scoring does not depend on it.

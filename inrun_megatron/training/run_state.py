@@ -31,11 +31,17 @@ _NOT_THE_MODEL = (
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage and precision are this run's; `ledger`: as in Progress."""
+    """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage and precision are this run's; `ledger`, `iteration` and
+    `consumed_samples`: as in Progress; `global_batch_size` and `data` (datasets.Data.order): None where an older checkpoint
+    does not say."""
 
     path: Path
     same_layout: bool
     ledger: str | None
+    iteration: int
+    consumed_samples: int
+    global_batch_size: int | None
+    data: str | None
 
 
 def find(directory: str) -> Path | None:
@@ -78,7 +84,15 @@ def _to_resume(config: Config) -> Resume | None:
         return None
     state = read(path)
     check_same_run(path, state, config)
-    return Resume(path, state["layout"] == layout_of(config), state.get("ledger", UNKNOWN))
+    return Resume(
+        path,
+        same_layout=state["layout"] == layout_of(config),
+        ledger=state.get("ledger", UNKNOWN),
+        iteration=state["iteration"],
+        consumed_samples=state["consumed_samples"],
+        global_batch_size=state.get("global_batch_size"),
+        data=state.get("data"),
+    )
 
 
 def check_whole(resume: Resume) -> None:
@@ -128,10 +142,13 @@ def model_of(config: Config) -> dict[str, Any]:
     return {name: value for name, value in settled.items() if name not in _NOT_THE_MODEL}
 
 
-def description(config: Config, ledger: str | None) -> dict[str, Any]:
-    """Layout, model and optimizer, and the run_id of the ledger that holds the values up to here, as they are saved."""
+def description(config: Config, ledger: str | None, data: str | None) -> dict[str, Any]:
+    """Layout, batch, model, optimizer, the order of the data, and the run_id of the ledger that holds the values up to here,
+    as they are saved."""
     return {
         "ledger": ledger,
+        "data": data,
+        "global_batch_size": config.training.global_batch_size,
         "layout": layout_of(config),
         "model": model_of(config),
         "optimizer": config.training.optimizer,

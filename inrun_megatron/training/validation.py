@@ -67,6 +67,16 @@ def _parallel(config: Config) -> None:
         raise UserError(f"--zero-stage {parallel.zero_stage} does not exist: use 0, 1, 2 or 3")
 
 
+def check_fp16(config: Config) -> None:
+    """fp16 has a loss scale at every ZeRO stage but 0; `config` is settled with its DeepSpeed JSON."""
+    if config.training.fp16 and config.parallel.zero_stage == 0:
+        # deepspeed 0.19, DeepSpeedEngine.backward: only ZeRO's optimizers scale the loss, all divide by the scale.
+        raise UserError(
+            "--fp16 at ZeRO stage 0 loses DeepSpeed's loss scale: gradients are divided by it and the loss is not multiplied; "
+            "use --zero-stage 1, 2 or 3"
+        )
+
+
 def check_pipeline(config: Config) -> None:
     """What a pipeline cannot do; `config` is settled with its DeepSpeed JSON."""
     stages = config.parallel.pipeline_model_parallel_size
@@ -77,10 +87,6 @@ def check_pipeline(config: Config) -> None:
         raise UserError(
             f"ZeRO stage {config.parallel.zero_stage} does not work with {flag}: DeepSpeed's pipeline keeps gradients "
             f"of all microbatches; use --zero-stage 0 or 1"
-        )
-    if config.parallel.zero_stage == 0 and config.training.fp16:
-        raise UserError(
-            f"--fp16 with {flag} at ZeRO stage 0 loses DeepSpeed's loss scale: use --zero-stage 1"
         )
     if config.parallel.zero_stage == 0 and config.training.bf16:
         # BF16_Optimizer shards its state over data-parallel ranks even then, but the checkpoint holds one shard, which
