@@ -449,3 +449,28 @@ def _unlike_the_engine(rank: int, world: int) -> str:
 def test_a_layout_unlike_the_engines_is_refused(two_ranks: Workers) -> None:
     for refusal in two_ranks.run(_unlike_the_engine):
         assert refusal.startswith("the engine has 1 data-parallel ranks, the layout 2")
+
+
+def _credited(rank: int, world: int, betas: tuple[float, float], credit: str) -> list[float | None] | str:
+    """Credit factors of two steps of a model whose vectors have ``betas``; or the refusal."""
+    torch.manual_seed(0)
+    model = Tiny()
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1]},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "betas": betas},
+    ]
+    engine = _engine(model, torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99)), {"stage": 1})
+    try:
+        return [result.credit_factor for result in _score(engine, credit=credit, total_steps=2)]
+    except UserError as error:
+        return str(error)
+
+
+def test_a_step_has_one_credit_factor_or_none(two_ranks: Workers) -> None:
+    """Moments that decay at different rates carry parts of one gradient for differently many steps."""
+    for same in two_ranks.run(_credited, (0.9, 0.999), "trajectory"):
+        assert same == pytest.approx([1 + 0.9 * 0.1 / 0.19, 1.0])
+    for unlike in two_ranks.run(_credited, (0.5, 0.99), "step"):
+        assert unlike == [None, 1.0]
+    for refusal in two_ranks.run(_credited, (0.5, 0.99), "trajectory"):
+        assert refusal.startswith("the optimizer's momentum carries gradients of its parameter groups")
