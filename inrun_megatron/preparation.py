@@ -174,7 +174,7 @@ class Preparation:
         passes.join(batch)
         batch.reduce()
         # DeepSpeed averages gradients over data-parallel ranks, or adds them up.
-        scale = 1.0 / (self.adapter.gradient_divisor * self.adapter.loss_scale())
+        scale = 1.0 / (self.adapter.gradient_divisor * self.adapter.coming_unscale())
         for shard in batch.shards():
             shard.mul_(scale)
         clip = self.adapter.clip_coefficients(batch.norms())[0]

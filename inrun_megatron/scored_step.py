@@ -58,7 +58,7 @@ class ScoredStep:
         self._microbatches = 0
         self._target_losses: Tensor | None = None  # [K], on the device until the step is settled
         self._terms: tuple[Tensor, Tensor] | None = None
-        self._loss_scale = 1.0
+        self._loss_scale, self._unscale = 1.0, 1.0  # of the backward, and what the optimizer divides by
         self._steps_before = 0  # of the engine
         self._factor = 1.0  # of values from an older direction
         # Read before engine.step(), which may move the schedule on.
@@ -84,7 +84,7 @@ class ScoredStep:
         result.base = CURRENT if start is None or start.share is None else DRIFT
         coming = owner.preparation.coming_steps()
         result.credit_factor = self._credit_factor(coming)
-        self._loss_scale = owner.adapter.loss_scale()
+        self._loss_scale, self._unscale = owner.adapter.loss_scale(), owner.adapter.coming_unscale()
         self._steps_before = owner.adapter.steps_taken
         gains = [step.gain for step in coming]
         if owner.refresh.due(self.iteration):
@@ -164,7 +164,7 @@ class ScoredStep:
             result.status = "skipped: overflow"
             owner.refresh.expire()
         nothing = torch.empty(0, dtype=torch.float64, device=owner.device)
-        norm = owner.adapter.gradient_norm()
+        norm = owner.adapter.gradient_norm(self._loss_scale / self._unscale)
         clip = owner.adapter.clip_coefficients(torch.zeros((), device=owner.device) if norm is None else norm)
         losses = nothing if self._target_losses is None else self._target_losses
         scores, figures, tokens = nothing, nothing, nothing
@@ -207,7 +207,7 @@ class ScoredStep:
         if layout.mp_size > 1:
             dist.all_reduce(scores, group=layout.mp_group)
         # DeepSpeed averages gradients over data-parallel ranks (or adds them up): g_i carries the 1/DP.
-        scores *= clip * self._factor / (owner.adapter.gradient_divisor * self._loss_scale)
+        scores *= clip * self._factor / (owner.adapter.gradient_divisor * self._unscale)
         # Additivity and the drift terms need sums over all ranks; one small all-reduce for both.
         figures = torch.stack(
             [
