@@ -18,6 +18,7 @@ up to O(lr^3), without a Hessian-vector product.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -209,12 +210,18 @@ def credit_factor(reach: Callable[[int], float], remaining: int | None) -> float
     Args:
         reach: of the coming step (optimizers.Step.reach).
         remaining: steps of the run from the coming one on; None: no end.
+
+    Returns:
+        The sum; infinite where a momentum of 1 or more, which forgets nothing, meets a run without an end.
     """
-    total, j = 0.0, 0
+    total, j, before = 0.0, 0, math.inf
     while remaining is None or j < remaining:
         weight = reach(j)
-        total += weight
-        j += 1
+        if (
+            remaining is None and j > 1 and weight >= before > 0.0
+        ):  # from the second step on it falls, or never does
+            return math.inf
+        total, j, before = total + weight, j + 1, weight
         if weight < 1e-9:
             break
     return total

@@ -174,7 +174,7 @@ class Preparation:
         passes.join(batch)
         batch.reduce()
         # DeepSpeed averages gradients over data-parallel ranks, or adds them up.
-        scale = 1.0 / (self.adapter.gradient_divisor * self.adapter.loss_scale())
+        scale = 1.0 / (self.adapter.gradient_divisor * self.adapter.coming_unscale())
         for shard in batch.shards():
             shard.mul_(scale)
         clip = self.adapter.clip_coefficients(batch.norms())[0]
@@ -209,16 +209,12 @@ class Preparation:
         group = adapter.param_group(piece)
         return coming_step(adapter.inner, group, piece.tensor, self.proxy, self.counters)
 
-    def coming_step(self) -> Step:
-        """The coming step of one tensor, for the hyperparameters that all tensors share."""
-        return self._step(next(piece for group in self.adapter.groups for piece in group.pieces))
-
-    def gains(self) -> list[float]:
-        """The scalar part of the coming step's Jacobian, one per parameter group of the optimizer (refresh.py)."""
+    def coming_steps(self) -> list[Step]:
+        """The coming step of one tensor of every parameter group of the optimizer, for what all of a group share."""
         first = {
             piece.param_group: piece for group in self.adapter.groups for piece in reversed(group.pieces)
         }
-        return [self._step(first[index]).gain for index in sorted(first)]
+        return [self._step(first[index]) for index in sorted(first)]
 
     # -- directions ----------------------------------------------------------------------------------
 

@@ -21,6 +21,12 @@ SAME = 1e-6
 """Relative difference up to which two parameter groups' factors are the same: they are one number but for rounding."""
 
 
+def same(factors: Sequence[float]) -> bool:
+    """Are the parameter groups' (non-negative) factors one number?"""
+    low, high = min(factors, default=0.0), max(factors, default=0.0)
+    return low == high or low >= high * (1.0 - SAME)
+
+
 @dataclass(frozen=True)
 class _Held:
     """The directions that are held: taken in step ``iteration``, with these scalar parts of the Jacobian."""
@@ -75,13 +81,13 @@ class RefreshSchedule:
         assert self._held is not None
         pairs = [(now, then) for now, then in zip(gains, self._held.gains, strict=True) if now or then]
         factors = [now / then if then else float("inf") for now, then in pairs]
-        low, high = min(factors, default=0.0), max(factors, default=0.0)
-        if low < high * (1.0 - SAME):
+        if not same(factors):
+            low, high = min(factors), max(factors)
             raise UserError(
                 f"learning rates of the parameter groups moved by different factors ({low:g} to {high:g}) since the "
                 f"direction was taken: refresh {self.every} needs one schedule for all groups; use refresh 1"
             )
-        return high
+        return max(factors, default=0.0)
 
     def _window(self, iteration: int) -> int:
         return (iteration // self.interval - 1) // self.every

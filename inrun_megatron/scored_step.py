@@ -26,7 +26,9 @@ from .errors import UserError
 from .estimators import credit_factor
 from .host import to_host
 from .ledger.schema import CURRENT, DRIFT, StepRecord
+from .optimizers import Step
 from .passes import Microbatch
+from .refresh import same
 from .result import StepResult
 from .rows import StepRows
 from .scoring import RowScorer
@@ -56,7 +58,7 @@ class ScoredStep:
         self._microbatches = 0
         self._target_losses: Tensor | None = None  # [K], on the device until the step is settled
         self._terms: tuple[Tensor, Tensor] | None = None
-        self._loss_scale = 1.0
+        self._loss_scale, self._unscale = 1.0, 1.0  # of the backward, and what the optimizer divides by
         self._steps_before = 0  # of the engine
         self._factor = 1.0  # of values from an older direction
         # Read before engine.step(), which may move the schedule on.
@@ -80,11 +82,11 @@ class ScoredStep:
         result.status = "scored"
         start = owner.estimator.start
         result.base = CURRENT if start is None or start.share is None else DRIFT
-        remaining = None if owner.total_steps is None else max(1, owner.total_steps - self.iteration + 1)
-        result.credit_factor = credit_factor(owner.preparation.coming_step().reach(), remaining)
-        self._loss_scale = owner.adapter.loss_scale()
+        coming = owner.preparation.coming_steps()
+        result.credit_factor = self._credit_factor(coming)
+        self._loss_scale, self._unscale = owner.adapter.loss_scale(), owner.adapter.coming_unscale()
         self._steps_before = owner.adapter.steps_taken
-        gains = owner.preparation.gains()
+        gains = [step.gain for step in coming]
         if owner.refresh.due(self.iteration):
             owner.refresh.taken(self.iteration, gains)
             result.direction_age = 0
@@ -92,6 +94,28 @@ class ScoredStep:
             self._factor = owner.refresh.factor(gains)
             result.direction_age = owner.refresh.age(self.iteration)
         owner._probe.arm()
+
+    def _credit_factor(self, coming: Sequence[Step]) -> float | None:
+        """What all parameter groups' momentum makes of a gradient's weight; None where they do not agree.
+
+        Raises:
+            UserError: trajectory credit, and there is no such number, or it is infinite.
+        """
+        owner = self.owner
+        remaining = None if owner.total_steps is None else max(1, owner.total_steps - self.iteration + 1)
+        factors = [credit_factor(step.reach(), remaining) for step in coming]
+        agreed = same(factors)
+        if owner.credit == "trajectory" and not agreed:
+            raise UserError(
+                f"the optimizer's momentum carries gradients of its parameter groups unequally far ({min(factors):g} to "
+                f"{max(factors):g} steps), so that a sample has no one factor: trajectory credit needs the same betas "
+                f"(momentum) in all groups; use credit step"
+            )
+        if owner.credit == "trajectory" and math.isinf(factors[0]):
+            raise UserError(
+                "momentum 1 or more forgets no gradient: trajectory credit needs total_steps; use credit step"
+            )
+        return factors[0] if agreed else None
 
     @property
     def fresh(self) -> bool:
@@ -140,7 +164,7 @@ class ScoredStep:
             result.status = "skipped: overflow"
             owner.refresh.expire()
         nothing = torch.empty(0, dtype=torch.float64, device=owner.device)
-        norm = owner.adapter.gradient_norm()
+        norm = owner.adapter.gradient_norm(self._loss_scale / self._unscale)
         clip = owner.adapter.clip_coefficients(torch.zeros((), device=owner.device) if norm is None else norm)
         losses = nothing if self._target_losses is None else self._target_losses
         scores, figures, tokens = nothing, nothing, nothing
@@ -183,7 +207,7 @@ class ScoredStep:
         if layout.mp_size > 1:
             dist.all_reduce(scores, group=layout.mp_group)
         # DeepSpeed averages gradients over data-parallel ranks (or adds them up): g_i carries the 1/DP.
-        scores *= clip * self._factor / (owner.adapter.gradient_divisor * self._loss_scale)
+        scores *= clip * self._factor / (owner.adapter.gradient_divisor * self._unscale)
         # Additivity and the drift terms need sums over all ranks; one small all-reduce for both.
         figures = torch.stack(
             [
@@ -203,8 +227,11 @@ class ScoredStep:
         if clip == 0.0 or not all(math.isfinite(x) for x in sums):
             result.status = "skipped: values are not finite"
             return
-        assert result.credit_factor is not None and clip is not None
-        factor = result.credit_factor if self.owner.credit == "trajectory" else 1.0
+        assert clip is not None
+        factor = 1.0
+        if self.owner.credit == "trajectory":
+            assert result.credit_factor is not None
+            factor = result.credit_factor
         result.parts, result.places = scores * factor, self._rows.places()
         result.values = self._rows.of_samples(result.parts)
         result.step_sums, result.sums = sums, [x * factor for x in sums]

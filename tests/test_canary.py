@@ -103,7 +103,7 @@ def test_vocabulary_embedding_is_what_the_tap_replaces() -> None:
         (
             "deepspeed.runtime.fp16.loss_scaler",
             "DynamicLossScaler",
-            ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"),
+            ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis", "scale_window", "scale_factor"),
         ),
     ],
 )

@@ -449,3 +449,71 @@ def _unlike_the_engine(rank: int, world: int) -> str:
 def test_a_layout_unlike_the_engines_is_refused(two_ranks: Workers) -> None:
     for refusal in two_ranks.run(_unlike_the_engine):
         assert refusal.startswith("the engine has 1 data-parallel ranks, the layout 2")
+
+
+def _credited(rank: int, world: int, betas: tuple[float, float], credit: str) -> list[float | None] | str:
+    """Credit factors of two steps of a model whose vectors have ``betas``; or the refusal."""
+    torch.manual_seed(0)
+    model = Tiny()
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1]},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "betas": betas},
+    ]
+    engine = _engine(model, torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99)), {"stage": 1})
+    try:
+        return [result.credit_factor for result in _score(engine, credit=credit, total_steps=2)]
+    except UserError as error:
+        return str(error)
+
+
+def test_a_step_has_one_credit_factor_or_none(two_ranks: Workers) -> None:
+    """Moments that decay at different rates carry parts of one gradient for differently many steps."""
+    for same in two_ranks.run(_credited, (0.9, 0.999), "trajectory"):
+        assert same == pytest.approx([1 + 0.9 * 0.1 / 0.19, 1.0])
+    for unlike in two_ranks.run(_credited, (0.5, 0.99), "step"):
+        assert unlike == [None, 1.0]
+    for refusal in two_ranks.run(_credited, (0.5, 0.99), "trajectory"):
+        assert refusal.startswith("the optimizer's momentum carries gradients of its parameter groups")
+
+
+def _as_the_loss_scale_grows(
+    rank: int, world: int, stage: int, estimator: str, clip: float
+) -> tuple[Any, Any]:
+    """A step in which the loss scale doubles, and one at a fixed scale whose loss is half as large."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    results = []
+    for dynamic, factor in ((True, 1.0), (False, 0.5)):
+        torch.manual_seed(0)
+        model = Tiny()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+        scale = {"initial_scale_power": 8, "loss_scale_window": 1, "hysteresis": 1, "loss_scale": 256}
+        settings = {"fp16": {"enabled": True, **scale, **({"loss_scale": 0} if dynamic else {})}}
+        engine = _engine(model, optimizer, {"stage": stage}, clip=clip, settings=settings)
+        if dynamic:
+            engine.optimizer.loss_scaler.last_overflow_iter = -2  # so that a window ends with the first step
+
+        def loss(losses: torch.Tensor, micro: Any, factor: float = factor) -> torch.Tensor:
+            return losses.mean() * factor
+
+        results.append(_score(engine, 1, factor, estimator=estimator, training_loss=loss)[0])
+        assert engine.optimizer.loss_scale == (512.0 if dynamic else 256.0)
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "estimator", "clip"),
+    [(1, "first_order", 0.0), (2, "midpoint", 0.75), (3, "midpoint", 0.0), (3, "first_order", 0.3)],
+)
+def test_a_loss_scale_that_grows_halves_its_step(
+    two_ranks: Workers, stage: int, estimator: str, clip: float
+) -> None:
+    """DeepSpeed unscales gradients by the scale of the next step."""
+    for grown, half in two_ranks.run(_as_the_loss_scale_grows, stage, estimator, clip):
+        torch.testing.assert_close(
+            grown.values, half.values, rtol=2e-3, atol=float(half.values.abs().max()) * 2e-3
+        )
+        assert grown.additivity_lhs == pytest.approx(grown.additivity_rhs, rel=2e-2)
+        assert grown.gradient_norm == pytest.approx(half.gradient_norm, rel=2e-3)
+        assert grown.clip_coefficient == pytest.approx(half.clip_coefficient, rel=2e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
@@ -127,6 +128,13 @@ def _values(ranks: list[Ran], step: int) -> dict[int, torch.Tensor]:
 def test_credit_sums_until_nothing_is_left() -> None:
     assert credit_factor(lambda j: 0.5**j, None) == pytest.approx(2.0)
     assert credit_factor(lambda j: 0.5**j, 2) == 1.5
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_momentum_that_keeps_everything_has_no_end(nesterov: bool) -> None:
+    step = SGDStep(0.1, torch.zeros(1), momentum=1.0, nesterov=nesterov, momentum_buffer=torch.zeros(1))
+    assert credit_factor(step.reach(), None) == math.inf
+    assert credit_factor(step.reach(), 3) == pytest.approx(2.0 if nesterov else 3.0)
 
 
 @pytest.mark.parametrize(

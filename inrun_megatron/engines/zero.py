@@ -68,13 +68,36 @@ class ZeroAdapter(OptimizerState):
             return 1.0
         return float(self.engine.optimizer.loss_scale)
 
-    def gradient_norm(self) -> Tensor | None:
-        """Norm of the step's gradient before clipping, fp64 on the device; None where DeepSpeed did not compute one."""
+    def coming_unscale(self) -> float:
+        """What DeepSpeed will divide the coming step's gradients by, if they do not overflow.
+
+        Its ZeRO optimizers update a dynamic loss scale first and unscale then, so that this is the scale of the next step:
+        twice the ``loss_scale`` of this one's backward where a window without overflow ends.
+        """
+        scale = self.loss_scale()
+        wrapper: Any = self.engine.optimizer
+        if not self.engine.fp16_enabled() or wrapper.custom_loss_scaler or not wrapper.loss_scaler.dynamic:
+            return scale
+        scaler = wrapper.loss_scaler
+        stable = scaler.cur_iter - scaler.last_overflow_iter - 1
+        grows = stable > 0 and stable % scaler.scale_window == 0
+        return scale * float(scaler.scale_factor) if grows else scale
+
+    def gradient_norm(self, received: float = 1.0) -> Tensor | None:
+        """Norm of the gradient that the optimizer received, before clipping, fp64 on the device; None where DeepSpeed did
+        not compute one.
+
+        Args:
+            received: loss scale of the step's backward over ``coming_unscale``, which stages 1 and 2 leave out of the norm.
+        """
         norm = self._fp32_norm if self._fp32_norm is not None else self.engine.get_global_grad_norm()
         device = self.groups[0].device
-        if norm is None or isinstance(norm, Tensor):
-            return None if norm is None else norm.detach().reshape(()).to(device, torch.float64)
-        return torch.full((), norm, dtype=torch.float64, device=device)
+        if norm is None:
+            return None
+        if not isinstance(norm, Tensor):
+            norm = torch.full((), norm, dtype=torch.float64, device=device)
+        norm = norm.detach().reshape(()).to(device, torch.float64)
+        return norm if self.stage == 3 else norm * received
 
     def norm_on_host(self) -> float | None:
         """The same where the host has it already: from fp32 clipping at stage 0, of which DeepSpeed keeps none."""
