@@ -220,10 +220,10 @@ def _loss_scaling(merge_: _Merge, config: Config) -> dict[str, Any]:
     power = None
     if training.initial_loss_scale is not None:
         power = math.log2(training.initial_loss_scale) if training.initial_loss_scale > 0 else 0.5
-        if power != int(power):
+        if power == math.inf or power != int(power):
             raise UserError(f"--initial-loss-scale {training.initial_loss_scale} is no power of 2")
         power = int(power)
-    return {
+    scaling = {
         "loss_scale": float(merge_.settle("fp16.loss_scale", "--loss-scale", training.loss_scale, 0)),
         "initial_loss_scale": 2.0
         ** merge_.settle("fp16.initial_scale_power", "log2 of --initial-loss-scale", power, 16),
@@ -235,6 +235,12 @@ def _loss_scaling(merge_: _Merge, config: Config) -> dict[str, Any]:
         ),
         "hysteresis": merge_.settle("fp16.hysteresis", "--hysteresis", training.hysteresis, 2),
     }
+    for name, value in scaling.items():
+        if (
+            value < 0 or value == math.inf or (value == 0 and name != "loss_scale")
+        ):  # a fixed scale of 0: a dynamic one
+            raise UserError(f"--{name.replace('_', '-')} is {value:g}: it must be positive and finite")
+    return scaling
 
 
 def _no_loss_scaling(config: Config) -> dict[str, Any]:
