@@ -45,10 +45,12 @@ class Prepared:
         target_losses: L_k at the base point (see ``StepResult.base``), nats per token, ``[K]``.
         terms: this rank's part of the momentum and decay terms, ``[K]`` each: the loss change that the step would make
             to first order if the batch's gradient were zero.
+        path_norm: of the gradient that path estimators integrated along, before clipping, fp64 scalar; else None.
     """
 
     target_losses: Tensor
     terms: tuple[Tensor, Tensor]
+    path_norm: Tensor | None
 
 
 class Preparation:
@@ -105,7 +107,9 @@ class Preparation:
             if self.estimator.start is None:
                 with rng.kept(self.directions.device):  # the path's pass is to draw what the real one will
                     losses = self._losses(passes)
-            path = self._path(passes, microbatches) if self.estimator.follows_batch else None
+            path, path_norm = None, None
+            if self.estimator.follows_batch:
+                path, path_norm = self._path(passes, microbatches)
             self.directions.zero()
             with self._moving(path) as move:
                 for node in self.estimator.nodes:
@@ -116,7 +120,7 @@ class Preparation:
         passes.join(self.directions)
         self.reduce(self.adapter.loss_scale())
         assert losses is not None
-        return Prepared(losses, self.condition(path=path))
+        return Prepared(losses, self.condition(path=path), path_norm)
 
     # -- gradients -----------------------------------------------------------------------------------
 
@@ -150,8 +154,8 @@ class Preparation:
         sums = torch.stack([passes.loss_sum(t.microbatches) / t.num_tokens for t in self.targets])
         return passes.total(sums)
 
-    def _path(self, passes: Passes, microbatches: Sequence[Microbatch] | None) -> Directions:
-        """``c G`` of the coming step in the layout of a direction, from a pass of its own over the batch."""
+    def _path(self, passes: Passes, microbatches: Sequence[Microbatch] | None) -> tuple[Directions, Tensor]:
+        """``c G`` of the coming step in the layout of a direction, from a pass of its own over the batch; and ``|G|``."""
         expected, batch = self.adapter.gradient_accumulation_steps, self._batch
         assert batch is not None
         if microbatches is None or len(microbatches) != expected:
@@ -177,10 +181,11 @@ class Preparation:
         scale = 1.0 / (self.adapter.gradient_divisor * self.adapter.coming_unscale())
         for shard in batch.shards():
             shard.mul_(scale)
-        clip = self.adapter.clip_coefficients(batch.norms())[0]
+        norm = batch.norms()[0]
+        clip = self.adapter.clip_coefficients(norm)
         for shard in batch.shards():
             shard.mul_(clip)
-        return batch
+        return batch, norm
 
     # -- moving --------------------------------------------------------------------------------------
 

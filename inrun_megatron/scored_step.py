@@ -37,6 +37,10 @@ from .taps import Consumer, Pass
 if TYPE_CHECKING:
     from .shapley import InRunShapley
 
+PATH_TOLERANCE = 0.1
+"""Relative difference of the norms of the gradient that a path estimator integrated along and of the one that was stepped:
+far above rounding, below what a loss of another scale comes to."""
+
 
 class ScoredStep:
     """One optimizer step; made by ``InRunShapley.step``.
@@ -58,6 +62,7 @@ class ScoredStep:
         self._microbatches = 0
         self._target_losses: Tensor | None = None  # [K], on the device until the step is settled
         self._terms: tuple[Tensor, Tensor] | None = None
+        self._path_norm: Tensor | None = None  # of the gradient that was integrated along
         self._loss_scale, self._unscale = 1.0, 1.0  # of the backward, and what the optimizer divides by
         self._steps_before = 0  # of the engine
         self._factor = 1.0  # of values from an older direction
@@ -73,6 +78,7 @@ class ScoredStep:
             return
         prepared = self.owner.preparation.run(self.owner.passes, microbatches)
         self._target_losses, self._terms = prepared.target_losses, prepared.terms
+        self._path_norm = prepared.path_norm
         self.result.seconds_scoring += time.perf_counter() - started
 
     def _begin(self) -> None:
@@ -174,11 +180,14 @@ class ScoredStep:
         else:
             owner._probe.disarm()
         # Nothing was read from the device until here, and everything is read at once.
-        read = to_host(nothing if norm is None else norm, clip, losses, scores, figures, tokens)
+        path = nothing if self._path_norm is None else self._path_norm
+        read = to_host(nothing if norm is None else norm, clip, losses, scores, figures, tokens, path)
         result.gradient_norm = None if norm is None else float(read[0])
         result.clip_coefficient = float(read[1])
         result.target_losses = None if self._target_losses is None else read[2].tolist()
         if result.scored:
+            if norm is not None and self._path_norm is not None:
+                self._require_the_path(float(read[6]), float(read[0]))
             self._rows.read(read[5])
             self._settle_scores(torch.from_numpy(read[3]), read[4].tolist())
             if not result.scored:  # what spoiled this step's values may be in its directions
@@ -195,6 +204,16 @@ class ScoredStep:
             raise UserError(
                 f"step {self.iteration} saw {seen} microbatches and {steps} steps of the engine's optimizer, but the engine "
                 f"accumulates {expected}; put all microbatches of one optimizer step inside one `with shapley.step(...)`"
+            )
+
+    def _require_the_path(self, integrated: float, stepped: float) -> None:
+        """Raise UserError where a path estimator integrated along another gradient than was stepped: the additivity audit
+        holds along any."""
+        if abs(integrated - stepped) > PATH_TOLERANCE * max(integrated, stepped):
+            raise UserError(
+                f"estimator {self.owner.estimator.name} integrated along a gradient of norm {integrated:.3g}, but one of norm "
+                f"{stepped:.3g} was stepped in step {self.iteration}: give step() the microbatches that are trained on, and "
+                f"InRunShapley as training_loss what engine.backward gets"
             )
 
     def _sum_scores(self, clip: Tensor) -> tuple[Tensor, Tensor]:

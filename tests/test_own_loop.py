@@ -517,3 +517,19 @@ def test_a_loss_scale_that_grows_halves_its_step(
         assert grown.additivity_lhs == pytest.approx(grown.additivity_rhs, rel=2e-2)
         assert grown.gradient_norm == pytest.approx(half.gradient_norm, rel=2e-3)
         assert grown.clip_coefficient == pytest.approx(half.clip_coefficient, rel=2e-3)
+
+
+def _along_another_gradient(rank: int, world: int, stage: int) -> str:
+    torch.manual_seed(0)
+    model = Tiny()
+    engine = _engine(model, torch.optim.AdamW(model.parameters(), lr=1e-3), {"stage": stage})
+    with pytest.raises(UserError) as refusal:
+        _score(engine, 1, factor=0.5, estimator="midpoint")
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_path_along_another_gradient_is_refused(two_ranks: Workers, stage: int) -> None:
+    """``engine.backward`` gets half of what ``training_loss`` says. Additivity holds along any path."""
+    for refusal in two_ranks.run(_along_another_gradient, stage):
+        assert refusal.startswith("estimator midpoint integrated along a gradient of norm")
