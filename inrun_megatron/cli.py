@@ -75,7 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not hasattr(error, "format_message"):
             raise
         message = error.format_message() or f"no command given; see {name} --help"
-        code = _complain(name, message)
+        if message.startswith("No such command"):
+            name, message = "inrun", f"{message.rstrip('.')}; see inrun --help"
+        # Of the library that typer converts values with.
+        code = _complain(name, message.replace("Value error, ", ""))
     sys.exit(code if isinstance(code, int) else 0)
 
 

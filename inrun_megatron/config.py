@@ -104,7 +104,7 @@ class DataConfig:
     vocab_size: Unset[int] = None
     """Vocabulary before padding. Default: the tokenizer's."""
     eod_mask_loss: bool = False
-    """No loss on end-of-document tokens."""
+    """No loss where the input is an end-of-document token: for the first token of the next document."""
     reset_position_ids: bool = False
     """Positions start at 0 after each end of document."""
     reset_attention_mask: bool = False
@@ -172,7 +172,7 @@ class TrainingConfig:
     recompute_num_layers: int = 1
     """Layers per chunk; read with --recompute-granularity only."""
     eval_interval: int = 1000
-    """Steps between evaluations on the validation split; 0 switches them off."""
+    """Steps between evaluations on the validation split, and one at the end; 0 switches them off."""
     eval_iters: int = 100
     """Global batches of the validation split per evaluation, the same ones each time; 0 switches it off."""
     exit_interval: Unset[int] = None
@@ -230,7 +230,7 @@ class LoggingConfig:
     wandb_project: Unset[str] = None
     """Log to this project of Weights & Biases."""
     wandb_exp_name: Unset[str] = None
-    """Group of the run in Weights & Biases, through DeepSpeed; the variable WANDB_NAME gives it a name of its own."""
+    """Group of the run in Weights & Biases, with --wandb-project; the variable WANDB_NAME gives it a name of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

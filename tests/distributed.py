@@ -345,7 +345,9 @@ def _forget_engines() -> None:
     from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    for left in [held for held in gc.get_objects() if isinstance(held, (DeepSpeedEngine, DeepSpeedOptimizer))]:
+    for left in [
+        held for held in gc.get_objects() if isinstance(held, (DeepSpeedEngine, DeepSpeedOptimizer))
+    ]:
         vars(left).clear()
 
 

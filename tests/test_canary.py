@@ -6,8 +6,12 @@ A patched name that was renamed upstream becomes a silent no-op; here it becomes
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
+
+import inrun_megatron
 
 
 def _source(thing: object) -> str:
@@ -81,6 +85,7 @@ def test_vocabulary_embedding_is_what_the_tap_replaces() -> None:
             (
                 "clip_fp32_gradients",
                 "get_global_grad_norm",
+                "_global_grad_norm",
                 "was_step_applied",
                 "gradient_clipping",
                 "zero_offload_param",
@@ -114,6 +119,27 @@ def test_deepspeed_names(module: str, owner: str, names: tuple[str, ...]) -> Non
     source = _source(getattr(loaded, owner))
     for name in names:
         assert name in source, f"{owner} has no {name} any more: engines/zero*.py read it"
+
+
+def test_what_is_not_public_is_touched_in_the_adapters_alone() -> None:
+    """Private names of an engine or of its optimizer, and DeepSpeed's modules beside the public ones."""
+    package = Path(inrun_megatron.__file__).parent
+    private = re.compile(r"\b(?:engine|optimizer|wrapper)\._(?!_)\w+")
+    found = {
+        f"{path.relative_to(package)}: {name}"
+        for path in package.rglob("*.py")
+        if path.parent.name != "engines"
+        for name in private.findall(path.read_text())
+    }
+    assert not found
+
+
+def test_partitioned_parameters_still_know_their_whole_shape() -> None:
+    """Read where parameters are: taps/attach.py, directions/vectors.py, training/optimizer.py."""
+    from deepspeed.runtime.zero import partition_parameters
+
+    source = _source(partition_parameters)
+    assert "param.ds_shape = param.shape" in source and "param.ds_numel = param.numel()" in source
 
 
 def test_zero_3_fetches_in_a_stream_that_the_lookahead_makes_wait() -> None:

@@ -22,7 +22,7 @@ from inrun_megatron.report.summary import build_summary, print_summary
 from inrun_megatron.report.tables import decimals_of, scale_near, scale_of, with_error
 from tests.synthetic_ledger import TARGETS, Shape, description, prepared_datasets, write_run
 
-COMMANDS = ("prepare", "summary", "top", "show", "export", "verify")
+COMMANDS = tuple(command.callback.__name__ for command in cli.app.registered_commands if command.callback)
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +326,7 @@ BAD = [
     (("summary", "{empty}"), "has no committed step: no step is scored"),
     (("top", "{empty}"), "has no committed step: no step is scored"),
     (("summary", "{run}", "--phases", "x"), "not a list of fractions"),
+    (("summary", "{run}", "--phases", "1/2,1/3"), "--phases 1/2,1/3: cuts must be increasing fractions"),
     (("show", "{run}"), "give one of --sample D:K and --document D:N"),
     (("show", "{run}", "--sample", "x:1"), "no dataset 'x'; it has 0 (code), 1 (prose), 2 (shuffled)"),
     (("show", "{run}", "--sample", "code"), "--sample 'code' is not DATASET:NUMBER"),
@@ -346,7 +347,12 @@ BAD = [
         "is no regular file; choose another",
     ),
     (("top", "{run}", "--data", "code"), "is not NAME=PREFIX"),
-    (("bogus",), "No such command 'bogus'"),
+    (("bogus",), "inrun: No such command 'bogus'; see inrun --help"),
+    (("top", "{run}", "--rank", "x"), "Invalid value for '--rank': 'x' is not one of 'value', 'mean'"),
+    (
+        ("prepare", "{run}", "-o", "{tmp}/x", "--workers", "0"),
+        "--workers is 0: use 1 for one process, or more",
+    ),
 ]
 
 

@@ -311,6 +311,13 @@ def test_the_json_decides_what_the_flags_leave_open(tmp_path: Path) -> None:
         ("--clip-grad 1.0", {"gradient_clipping": 0.5}, ("--clip-grad is 1.0", "is 0.5")),
         ("--bf16", {"bf16": {"enabled": False}}, ("--bf16 is True", "is false")),
         ("--fp16 --loss-scale 128", {"fp16": {"loss_scale": 64}}, ("--loss-scale is 128.0", "is 64")),
+        (
+            "--tensorboard-dir mine",
+            {"tensorboard": {"enabled": True, "output_path": "theirs"}},
+            ("--tensorboard-dir is mine", '"tensorboard.output_path" in', 'is "theirs"'),
+        ),
+        ("--csv-dir mine", {"csv_monitor": {"enabled": False}}, ("--csv-dir", "is false")),
+        ("--wandb-project mine", {"wandb": {"project": "theirs"}}, ("--wandb-project is mine", "theirs")),
     ],
 )
 def test_a_contradiction_names_both_values(
@@ -322,9 +329,21 @@ def test_a_contradiction_names_both_values(
     assert all(value in str(caught.value) for value in values), str(caught.value)
 
 
+def test_a_monitor_of_the_flags_keeps_what_the_json_says_of_it(tmp_path: Path) -> None:
+    """Such as the team, which no flag names."""
+    content = {"wandb": {"enabled": True, "team": "us", "project": "p"}, "csv_monitor": {"job_name": "mine"}}
+    path = write_json(tmp_path / "x.json", content)
+    flags = "--wandb-project p --wandb-exp-name e --csv-dir c --tensorboard-dir t"
+    _, merged, _ = merge(config("--deepspeed_config", path, *flags.split()), 1)
+    assert merged["wandb"] == {"enabled": True, "team": "us", "project": "p", "group": "e"}
+    assert merged["csv_monitor"] == {"enabled": True, "output_path": "c", "job_name": "mine"}
+    assert merged["tensorboard"] == {"enabled": True, "output_path": "t", "job_name": "train"}
+
+
 @pytest.mark.parametrize(
     ("flags", "content", "message"),
     [
+        ("--wandb-exp-name e", {}, "--wandb-exp-name e needs --wandb-project"),
         ("--global-batch-size 6", {}, "6 is no multiple of --micro-batch-size 2 x 2 data-parallel ranks = 4"),
         ("--fp16", {"bf16": {"enabled": True}}, "both bf16 and fp16"),
         ("", {"optimizer": {"type": "Adam"}}, "give --optimizer"),

@@ -91,11 +91,39 @@ attach_taps(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Conv1d(4, 4, 1))
     assert "2 of 4 trainable parameters have no tap: 1.weight (Conv1d), 1.bias (Conv1d)" in done.stderr
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
-def test_links_lead_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs" / page).read_text()):
-        if "://" not in target:
-            assert (ROOT / "docs" / target).exists(), f"{page} links to {target}"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "ds_configs" / "README.md"])
+
+
+def _anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub spells them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        to = page.parent / name if name else page
+        assert to.exists(), f"{page} links to {target}"
+        assert not anchor or anchor in _anchors(to), f"{page} links to {target}"
+
+
+def test_commands_of_the_docs_exist() -> None:
+    """The files that they name, and the flags of the benchmarks."""
+    sources = {path.stem: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
+    sources["fidelity"] = (ROOT / "benchmarks" / "fidelity" / "__main__.py").read_text()
+    for page in PAGES:
+        text = page.read_text()
+        for name in re.findall(r"\btests/test_\w+\.py|\binrun_megatron/\w+(?:/\w+)*\.py", text):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+        for name, rest in re.findall(r"python -m benchmarks\.(\w+)((?: [^`#\n]+)?)", text):
+            for flag in re.findall(r"--([a-z][a-z-]*)", rest.split("    ")[0]):
+                known = rf"--{flag}\b|\b{flag.replace('-', '_')}: Annotated"
+                assert re.search(known, sources[name]), f"{page.name}: benchmarks.{name} has no --{flag}"
 
 
 def test_every_template_has_its_row_and_marked_lines() -> None:

@@ -48,6 +48,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     plan = json.loads(run(capsys, "--config", str(config), "--world-size", "4", "--json")[1])
     assert plan["ledger"]["rows"] == 10 * 16 and plan["job"]["target_sequences"] == 24
     assert plan["job"]["parameter_bytes"] == 4 and plan["memory"]["batch_gradient"] > 0
+    assert run(capsys, "--config", str(config))[2] == "inrun plan: the plan needs --world-size\n"
 
 
 @pytest.mark.parametrize(

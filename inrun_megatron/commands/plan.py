@@ -44,15 +44,15 @@ def plan(
     vocab_size: Annotated[Number, typer.Option(help="Rows of the embedding, with padding.")] = None,
     seq_length: Annotated[Number, typer.Option(help="Tokens per sample.")] = None,
     world_size: Annotated[Number, typer.Option(help="GPUs.")] = None,
-    micro_batch_size: Annotated[Number, typer.Option(help="Samples per forward pass.")] = None,
+    micro_batch_size: Annotated[Number, typer.Option(help="Samples per forward pass. Default: 1.")] = None,
     global_batch_size: Annotated[Number, typer.Option(help="Samples per step.")] = None,
-    tensor_model_parallel_size: Annotated[Number, typer.Option(help="Tensor parallel.")] = None,
-    pipeline_model_parallel_size: Annotated[Number, typer.Option(help="Pipeline stages.")] = None,
+    tensor_model_parallel_size: Annotated[Number, typer.Option(help="Tensor parallel. Default: 1.")] = None,
+    pipeline_model_parallel_size: Annotated[Number, typer.Option(help="Pipeline stages. Default: 1.")] = None,
     sequence_parallel: Annotated[
         bool | None,
         typer.Option("--sequence-parallel/--no-sequence-parallel", help="Shard the sequence over TP."),
     ] = None,
-    zero_stage: Annotated[Number, typer.Option(help="DeepSpeed ZeRO stage 0-3.")] = None,
+    zero_stage: Annotated[Number, typer.Option(help="DeepSpeed ZeRO stage 0-3. Default: 1.")] = None,
     precision: Annotated[
         Precision | None, typer.Option(help="Of the weights that layers use. Default: bf16.")
     ] = None,
@@ -61,11 +61,16 @@ def plan(
     ] = None,
     train_iters: Annotated[Number, typer.Option(help="Steps of the run. Default: 1000.")] = None,
     targets: Annotated[Number, typer.Option(help="Validation targets. Default: 1.")] = None,
-    target_sequences: Annotated[Number, typer.Option(help="Sequences of each target.")] = None,
+    target_sequences: Annotated[
+        Number,
+        typer.Option(
+            help="Sequences of each target. Default: the largest in --config if each target names one, else 16."
+        ),
+    ] = None,
     target_micro_batch_size: Annotated[
         Number, typer.Option(help="As --shapley-micro-batch-size. Default: --micro-batch-size.")
     ] = None,
-    interval: Annotated[Number, typer.Option(help="Score every N-th step.")] = None,
+    interval: Annotated[Number, typer.Option(help="Score every N-th step. Default: 1.")] = None,
     estimator: Annotated[
         Literal["first_order", "midpoint", "simpson"] | None, typer.Option(help="As --shapley-estimator.")
     ] = None,
@@ -77,7 +82,8 @@ def plan(
         Literal["fp32", "bf16"] | None, typer.Option(help="As --shapley-direction-dtype. Default: fp32.")
     ] = None,
     segments: Annotated[
-        float | None, typer.Option(help="Ledger rows per sample and target: documents or tokens of a sample.")
+        float | None,
+        typer.Option(help="Ledger rows per sample and target: its documents or tokens. Default: 1."),
     ] = None,
     tflops: Annotated[
         float, typer.Option(help="What training reaches on one GPU, in 1e12 operations/s.")
@@ -95,7 +101,8 @@ def plan(
 
     Example: inrun plan --preset 7b --targets 4 --estimator midpoint --interval 10
 
-    All flags override the preset or the run's configuration. docs/scaling.md derives the formulas.
+    All flags override the preset or the run's configuration, which override the defaults. docs/scaling.md derives the
+    formulas.
     """
     if json and as_markdown:
         raise UserError("give one of --json and --markdown")
@@ -147,8 +154,9 @@ def plan(
         "segments": segments,
     }
     starts = _starts(preset or (), config, vocab_size is None)
+    remedy = "" if preset or config else "; or start from --preset or --config"
     plans = {
-        name: record(_job(own_model | _given(model), own_job | _given(job)), hardware)
+        name: record(_job(own_model | _given(model), own_job | _given(job), remedy), hardware)
         for name, (own_model, own_job) in starts.items()
     }
     if json:
@@ -228,7 +236,7 @@ def _embedding_rows(found: Config, path: str) -> int:
     )
 
 
-def _job(model: dict[str, Any], job: dict[str, Any]) -> Job:
+def _job(model: dict[str, Any], job: dict[str, Any], remedy: str) -> Job:
     needed = {ModelConfig: model, Job: {"model": None} | job}
     missing = [
         field.name
@@ -238,7 +246,7 @@ def _job(model: dict[str, Any], job: dict[str, Any]) -> Job:
     ]
     if missing:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
-        raise UserError(f"the plan needs {flags}; or start from --preset or --config")
+        raise UserError(f"the plan needs {flags}{remedy}")
     return Job(model=ModelConfig(**model), **job)
 
 

@@ -154,9 +154,10 @@ def check_split(
         chosen = split_range(span, data.num_sequences)
         tokens = int(data.sequence_lengths[chosen.start : chosen.stop].sum(dtype=np.int64))
         if tokens <= 1:
+            without = "" if name == "train" else ", or train without evaluation (--eval-iters 0)"
             raise UserError(
                 f"--split {split} leaves {tokens} tokens of {data.prefix} ({data.num_sequences} documents) for {name}: "
-                "change --split or add documents"
+                f"change --split or add documents{without}"
             )
         if whole_epochs is not None and tokens <= whole_epochs:
             raise UserError(

@@ -73,7 +73,7 @@ def prepare(
     started = time.monotonic()
     if format not in FORMATS:
         raise UserError(f"the format {format!r} is not known: use one of {', '.join(FORMATS)}")
-    if workers < 0:
+    if workers < 1:
         raise UserError(f"--workers is {workers}: use 1 for one process, or more")
     prefix = normalise_prefix(output)
     options = ReadOptions(format, text_field, _checked_fields(keep), replace_invalid)

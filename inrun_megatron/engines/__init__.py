@@ -1,4 +1,4 @@
-"""Adapters to DeepSpeed: all of its internals are known here and nowhere else."""
+"""Adapters to DeepSpeed: what is not public of its engines and optimizers is known here and nowhere else."""
 
 from .zero import ZeroAdapter
 

@@ -80,6 +80,15 @@ def watch_fp32_clipping(engine: Any, keep: Callable[[float], None]) -> None:
     engine.clip_fp32_gradients = clip_fp32_gradients
 
 
+def keep_fp32_norm(engine: Any) -> None:
+    """Let `engine.get_global_grad_norm()` answer in fp32 at ZeRO stage 0 too."""
+
+    def keep(norm: float) -> None:
+        engine._global_grad_norm = norm
+
+    watch_fp32_clipping(engine, keep)
+
+
 def _clip_pipeline(engine: Any, maximum: float) -> float:
     """Clip this stage's gradients by the norm over all stages and tensor-parallel ranks."""
     first = engine.mpu.get_slice_parallel_rank() == 0

@@ -1,7 +1,7 @@
 """DeepSpeed's engine as scoring sees it: flat groups, clip coefficient, loss scale, and what is refused.
 
-Everything of DeepSpeed that is not public is touched in this directory only, and all of its optimizers in the three
-files zero.py, zero_groups.py and zero_files.py; ``tests/test_canary.py`` fails when one of these names moves.
+What is not public of DeepSpeed's engines and optimizers is touched in this directory only, and all of its optimizers in
+the three files zero.py, zero_groups.py and zero_files.py; ``tests/test_canary.py`` fails when one of these names moves.
 Upstream (deepspeed 0.19): runtime/engine.py.
 """
 

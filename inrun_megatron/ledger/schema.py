@@ -26,8 +26,6 @@ DEFAULT_SUBDIRECTORY = "shapley"
 
 SCORED = "scored"
 CURRENT, DRIFT = "current", "drift"
-SKIPPED_OVERFLOW = "skipped: overflow"
-UNSCORED_PREFIX = "unscored: "
 
 # Keys of the Parquet files' own metadata, so that a part that was moved away still says what it is.
 META_VERSION, META_RUN, META_TABLE = b"inrun.schema_version", b"inrun.run_id", b"inrun.table"
@@ -96,7 +94,7 @@ class StepRecord:
     step: int
     """Training iteration, counted from 1."""
     status: str = SCORED
-    """`scored`, `skipped: overflow` (the optimizer took no step) or `unscored: <reason>`."""
+    """`scored`, or `skipped: <reason>`: overflow (the optimizer took no step), values are not finite."""
     consumed_samples: int | None = None
     """Training samples consumed at the end of this step, over the whole run."""
     samples: int = 0
@@ -119,7 +117,7 @@ class StepRecord:
     target_loss: PerTarget = None
     """L_k before the step, at the base point."""
     realised: PerTarget = None
-    """L_k(w_t) - L_k(w_{t+1}); None until known (readers fill it from the next step's target_loss)."""
+    """target_loss less that of the next step; None until known (readers fill it in)."""
     sum_values: PerTarget = None
     """sum_i phi_i over the step's samples."""
     momentum_term: PerTarget = None
@@ -140,14 +138,14 @@ class RunDescription:
     """What run.json says of a run; everything in it must be JSON-serialisable."""
 
     targets: Sequence[Mapping[str, Any]]
-    """One mapping per target, in the order of the value columns; each has `name`."""
+    """One mapping per target, in the order of `values` at `LedgerWriter.append`; each has `name`."""
     datasets: Sequence[Mapping[str, Any]]
     """The dataset table (`DatasetDescription.to_dict()` of each); each has `index` and `name`."""
     configuration: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     layout: Mapping[str, Any] = field(default_factory=dict)
     coverage: Mapping[str, Any] | None = None
-    """`{"parameters": n, "tapped": n, "missing": [names]}`, counting scalar parameters."""
+    """`Coverage.to_dict()` of the taps: how many parameters there are and have a tap, and the names of those without."""
     run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Process groups and reductions."""
+"""Process groups, and this rank's place in them."""
 
 from .layout import Layout
 

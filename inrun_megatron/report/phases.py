@@ -39,7 +39,9 @@ def phases_of(last_step: int, cuts: Sequence[Fraction] = DEFAULT_CUTS) -> list[P
     """
     if not all(0 < cut < 1 for cut in cuts) or list(cuts) != sorted(set(cuts)):
         given = ",".join(str(cut) for cut in cuts)
-        raise UserError(f"phase cuts {given} must be increasing fractions between 0 and 1, such as 1/6,1/3")
+        raise UserError(
+            f"--phases {given}: cuts must be increasing fractions between 0 and 1, such as 1/6,1/3"
+        )
     ends = [int(cut * last_step) for cut in cuts] + [last_step]
     starts = [1] + [end + 1 for end in ends[:-1]]
     ranges = [(first, last) for first, last in zip(starts, ends, strict=True) if first <= last]

@@ -77,7 +77,9 @@ class _Merge:
         return value
 
     def _check_kind(self, key: str, value: Any, example: Any) -> None:
-        """A number where a number belongs, true or false where a switch does."""
+        """A number where a number belongs, true or false where a switch does; a text is the flag's."""
+        if isinstance(example, str):
+            return
         switch = isinstance(example, bool)
         if isinstance(value, bool) != switch or not isinstance(value, (int, float)):
             expected = "true or false" if switch else "a number"
@@ -253,15 +255,28 @@ def _no_loss_scaling(config: Config) -> dict[str, Any]:
 
 def _monitors(merge_: _Merge, config: Config) -> None:
     logging = config.logging
-    for section, directory in (("tensorboard", logging.tensorboard_dir), ("csv_monitor", logging.csv_dir)):
-        if directory is not None:
-            merge_.merged[section] = {"enabled": True, "output_path": directory, "job_name": "train"}
-    if logging.wandb_project is not None:
-        merge_.merged["wandb"] = {
-            "enabled": True,
-            "project": logging.wandb_project,
-            "group": logging.wandb_exp_name,
-        }
+    for section, key, flag, given in (
+        ("tensorboard", "output_path", "--tensorboard-dir", logging.tensorboard_dir),
+        ("csv_monitor", "output_path", "--csv-dir", logging.csv_dir),
+        ("wandb", "project", "--wandb-project", logging.wandb_project),
+    ):
+        if given is None:
+            continue
+        merge_.settle(f"{section}.{key}", flag, given)
+        monitor = merge_.merged[section]
+        if monitor.get("enabled") in (None, "auto"):
+            monitor["enabled"] = True
+        if monitor["enabled"] is not True:
+            raise UserError(
+                f'{flag} is {given} but "{section}.enabled" in {merge_.path} is {json.dumps(monitor["enabled"])}: '
+                f"write true, or leave {flag} out"
+            )
+        if section != "wandb":
+            monitor.setdefault("job_name", "train")
+    if logging.wandb_exp_name is not None:
+        if not (merge_.merged.get("wandb") or {}).get("enabled"):
+            raise UserError(f"--wandb-exp-name {logging.wandb_exp_name} needs --wandb-project")
+        merge_.settle("wandb.group", "--wandb-exp-name", logging.wandb_exp_name)
 
 
 def _no_auto_left(content: Mapping[str, Any], path: str | None, prefix: str = "") -> None:

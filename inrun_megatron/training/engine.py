@@ -14,9 +14,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from inrun_megatron.config import Config
 from inrun_megatron.engines.gradients import (
+    keep_fp32_norm,
     mark_tensor_parallel_gradients,
     sum_sequence_parallel_gradients,
-    watch_fp32_clipping,
 )
 from inrun_megatron.engines.pipeline import unpartitioned
 from inrun_megatron.engines.unfused import forget_first_step
@@ -73,7 +73,7 @@ def build_trainer(config: Config, deepspeed_config: dict[str, Any], batch: Batch
         mpu=None if pipeline else Mpu(),  # a PipelineModule brings its own
         dist_init_required=False,
     )
-    _keep_gradient_norm(engine)
+    keep_fp32_norm(engine)
     if config.parallel.sequence_parallel:
         sum_sequence_parallel_gradients(engine.module, parallel_state.get_tensor_model_parallel_group())
     if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
@@ -129,15 +129,6 @@ def _build_pipeline(config: Config, deepspeed_config: dict[str, Any], vocab_size
         seed=config.training.seed,
         sequence_parallel=config.parallel.sequence_parallel,
     )
-
-
-def _keep_gradient_norm(engine: Any) -> None:
-    """Let `engine.get_global_grad_norm()` answer in fp32 at ZeRO stage 0 too."""
-
-    def keep(norm: float) -> None:
-        engine._global_grad_norm = norm
-
-    watch_fp32_clipping(engine, keep)
 
 
 @contextlib.contextmanager

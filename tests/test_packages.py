@@ -1,0 +1,63 @@
+"""The map in CONTRIBUTING.md is that of the imports."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "inrun_megatron"
+REST = "the other files"
+
+
+def _rows() -> list[tuple[set[str], set[str]]]:
+    """(what a line of the map is about, what it imports): folders, files at the top, REST."""
+    found = []
+    for first, last in re.findall(
+        r"^\| (.+?) \| .+? \|(.*)\|$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M
+    ):
+        about = {REST} if first.startswith(REST) else set(re.findall(r"`(\w+(?:/|\.py))`", first))
+        imports = set(re.findall(r"`(\w+(?:/|\.py))`", last)) | ({REST} if REST in last else set())
+        if about:
+            found.append((about, imports))
+    return found
+
+
+def _imported(path: Path) -> set[str]:
+    """Parts of the package that a file imports anywhere, as folders and files at the top."""
+    inside = ("inrun_megatron", *path.relative_to(PACKAGE).parts[:-1])
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = inside[: len(inside) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            modules |= {f"{base}.{alias.name}" for alias in node.names}
+    names = {module.split(".")[1] for module in modules if module.startswith("inrun_megatron.")}
+    return {f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py" for name in names}
+
+
+def test_the_map_is_the_imports() -> None:
+    rows = _rows()
+    line = {part: number for number, (about, _) in enumerate(rows) for part in about}
+    assert {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} <= line.keys()
+    found: dict[int, set[int]] = {number: set() for number in range(len(rows))}
+    for path in PACKAGE.rglob("*.py"):
+        own = path.relative_to(PACKAGE).parts[0]
+        here = line.get(f"{own}/" if path.parent != PACKAGE else own, line[REST])
+        found[here] |= {line.get(part, line[REST]) for part in _imported(path)}
+    for number, (about, imports) in enumerate(rows):
+        said = {line[part] for part in imports}
+        assert found[number] - {0, number} == said, (
+            f"{sorted(about)}: {sorted(found[number])} != {sorted(said)}"
+        )
+
+
+def test_the_commands_need_no_torch() -> None:
+    code = "import sys, inrun_megatron.cli; print([name for name in ('torch', 'megatron', 'deepspeed') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"
