@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 TARGETS = ("code", "prose", "maths", "dialogue")
-DATASETS, SOURCES, WRITERS, SEQUENCE = 4, 20, 4, 16
+DATASETS, SOURCES, BATCH, WRITERS, SEQUENCE = 4, 20, 1024, 4, 16
 COMMIT_EVERY = 500
 
 COMMANDS = {
@@ -113,7 +113,7 @@ def segments_of(table: list[dict[str, Any]], samples: int) -> list[np.ndarray]:
 
 
 def write_ledger(
-    directory: Path, rows: int, granularity: str = "sample", batch: int = 1024
+    directory: Path, rows: int, granularity: str = "sample", batch: int = BATCH
 ) -> dict[str, Any]:
     """Generate; returns the figures of the writing. batch: samples a step, a multiple of DATASETS and WRITERS."""
     from inrun_megatron.ledger import LedgerWriter, RunDescription, StepRecord, commit, create_ledger
@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--granularity", choices=("sample", "document"), default="sample")
-    parser.add_argument("--batch", type=int, default=1024, help="samples a step: a multiple of 4")
+    parser.add_argument("--batch", type=int, default=BATCH, help="samples a step: a multiple of 4")
     parser.add_argument("--only", choices=COMMANDS, action="append", help="this command; may be given again")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
