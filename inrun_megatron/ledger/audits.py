@@ -83,9 +83,9 @@ def check_additivity(starts: Starts, steps: pa.Table, absolute: NDArray[np.float
     chosen = scored & is_known(steps, "additivity_lhs") & is_known(steps, "additivity_rhs")
     own = steps.filter(pa.array(chosen))
     lhs, rhs = numbers(own, "additivity_lhs"), numbers(own, "additivity_rhs")
-    factor = or_one(numbers(own, "clip_coefficient"), is_known(own, "clip_coefficient"))
+    factor = or_one(own, "clip_coefficient")
     if setting(starts.at(0), "credit", group="shapley") == "trajectory":
-        factor = factor * or_one(numbers(own, "credit_factor"), is_known(own, "credit_factor"))
+        factor = factor * or_one(own, "credit_factor")
     step, target = integers(own, "step"), texts(own, "target")
     scale = absolute[chosen] / factor
     error = _ratios(np.abs(lhs - rhs), np.where(scale > 0, scale, np.maximum(np.abs(lhs), np.abs(rhs))))

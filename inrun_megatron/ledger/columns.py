@@ -35,9 +35,10 @@ def texts(table: pa.Table, name: str) -> NDArray[np.object_]:
     return np.asarray(pc.cast(table[name], pa.string()).to_numpy(zero_copy_only=False), object)
 
 
-def or_one(factor: NDArray[np.float64], known: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """A factor, 1 where none (or 0) is recorded."""
-    return np.where(known & (factor != 0), factor, 1.0)
+def or_one(table: pa.Table, name: str) -> NDArray[np.float64]:
+    """A column of factors, 1 where none (or 0) is recorded."""
+    factor = numbers(table, name)
+    return np.where(is_known(table, name) & (factor != 0), factor, 1.0)
 
 
 def places(rows: pa.Table, keys: pa.Table) -> NDArray[np.int64]:

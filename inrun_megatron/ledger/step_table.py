@@ -86,7 +86,7 @@ def loss_changes(run: Mapping[str, Any], steps: pa.Table) -> LossChanges:
     known &= ~drift | ((recorded >= 0) & scored[recorded] & drift[recorded])
     batch = numbers(steps, "sum_values")
     if setting(run, "credit", group="shapley") == "trajectory":
-        batch = batch / or_one(numbers(steps, "credit_factor"), is_known(steps, "credit_factor"))
+        batch = batch / or_one(steps, "credit_factor")
     momentum, decay = (
         np.where(is_known(steps, name), numbers(steps, name), 0.0)[recorded]
         for name in ("momentum_term", "decay_term")

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from inrun_megatron.ledger.checks import setting
+from inrun_megatron.ledger.columns import numbers
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.ledger.schema import DRIFT, SCORED
 from inrun_megatron.report.phases import Phase, whole_run
@@ -53,16 +54,16 @@ def target_series(ledger: Ledger, steps: pa.Table, target: str) -> TargetSeries:
     own = steps.filter(
         pc.and_(pc.equal(pc.cast(steps["target"], pa.string()), target), pc.is_valid(steps["target_loss"]))
     )
-    finite = np.isfinite(_numbers(own, "target_loss"))
+    finite = np.isfinite(numbers(own, "target_loss"))
     lost = own["step"].to_numpy()[~finite].astype(np.int64)  # a run that diverged, if only for a step
     own = own.filter(pa.array(finite))
     step = own["step"].to_numpy().astype(np.int64)
     scored = np.array(pc.equal(own["status"], SCORED), dtype=bool)
     skipped = np.array(pc.starts_with(own["status"], "skipped"), dtype=bool)
     gap = np.diff(step)
-    values, momentum, decay = (_numbers(own, name) for name in ("sum_values", "momentum_term", "decay_term"))
+    values, momentum, decay = (numbers(own, name) for name in ("sum_values", "momentum_term", "decay_term"))
     if setting(ledger.run, "credit", group="shapley") == "trajectory":
-        values = values / np.where(np.isnan(factor := _numbers(own, "credit_factor")), 1.0, factor)
+        values = values / np.where(np.isnan(factor := numbers(own, "credit_factor")), 1.0, factor)
     # A skipped step moves nothing; what the steps without a record between two scored ones did is not known then.
     known = scored | (skipped & np.append(gap == 1, True))
     values = np.where(scored, values, np.where(known, 0.0, np.nan))
@@ -79,9 +80,7 @@ def target_series(ledger: Ledger, steps: pa.Table, target: str) -> TargetSeries:
         "momentum": np.where(later, momentum[1:], momentum[:-1]),
         "decay": np.where(later, decay[1:], decay[:-1]),
     }
-    return TargetSeries(
-        step, _numbers(own, "target_loss"), {name: term * gap for name, term in terms.items()}
-    )
+    return TargetSeries(step, numbers(own, "target_loss"), {name: term * gap for name, term in terms.items()})
 
 
 def loss_curve(series: TargetSeries, phases: Sequence[Phase]) -> list[dict[str, Any]]:
@@ -169,13 +168,13 @@ def timing(ledger: Ledger, steps: pa.Table) -> dict[str, Any]:
     """
     own = steps.filter(pc.equal(pc.cast(steps["target"], pa.string()), ledger.target_names[0]))
     step, samples = own["step"].to_numpy(), own["samples"].to_numpy()
-    total, scoring = _numbers(own, "seconds_total"), _numbers(own, "seconds_scoring")
+    total, scoring = numbers(own, "seconds_total"), numbers(own, "seconds_scoring")
     known = np.isfinite(total) & np.isfinite(scoring) & (total > 0)
     stands_for = np.array([_interval(ledger, int(number)) for number in step], dtype=np.int64)
     length = setting(ledger.run, "seq_length")
     if not known.any():
         return {"steps": 0, "interval": _interval(ledger, 1), "curve": []}
-    age = _numbers(own, "direction_age")[known]
+    age = numbers(own, "direction_age")[known]
     step, samples, total, scoring = step[known], samples[known], total[known], scoring[known]
     stands_for = stands_for[known]
     steps_of_run = int(stands_for.sum())
@@ -237,7 +236,3 @@ def training_curve(ledger: Ledger, steps: pa.Table) -> list[dict[str, Any]]:
 def thinned(n: int) -> np.ndarray:
     """At most POINTS indices into n points, with the first and the last."""
     return np.unique(np.linspace(0, n - 1, min(n, POINTS)).round().astype(np.int64)) if n else np.arange(0)
-
-
-def _numbers(table: pa.Table, column: str) -> np.ndarray:
-    return table[column].to_numpy(zero_copy_only=False).astype(np.float64)
