@@ -30,13 +30,14 @@ LATE = np.array([[9.3e-4, 3.4e-4], [1.2e-4, 6.8e-4], [-9.3e-4, -3.5e-4]])
 
 @dataclass
 class Shape:
-    """Size of the run. writers: data-parallel ranks that write."""
+    """Size of the run. writers: data-parallel ranks that write; idle: first steps at learning rate 0, of values 0."""
 
     steps: int = 60
     batch: int = 8
     writers: int = 2
     commit_every: int = 20
     seed: int = 0
+    idle: int = 0
 
 
 def description(datasets: list[dict[str, Any]] | None = None, **configuration: Any) -> RunDescription:
@@ -104,7 +105,7 @@ def write_run(
             for position, index in enumerate(dataset):
                 sample[position] = next_sample[index]
                 next_sample[index] += 1
-            values = values_of(generator, step, dataset)
+            values = values_of(generator, step, dataset) * (step > shape.idle)
             writers[0].append_step(step_record(step, values, losses, step * shape.batch))
             losses = losses - 0.9 * values.sum(0)
             for number, writer in enumerate(writers):

@@ -74,6 +74,24 @@ def test_domain_figures_are_those_of_numpy(run: tuple[Path, np.ndarray]) -> None
         )
 
 
+def test_a_step_of_zeros_counts_in_no_normalised_figure(tmp_path: Path) -> None:
+    """The first step of a warm-up, at learning rate 0: its values are zero, and no mean |value| divides them."""
+    rows = write_run(tmp_path, Shape(steps=12, idle=2))
+    counted = rows[rows["step"] > 2]
+    with Query(Ledger(tmp_path)) as query:
+        whole = {(f.target, f.dataset): f for f in domain_figures(query, [whole_run(12)])}
+        idle = domain_figures(query, [Phase("idle", 1, 2)])
+    for (target, dataset), entry in whole.items():
+        own = counted["dataset"] == dataset
+        nu = normalised(counted, target)[own]
+        assert entry.samples == (rows["dataset"] == dataset).sum()
+        assert entry.normalised_mean == pytest.approx(nu.mean(), rel=1e-10)
+        assert entry.normalised_standard_error == pytest.approx(
+            clustered_error(nu, counted["step"][own]), rel=1e-6
+        )
+    assert {(entry.normalised_mean, entry.normalised_standard_error) for entry in idle} == {(0.0, None)}
+
+
 def test_normalised_values_tell_late_steps_apart_where_raw_sums_do_not(run: tuple[Path, np.ndarray]) -> None:
     directory, _ = run
     with Query(Ledger(directory)) as query:

@@ -5,6 +5,9 @@ and its learning rate, so that they move together. With S_t the sum and n_t the 
 m = sum S_t / sum n_t and T steps (the usual error of a ratio of totals of T clusters):
 
     se^2 = T / (T - 1) * sum_t (S_t - n_t m)^2 / (sum n_t)^2
+
+A step whose values are all zero, as at the learning rate 0 of a warm-up's first step, has no normalised values: the
+normalised mean and its error leave it out.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class DomainFigures:
     negative_share: float
     """Share of samples with a value below 0."""
     normalised_mean: float
+    """0 where all values of the phase are."""
     normalised_standard_error: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,14 +70,14 @@ def _of_phase(query: Query, phase: Phase) -> list[DomainFigures]:
             target=row["target"],
             dataset=row["dataset"],
             name=row["name"],
-            steps=row["steps"],
-            samples=row["n"],
+            steps=row["raw_steps"],
+            samples=row["raw_n"],
             tokens=row["tokens"],
-            sum=row["total"],
-            mean=row["total"] / row["n"],
-            standard_error=_standard_error(row, "total"),
-            negative_share=row["negatives"] / row["n"],
-            normalised_mean=row["norm"] / row["n"],
+            sum=row["raw"],
+            mean=row["raw"] / row["raw_n"],
+            standard_error=_standard_error(row, "raw"),
+            negative_share=row["negatives"] / row["raw_n"],
+            normalised_mean=row["norm"] / row["norm_n"] if row["norm_n"] else 0.0,
             normalised_standard_error=_standard_error(row, "norm"),
         )
         for row in rows
@@ -81,10 +85,12 @@ def _of_phase(query: Query, phase: Phase) -> list[DomainFigures]:
 
 
 def _standard_error(row: dict[str, Any], name: str) -> float | None:
-    steps, n = row["steps"], row["n"]
+    steps, n = row[f"{name}_steps"], row[f"{name}_n"]
     if steps < 2:
         return None
     mean = row[name] / n
     # sum_t (S_t - n_t m)^2, expanded; rounding may take it slightly below 0
-    squares = row[f"{name}_squared"] - 2 * mean * row[f"{name}_n"] + mean * mean * row["n_squared"]
+    squares = (
+        row[f"{name}_squared"] - 2 * mean * row[f"{name}_products"] + mean * mean * row[f"{name}_n_squared"]
+    )
     return math.sqrt(max(squares, 0.0) * steps / (steps - 1)) / n

@@ -63,17 +63,20 @@ GROUP BY r.step, r.dataset, r.sample, g.grp, r.target
 """What a group's documents have in each sample: document_rows of report/attribution.py, document_groups of groups.py."""
 
 DOMAINS = """
-SELECT c.target, c.dataset, count(*) AS steps,
-       CAST(sum(c.n) AS BIGINT) AS n, CAST(sum(c.tokens) AS BIGINT) AS tokens,
-       CAST(sum(c.negatives) AS BIGINT) AS negatives, sum(CAST(c.n AS DOUBLE) * c.n) AS n_squared,
-       sum(c.total) AS total, sum(c.total * c.total) AS total_squared, sum(c.total * c.n) AS total_n,
+SELECT c.target, c.dataset, CAST(sum(c.tokens) AS BIGINT) AS tokens, CAST(sum(c.negatives) AS BIGINT) AS negatives,
+       count(*) AS raw_steps, CAST(sum(c.n) AS BIGINT) AS raw_n, sum(CAST(c.n AS DOUBLE) * c.n) AS raw_n_squared,
+       sum(c.total) AS raw, sum(c.total * c.total) AS raw_squared, sum(c.total * c.n) AS raw_products,
+       CAST(sum(CASE WHEN s.factor > 0 THEN 1 ELSE 0 END) AS BIGINT) AS norm_steps,
+       CAST(sum(CASE WHEN s.factor > 0 THEN c.n ELSE 0 END) AS BIGINT) AS norm_n,
+       sum(CASE WHEN s.factor > 0 THEN CAST(c.n AS DOUBLE) * c.n ELSE 0 END) AS norm_n_squared,
        sum(c.total * s.factor) AS norm, sum(c.total * s.factor * c.total * s.factor) AS norm_squared,
-       sum(c.total * s.factor * c.n) AS norm_n
+       sum(c.total * s.factor * c.n) AS norm_products
 FROM cells c JOIN scales s ON c.step = s.step AND c.target = s.target
 WHERE c.step BETWEEN {first} AND {last}
 GROUP BY c.target, c.dataset
 """
-"""Sums that `domains.py` makes means and standard errors of."""
+"""Sums that `domains.py` makes means and standard errors of: raw, and normalised over the steps whose values can be (at
+learning rate 0 all are zero)."""
 
 
 def rows_of(keys: Sequence[str], source: str) -> str:
