@@ -163,6 +163,8 @@ class TrainingConfig:
     """Steps without overflow after which the dynamic loss scale doubles. Default: 1000."""
     hysteresis: Unset[int] = None
     """Overflows before the dynamic loss scale halves. Default: 2."""
+    check_for_nan_in_loss_and_grad: bool = True
+    """End the run when the optimizer took a step with a loss or gradient norm that is not finite."""
     seed: int = 1234
     """Of parameters, dropout and the order of the data."""
     recompute_granularity: Unset[Literal["full"]] = None

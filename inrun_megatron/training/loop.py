@@ -28,7 +28,9 @@ from inrun_megatron.training.batches import (
 )
 from inrun_megatron.training.checkpoint import Progress
 from inrun_megatron.training.deepspeed_config import Batch
+from inrun_megatron.training.distributed import AgreedError
 from inrun_megatron.training.engine import Trainer, evaluating
+from inrun_megatron.training.health import Health
 from inrun_megatron.training.monitor import Monitor
 from inrun_megatron.training.progress import ProgressBar, StepFigures
 from inrun_megatron.training.signals import StopRequest, StopSignals
@@ -56,7 +58,7 @@ class Run:
     def train(self, signals: StopSignals) -> StopRequest | None:
         """From `progress` to --train-iters (or --exit-interval). Collective over the world.
 
-        Returns what ended it before, saved, if something did.
+        Returns what ended it before, saved, if something did. AgreedError where nothing is learned any more (health.py).
         """
         total, start = self.config.training.train_iters, self.progress.iteration
         bar = ProgressBar(total, start, self.config.logging.log_interval, enabled=dist.get_rank() == 0)
@@ -67,11 +69,15 @@ class Run:
             consumed_samples=self.progress.consumed_samples,
             indices=self.indices,
         )
-        reporter = _Reporter(self, bar)
+        reporter, health = _Reporter(self, bar), Health(self.config)
         try:
             for iteration in range(start + 1, total + 1):
                 last = iteration == total or _at(iteration, self.config.training.exit_interval)
-                self._step(iteration, loader, last, reporter)
+                figures = self._step(iteration, loader, last, reporter)
+                if (fault := health.fault(figures)) is not None:
+                    if self.scoring is not None:  # what led there can be read
+                        self.scoring.commits.now(iteration, None)
+                    raise AgreedError(fault)
                 stop = signals.agreed(self.trainer.device)
                 if stop is None:
                     self._evaluate(iteration, last, bar)
@@ -85,7 +91,7 @@ class Run:
             bar.close()
         return None
 
-    def _step(self, iteration: int, loader: StepLoader, last: bool, reporter: _Reporter) -> None:
+    def _step(self, iteration: int, loader: StepLoader, last: bool, reporter: _Reporter) -> StepFigures:
         """One optimizer step: all its microbatches forward and backward, then the update."""
         started = time.perf_counter()
         microbatches = loader.next_step(more=not last)
@@ -105,21 +111,19 @@ class Run:
         if applied:
             # As in Megatron-LM, a step that overflowed does not move the schedule.
             self.trainer.schedule.step(self.batch.size)
-        reporter.report(
-            StepFigures(
-                iteration=iteration,
-                loss=train_loss,
-                lr=lr,
-                tokens=self.batch.size * self.config.data.seq_length,
-                seconds=time.perf_counter() - started,
-                seconds_scoring=scored.result.seconds_scoring if scored is not None else 0.0,
-                gradient_norm=self._gradient_norm(scored),
-                targets=self._target_losses(scored),
-                skipped=not applied,
-            ),
-            scored,
-            microbatches,
+        figures = StepFigures(
+            iteration=iteration,
+            loss=train_loss,
+            lr=lr,
+            tokens=self.batch.size * self.config.data.seq_length,
+            seconds=time.perf_counter() - started,
+            seconds_scoring=scored.result.seconds_scoring if scored is not None else 0.0,
+            gradient_norm=self._gradient_norm(scored),
+            targets=self._target_losses(scored),
+            skipped=not applied,
         )
+        reporter.report(figures, scored, microbatches)
+        return figures
 
     @property
     def _pipeline(self) -> bool:
