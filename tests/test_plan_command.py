@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from inrun_megatron import cli
 from inrun_megatron.data.corpora import tiny_corpus
+from inrun_megatron.data.indexed import IndexedFile
 from inrun_megatron.plan.presets import PRESETS
 from inrun_megatron.training.arguments import parse, write_yaml
 
@@ -80,6 +82,42 @@ def test_the_vocabulary_of_a_run_is_that_of_its_data(
     code, _, err = run(capsys, *arguments)
     assert code == 1 and "give --vocab-size" in err and err.count("\n") == 1
     assert json.loads(run(capsys, *arguments, "--vocab-size", "300")[1])["job"]["vocab_size"] == 300
+
+
+def test_rows_are_those_of_the_runs_granularity(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Documents per sample are counted in the run's data: two corpora, of which one has documents four times as long."""
+    prefixes = [
+        tiny_corpus(tmp_path / name, documents=400, words=words) for name, words in (("a", 10), ("b", 40))
+    ]
+    argv = f"--data-path 0.75 {prefixes[0]} 0.25 {prefixes[1]} --num-layers 2 --hidden-size 64 --num-attention-heads 4"
+    rest = "--seq-length 128 --lr 1e-3 --micro-batch-size 2 --global-batch-size 16 --train-iters 50"
+    parts = []
+    for prefix in prefixes:
+        file = IndexedFile(prefix)
+        rows = np.concatenate([file.sequence(i) for i in range(file.num_sequences)])
+        rows = rows[: len(rows) // 128 * 128].reshape(-1, 128)
+        parts.append(1 + (rows[:, :-1] == 256).sum(1).mean())
+    for granularity, expected in (("token", 128.0), ("document", 0.75 * parts[0] + 0.25 * parts[1])):
+        path = tmp_path / "config.yaml"
+        write_yaml(parse([*argv.split(), *rest.split(), "--shapley-granularity", granularity]), path)
+        plan = json.loads(run(capsys, "--config", str(path), "--world-size", "4", "--json")[1])
+        assert plan["job"]["segments"] == pytest.approx(expected, rel=0.01)
+        assert plan["ledger"]["rows"] == pytest.approx(50 * 16 * expected, rel=0.01)
+    Path(f"{prefixes[1]}.idx").unlink()
+    code, _, err = run(capsys, "--config", str(path), "--world-size", "4", "--vocab-size", "300")
+    assert code == 1 and "give --segments" in err and err.count("\n") == 1
+    arguments = (
+        "--config",
+        str(path),
+        "--world-size",
+        "4",
+        "--vocab-size",
+        "300",
+        "--segments",
+        "3",
+        "--json",
+    )
+    assert json.loads(run(capsys, *arguments)[1])["job"]["segments"] == 3
 
 
 def test_the_table_of_the_documentation_is_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

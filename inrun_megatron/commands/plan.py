@@ -83,7 +83,9 @@ def plan(
     ] = None,
     segments: Annotated[
         float | None,
-        typer.Option(help="Ledger rows per sample and target: its documents or tokens. Default: 1."),
+        typer.Option(
+            help="Ledger rows per sample and target: its documents or tokens. Default: those of --config's data, else 1."
+        ),
     ] = None,
     tflops: Annotated[
         float, typer.Option(help="What training reaches on one GPU, in 1e12 operations/s.")
@@ -153,7 +155,7 @@ def plan(
         "direction_dtype": direction_dtype,
         "segments": segments,
     }
-    starts = _starts(preset or (), config, vocab_size is None)
+    starts = _starts(preset or (), config, vocabulary=vocab_size is None, segments=segments is None)
     remedy = "" if preset or config else "; or start from --preset or --config"
     plans = {
         name: record(_job(own_model | _given(model), own_job | _given(job), remedy), hardware)
@@ -172,9 +174,9 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _starts(
-    presets: Any, config: str | None, vocabulary: bool
+    presets: Any, config: str | None, **wanted: bool
 ) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Name -> (fields of ModelConfig, fields of Job) to start from; `vocabulary`: its size is wanted, too."""
+    """Name -> (fields of ModelConfig, fields of Job) to start from; `wanted`: what a run's data is read for."""
     if presets and config is not None:
         raise UserError(
             f"--preset {presets[0]} and --config {config} both describe the job; give one of them"
@@ -184,10 +186,10 @@ def _starts(
         raise UserError(f"--preset {unknown[0]!r} does not exist; use {', '.join(PRESETS)}")
     if presets:
         return {name: PRESETS[name] for name in presets}
-    return {"plan": ({}, {}) if config is None else _of_run(config, vocabulary)}
+    return {"plan": ({}, {}) if config is None else _of_run(config, **wanted)}
 
 
-def _of_run(path: str, vocabulary: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _of_run(path: str, vocabulary: bool, segments: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     from inrun_megatron.training.arguments import parse
 
     found = parse(["--config", path])
@@ -214,6 +216,7 @@ def _of_run(path: str, vocabulary: bool) -> tuple[dict[str, Any], dict[str, Any]
         "base": shapley.base,
         "refresh": shapley.refresh,
         "direction_dtype": shapley.direction_dtype,
+        "segments": _segments(found, path) if segments else None,
     }
     counts = [text.rpartition(":")[2] for text in shapley.target]
     if counts and all(text.isdecimal() for text in counts):
@@ -234,6 +237,28 @@ def _embedding_rows(found: Config, path: str) -> int:
     return padded_vocabulary(
         size, found.model.make_vocab_size_divisible_by, found.parallel.tensor_model_parallel_size
     )
+
+
+def _segments(found: Config, path: str) -> float:
+    """Parts of a sample that get values of their own: a document in it ends with each end-of-document token."""
+    if found.shapley.granularity != "document":
+        return found.data.seq_length if found.shapley.granularity == "token" else 1
+    from inrun_megatron.data.blend import parse_blend
+    from inrun_megatron.data.indexed import IndexedFile
+
+    blend = parse_blend(found.data.data_path)
+    try:
+        files = [IndexedFile(prefix) for prefix in blend.prefixes]
+    except UserError as error:
+        raise UserError(
+            f"{path} scores documents and its data cannot be counted ({error}): give --segments"
+        ) from None
+    # Datasets without weights are mixed by their sizes.
+    weights = blend.weights or [file.num_tokens for file in files]
+    ends = sum(
+        w * file.num_documents / file.num_tokens for w, file in zip(weights, files, strict=True)
+    ) / sum(weights)
+    return 1 + (found.data.seq_length - 1) * ends
 
 
 def _job(model: dict[str, Any], job: dict[str, Any], remedy: str) -> Job:
