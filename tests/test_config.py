@@ -368,6 +368,7 @@ def test_a_monitor_of_the_flags_keeps_what_the_json_says_of_it(tmp_path: Path) -
         ("", {"bfloat16": {"enabled": True}}, 'write "bf16"'),
         ("", {"zero_optimization": {"stage": 2, "cpu_offload": True}}, 'write "offload_optimizer"'),
         ("", {"data_efficiency": {"enabled": True}}, "data_efficiency.* would be ignored"),
+        ("", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, 'torch_autocast.* use "bf16"'),
         (
             "--pipeline-model-parallel-size 2",
             {"pipeline": {"activation_checkpoint_interval": 1}},

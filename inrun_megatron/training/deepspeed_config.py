@@ -185,6 +185,12 @@ def _refuse_unread(content: Mapping[str, Any], path: str | None) -> None:
         raise UserError(
             f'"data_efficiency" in {path} is for DeepSpeed\'s own data loader and layers and would be ignored; remove it'
         )
+    autocast = content.get("torch_autocast")
+    if isinstance(autocast, Mapping) and autocast.get("enabled"):
+        raise UserError(
+            f'"torch_autocast" in {path} gives megatron-core\'s layers inputs of another precision than their weights; remove '
+            'it and use "bf16" or "fp16" (--bf16, --fp16)'
+        )
 
 
 def _refuse_lost_predivision(
