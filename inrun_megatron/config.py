@@ -217,6 +217,8 @@ class CheckpointConfig:
     """Run directory to resume from. The same as --save: start there if it has no checkpoint yet."""
     save_interval: Unset[int] = None
     """Steps between checkpoints. Default: only at the end (none with 0)."""
+    save_retain_interval: Unset[int] = None
+    """Once the next checkpoint is written, delete one whose step is no multiple of this. Default: keep all."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,6 +178,7 @@ def test_a_misspelt_required_flag_is_unknown_and_not_missing() -> None:
         ("--zero-stage 4", "--zero-stage 4 does not exist"),
         ("--hidden-dropout 1", "--hidden-dropout is 1.0"),
         ("--save-interval 5", "needs --save"),
+        ("--save-retain-interval 0", "--save-retain-interval is 0: it must be positive"),
         ("--micro-batch-size 0", "--micro-batch-size is 0"),
         ("--shapley-refresh 0", "--shapley-refresh is 0: it must be positive"),
         ("--weight-decay nan", "--weight-decay is nan: it must be a number"),

@@ -275,6 +275,21 @@ def test_a_checkpoint_is_durable_before_it_is_named(two_ranks: Workers, data: Pa
     assert f"{file} is missing" in refused(two_ranks, argv)
 
 
+def test_checkpoints_between_the_retained_are_deleted(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
+    """Once another is named in their place; over a resume, and where `latest` is of another run."""
+    argv = arguments(data, "--no-shapley", "--save-interval", "1", "--save-retain-interval", "3")
+    argv += ["--train-iters", "7", "--save", str(tmp_path)]
+    root, seen = tmp_path / "checkpoints", []
+    for load in ([], ["--load", str(tmp_path)]):
+        two_ranks.run(run_here, [*argv, *load, *([] if load else ["--exit-interval", "4"])])
+        seen.append(sorted(path.name for path in root.glob("iter_*")))
+    assert seen == [["iter_0000003", "iter_0000004"], ["iter_0000003", "iter_0000006", "iter_0000007"]]
+    other = tmp_path / "other"
+    two_ranks.run(run_here, [*argv, "--train-iters", "8", "--load", str(tmp_path), "--save", str(other)])
+    assert sorted(path.name for path in root.glob("iter_*")) == seen[1]
+    assert [path.name for path in (other / "checkpoints").glob("iter_*")] == ["iter_0000008"]
+
+
 def _run_on_a_full_disk(rank: int, world: int, argv: list[str], size: int) -> None:
     """Checkpoints meet a disk without space for files beyond `size` bytes."""
     from inrun_megatron.training import checkpoint

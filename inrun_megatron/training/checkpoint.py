@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from inrun_megatron.models import cpu
 from inrun_megatron.models.pipeline import GPTPipeline
 from inrun_megatron.parallel import Layout
 from inrun_megatron.training import run_state
-from inrun_megatron.training.distributed import all_ranks
+from inrun_megatron.training.distributed import all_ranks, rank0_then_all
 from inrun_megatron.training.engine import Trainer, seed_streams
 from inrun_megatron.training.run_state import DIRECTORY, RUN_STATE_FILE, Resume
 
@@ -90,6 +91,8 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
     assert config.checkpoint.save is not None
     root = Path(config.checkpoint.save) / DIRECTORY
     path = root / tag_of(progress.iteration)
+    retain = config.checkpoint.save_retain_interval
+    before = None if retain is None else rank0_then_all(lambda: run_state.find(str(root.parent)))
     try:
         if dist.get_rank() == 0:
             _clear(root, path, run_state.layout_of(config))
@@ -131,7 +134,18 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
             f"cannot write {path}: the file system is full or failing (torch.save: {str(error).splitlines()[0]}); free or "
             "repair it, then resume from the last checkpoint with --load"
         ) from error
+    if retain is not None and before not in (None, path):
+        _forget(before, retain)
     return path
+
+
+def _forget(path: Path, retain: int) -> None:
+    """Delete a checkpoint in whose place another is named, unless its step is a multiple of `retain`. On every host: they may
+    not share a file system."""
+    step = path.name.removeprefix("iter_")
+    dist.barrier()
+    if step.isdecimal() and int(step) % retain and os.environ["LOCAL_RANK"] == "0":
+        shutil.rmtree(path, ignore_errors=True)  # another host may be at it
 
 
 @contextlib.contextmanager

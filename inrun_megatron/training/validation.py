@@ -245,6 +245,7 @@ def _run_directory(config: Config) -> None:
         raise UserError(f"--save-interval {interval} needs --save DIRECTORY")
     if interval is not None and interval < 0:
         raise UserError(f"--save-interval is {interval}: it must not be negative")
+    _positive(save_retain_interval=config.checkpoint.save_retain_interval)
     for flag, directory in (("--save", save), ("--shapley-dir", shapley.dir if shapley.enabled else None)):
         if directory is not None:
             _can_be_directory(flag, Path(directory))
