@@ -1,0 +1,106 @@
+"""A small model in a DeepSpeed engine, as a loop of one's own may have it, and some scored steps of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+VOCABULARY, LENGTH, ROWS = 23, 5, 3
+
+
+class Tiny(torch.nn.Module):
+    """Odd sizes: no parameter divides by the ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCABULARY, 9)
+        self.norm = torch.nn.LayerNorm(9)
+        self.hidden = torch.nn.Linear(9, 13)
+        self.output = torch.nn.Linear(13, VOCABULARY, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.output(F.gelu(self.hidden(self.norm(self.embedding(tokens)))))
+
+
+def token_losses(module: Any, batch: Any) -> torch.Tensor:
+    logits = module(batch["tokens"])
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none").view_as(
+        batch["labels"]
+    )
+
+
+def make_batch(seed: int) -> dict[str, torch.Tensor]:
+    text = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    return {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": torch.ones(ROWS, LENGTH)}
+
+
+def make_engine(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    zero: dict[str, Any],
+    clip: float = 0.1,
+    settings: dict[str, Any] | None = None,
+    **more: Any,
+) -> Any:
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        **(settings or {}),
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, **more)[0]
+
+
+def scored_steps(
+    engine: Any, steps: int = 2, factor: float = 1.0, shares: tuple[int, ...] = (1, 1), **options: Any
+) -> list[Any]:
+    """The results of some steps; the first one's loss times ``factor``, ``shares`` validation microbatches per rank."""
+    from inrun_megatron import InRunShapley, ShapleyTarget
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    held_out = [make_batch(50 + rank + world * i) for i in range(shares[rank])]
+    target = ShapleyTarget("held_out", held_out, num_tokens=sum(shares) * ROWS * LENGTH)
+    shapley, results = InRunShapley(engine, [target], token_losses, **options), []
+    for iteration in range(1, steps + 1):
+        micro = make_batch(10 * iteration + rank)
+        with shapley.step(iteration, [micro]) as step:
+            with step.samples(torch.zeros(ROWS), torch.arange(ROWS), micro["loss_mask"]):
+                engine.backward(token_losses(engine, micro).mean() * (factor if iteration == 1 else 1.0))
+                engine.step()
+        results.append(step.result)
+    shapley.close()
+    return results
+
+
+class Loss:
+    """The loss of a pipeline of Tiny's layers."""
+
+    def split(self, microbatch: Any) -> tuple[Any, Any]:
+        return microbatch["tokens"], microbatch["labels"]
+
+    def token_losses(self, outputs: Any, labels: Any) -> torch.Tensor:
+        return F.cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+
+    def __call__(self, outputs: Any, labels: Any) -> torch.Tensor:
+        return self.token_losses(outputs, labels).mean()
+
+
+def make_pipeline(stages: int) -> tuple[Any, Tiny]:
+    """An engine around a PipelineModule that knows nothing of Megatron, and the model that its layers are of."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    torch.manual_seed(0)
+    model = Tiny()
+    layers = [model.embedding, model.norm, model.hidden, F.gelu, model.output]
+    module = PipelineModule(layers, num_stages=stages, loss_fn=Loss(), partition_method="uniform")
+    return make_engine(module, torch.optim.AdamW(module.parameters()), {"stage": 0}), model
