@@ -217,9 +217,8 @@ def credit_factor(reach: Callable[[int], float], remaining: int | None) -> float
     total, j, before = 0.0, 0, math.inf
     while remaining is None or j < remaining:
         weight = reach(j)
-        if (
-            remaining is None and j > 1 and weight >= before > 0.0
-        ):  # from the second step on it falls, or never does
+        # from the second step on it falls, or never does
+        if remaining is None and j > 1 and weight >= before > 0.0:
             return math.inf
         total, j, before = total + weight, j + 1, weight
         if weight < 1e-9:

@@ -86,7 +86,7 @@ class Preparation:
         self.counters.remove()
 
     def hold(self, parameters: Sequence[Parameter]) -> None:
-        """``passes.join`` adds to these: their sums are complete at its end only."""
+        """Do not send the sums of these early: ``passes.join`` still adds to them."""
         for vectors in (self.directions, self._batch):
             if vectors is not None:
                 vectors.hold(parameters)

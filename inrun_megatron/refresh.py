@@ -1,4 +1,4 @@
-"""When a direction is taken anew, and what an older one still needs to be this step's.
+"""When a direction is taken anew, and what must be renewed before an older one serves this step.
 
 With ``refresh=N`` every N-th scored step takes directions of its own; those between use the last ones: no validation
 pass, no reduction, no gather. Of the Jacobian in a stale direction

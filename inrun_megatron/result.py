@@ -32,11 +32,12 @@ class StepResult:
     """What a step came to; sequences are over the K targets. None where the step was not scored."""
 
     status: str = "off"
-    base: str = CURRENT  # where the direction and target_losses were taken: w_t, or Phi_t(0) (drift)
-    direction_age: int | None = None  # steps since the direction was taken; 0: in this one
-    target_losses: list[float] | None = (
-        None  # None with an older direction, as are the momentum and decay terms
-    )
+    # where the direction and target_losses were taken: w_t, or Phi_t(0) (drift)
+    base: str = CURRENT
+    # steps since the direction was taken; 0: in this one
+    direction_age: int | None = None
+    # None with an older direction, as are the momentum and decay terms
+    target_losses: list[float] | None = None
     sums: list[float] | None = None  # of the values
     step_sums: list[float] | None = None  # of the values of the step's own game
     credit_factor: float | None = None

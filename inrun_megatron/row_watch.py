@@ -18,7 +18,7 @@ from .taps import Emission
 
 
 class RowWatch:
-    """A consumer of one detached pass over a microbatch of ``rows`` rows, whose loss is ``loss``; of one row it tells nothing."""
+    """A consumer of one detached pass over a microbatch of ``rows`` rows, whose loss is ``loss``; with a single row it can detect nothing."""
 
     def __init__(self, rows: int) -> None:
         self._rows, self._first = rows, (rows + 1) // 2

@@ -31,7 +31,7 @@ from .taps import Emission
 class DirectionFiller:
     """Adds each layer's ``B^T A`` (and its bias's, norm's, embedding's kin) to one target's direction.
 
-    ``last``: of the backward that is the last one to add to it.
+    ``last``: this backward is the last one to add to it.
     """
 
     def __init__(self, directions: Directions, target: int, *, last: bool = False) -> None:
@@ -114,7 +114,7 @@ class RowScorer:
             self._parts.append(self._score_fused(e, directions))
         elif e.site.kind == "bias":
             rows = self._add_vectors(e, b, directions)
-            # Of one row it is left to be bitwise that without scoring.
+            # Of one row autograd's own is kept, so that training stays bitwise the same.
             if rows is not None and len(rows) > 1 and not e.site.replicated:
                 e.weight_grad = rows.sum(0).to(e.weight.dtype)
         elif e.site.kind == "embedding":
@@ -151,7 +151,7 @@ class RowScorer:
         return kernels.norm_dots(b, a, dim, directions, shifts, bounds, e.mean, e.rstd)
 
     def settle(self) -> None:
-        """Add what layers have left to be added: one call for many layers, whose own would be all calls."""
+        """Add up what layers have left: one call for many layers, as a call for each would cost more than the arithmetic."""
         self._parts.settle()
         if not self._vectors:
             return

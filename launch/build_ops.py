@@ -3,7 +3,7 @@
     python launch/build_ops.py
 
 DeepSpeed builds its shared-memory all-reduce when the first process initialises. A process that is killed meanwhile leaves
-a lock behind, and every later run waits for that lock without a word (torch/utils/file_baton.py). So it is built once,
+a lock behind, and every later run waits for that lock silently (torch/utils/file_baton.py). So it is built once,
 by one process, into a folder of this environment (TORCH_EXTENSIONS_DIR), and a stale lock is removed first.
 """
 

@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 
 if not any((Path(entry) / "inrun_megatron").is_dir() for entry in sys.path if entry):
-    sys.path.insert(
-        0, str(Path(__file__).resolve().parents[1])
-    )  # started from a checkout that is not installed
+    # started from a checkout that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # Where launch/build_ops.py left the operator that DeepSpeed would compile again.
 if (built := Path(sys.prefix) / "torch_extensions").is_dir():

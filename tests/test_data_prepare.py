@@ -184,7 +184,7 @@ class TestRefusals:
             ('{"text": "a"}\n{"text": \n', {}, r"a.jsonl:2: invalid JSON"),
             ("[1]\n", {}, r"a.jsonl:1: a JSON list"),
             ('{"text": "a"}\n', {"keep": ["langage"]}, r"no record has a value for the field 'langage'"),
-            ('{"text": "a", "line": 3}\n', {"keep": ["line"]}, r"--keep line"),
+            ('{"text": "a", "line": 3}\n', {"keep": ["line"]}, r"--metadata-fields line"),
             ('{"text": ""}\n', {}, r"holds no text"),
             ("", {}, r"holds no text"),
             ('{"text": "a\\ud800"}\n', {}, r"a.jsonl:1: the text has half of a surrogate pair"),

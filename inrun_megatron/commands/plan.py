@@ -17,6 +17,7 @@ from inrun_megatron.plan.presets import PRESETS
 from inrun_megatron.plan.text import markdown, record, size, table_rows
 from inrun_megatron.plan.times import Hardware
 from inrun_megatron.report.tables import console, print_json, table
+from inrun_megatron.wording import flag_of
 
 Number = int | None
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -270,7 +271,7 @@ def _job(model: dict[str, Any], job: dict[str, Any], remedy: str) -> Job:
         if field.default is dataclasses.MISSING and field.name not in values
     ]
     if missing:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        flags = ", ".join(f"{flag_of(name)}" for name in missing)
         raise UserError(f"the plan needs {flags}{remedy}")
     return Job(model=ModelConfig(**model), **job)
 

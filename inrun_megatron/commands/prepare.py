@@ -11,7 +11,7 @@ import typer
 from inrun_megatron.data.prepare import PrepareSummary
 from inrun_megatron.data.prepare import prepare as prepare_dataset
 from inrun_megatron.data.readers import Format
-from inrun_megatron.report.tables import counted
+from inrun_megatron.wording import counted
 
 
 def prepare(
@@ -70,7 +70,7 @@ def prepare(
 ) -> None:
     """Turn text, JSONL or Parquet files into a Megatron indexed dataset.
 
-    Example: inrun prepare 'corpus/*.jsonl.gz' --keep source,url --output data/corpus --workers 8
+    Example: inrun prepare 'corpus/*.jsonl.gz' --metadata-fields source,url --output data/corpus --workers 8
 
     Documents keep their order, and PREFIX.documents.parquet leads each back to its file, line and metadata. A directory
     is searched for .txt .text .md .rst .jsonl .ndjson .parquet .pq; name other files by a glob.

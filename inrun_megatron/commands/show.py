@@ -158,7 +158,7 @@ def _print(record: dict[str, Any]) -> None:
     if not rows:
         out.print(f"No scored row in steps {record['first_step']}-{record['last_step']}.")
     else:
-        out.print(_values(rows, kind))
+        out.print(_values(rows))
     parts = record["documents"] if kind == "sample" else [record]
     for part in parts:
         if kind == "sample":
@@ -183,7 +183,7 @@ def _signed(value: float) -> str:
     return ("+" if value > 0 else "") + figure(value)
 
 
-def _values(rows: list[dict[str, Any]], kind: str) -> Any:
+def _values(rows: list[dict[str, Any]]) -> Any:
     """One line per target: sum over the rows, and where they are."""
     made = table([("Target", "left"), "Value (nats)", "Normalised", "Samples", "Tokens", ("Steps", "left")])
     for target in dict.fromkeys(row["target"] for row in rows):

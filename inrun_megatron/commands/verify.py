@@ -26,7 +26,7 @@ def verify(run: RunArgument, json: JsonOption = False) -> None:
         print_json({"run": ledger.run_id, "ok": ok, "checks": [check.to_dict() for check in checks]})
     else:
         out = console()
-        out.print(checks_table(checks, out.width))
+        out.print(checks_table(checks))
         failed = [check.name for check in checks if not check.ok]
         verdict = f"failed: {', '.join(failed)}" if failed else f"all {len(checks)} checks passed"
         notes = [check.name for check in checks if check.ok and check.note]

@@ -56,9 +56,8 @@ def parse_blend(data_path: Sequence[str]) -> Blend:
                 f"--data-path {given}: the weight {weight:g} of {prefix} must be a positive number"
             )
     prefixes = tuple(map(normalise_prefix, items[1::2]))
-    return Blend(
-        prefixes, tuple(weights) if len(prefixes) > 1 else None
-    )  # the weight of one alone says nothing
+    # the weight of one alone says nothing
+    return Blend(prefixes, tuple(weights) if len(prefixes) > 1 else None)
 
 
 def _number(text: str) -> float | None:

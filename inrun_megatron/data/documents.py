@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from inrun_megatron.data.indexed import normalise_prefix
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import read_json
+from inrun_megatron.wording import one_line
 
 FIXED_COLUMNS = ("document", "source", "file", "line", "tokens")
 _ROWS_PER_GROUP = 1 << 16
@@ -57,7 +58,7 @@ def read_table(path: Path, **options: Any) -> pa.Table:
         return pq.read_table(path, **options)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(
-            f"{path} cannot be read: {' '.join(str(error).split())[:200]}; restore it from a copy, or prepare the data again"
+            f"{path} cannot be read: {one_line(error)[:200]}; restore it from a copy, or prepare the data again"
         ) from error
 
 
@@ -71,9 +72,8 @@ class DocumentTable:
 
     def __init__(self, spool: Path, fields: Sequence[str]) -> None:
         self._fields = tuple(fields)
-        self._extra = tuple(
-            field for field in self._fields if field != "source"
-        )  # "source" has a column of its own
+        # "source" has a column of its own
+        self._extra = tuple(field for field in self._fields if field != "source")
         self._kinds: dict[str, set[str]] = {field: set() for field in self._fields}
         self._rows: list[tuple[Any, ...]] = []
         self._spool_path = spool

@@ -81,7 +81,7 @@ def prepare(
     targets = _check_output(prefix, files, overwrite)
     if options.keep and not any(kind_of(path, format) in ("jsonl", "parquet") for path in files):
         raise UserError(
-            f"--keep {','.join(options.keep)}: text files have no fields; use it with JSONL or Parquet"
+            f"--metadata-fields {','.join(options.keep)}: text files have no fields; use it with JSONL or Parquet"
         )
     tokens_of = build_tokenizer(tokenizer, eod_token)
     directory = Path(prefix).absolute().parent
@@ -146,7 +146,7 @@ def _checked_fields(keep: Sequence[str]) -> tuple[str, ...]:
     for name in fields:
         if name in FIXED_COLUMNS and name != "source":
             raise UserError(
-                f"--keep {name}: documents.parquet has a column of its own with this name; rename the field"
+                f"--metadata-fields {name}: documents.parquet has a column of its own with this name; rename the field"
             )
     return fields
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from inrun_megatron.errors import UserError
+from inrun_megatron.wording import one_line
 
 Format = Literal["auto", "text", "lines", "jsonl", "parquet"]
 FORMATS: tuple[Format, ...] = ("auto", "text", "lines", "jsonl", "parquet")
@@ -192,12 +193,10 @@ def _parquet_pieces(path: str, options: ReadOptions) -> Iterator[Piece]:
                 [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)],
             )
     except pa.ArrowInvalid as error:
-        raise UserError(
-            f"{path} is no Parquet file that can be read ({' '.join(str(error).split())})"
-        ) from None
+        raise UserError(f"{path} is no Parquet file that can be read ({one_line(error)})") from None
     for name in (options.text_field, *options.keep):
         if name not in schema.names:
-            option = "--text-field" if name == options.text_field else "--keep"
+            option = "--text-field" if name == options.text_field else "--metadata-fields"
             raise UserError(
                 f"{path} has no column {name!r} ({option}); its columns are {', '.join(schema.names)}"
             )
@@ -313,7 +312,7 @@ def _read_parquet(piece: Piece, options: ReadOptions) -> list[Document]:
         with pq.ParquetFile(piece.path) as file:
             table = file.read_row_group(piece.row_group, columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{piece.path}: row group {piece.row_group} cannot be read ({reason})") from None
     texts = table.column(options.text_field).to_pylist()
     kept = table.select(list(options.keep)).to_pylist() if options.keep else [{}] * len(texts)

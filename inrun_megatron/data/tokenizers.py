@@ -15,6 +15,7 @@ import numpy as np
 from inrun_megatron.data.indexed import IndexedFile, normalise_prefix
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import sha256_of
+from inrun_megatron.wording import one_line
 
 EOD_TOKENS = (
     "<|endoftext|>",
@@ -109,7 +110,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._fast = FastTokenizer.from_file(str(file))
         except Exception as error:  # the library raises a bare Exception for anything it cannot parse
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise UserError(f"{file} is no Hugging Face tokenizer.json that can be read ({reason})") from None
         vocabulary: dict[str, int] = self._fast.get_vocab(with_added_tokens=True)
         self.path = str(file.absolute())

@@ -8,8 +8,8 @@ target's sums travel while the next one's passes run:
     stages 1, 2  a reduce-scatter of it in equal parts, which go to their owners at the end (engines/stretches.py)
     stage 3      a reduce-scatter of every layer, which runs while the next layer's gradient is computed
 
-How often a parameter is used in a microbatch (twice, where embeddings are tied) the first step learns; until then
-everything is sent at the end, and always what a pipeline's other stage adds to. Stretches are sent in one order, fixed by the
+The first step counts how often a parameter is used in a microbatch (twice, where embeddings are tied); until then everything
+is sent at the end, as is always what a pipeline's other stage adds to. Stretches are sent in one order, fixed by the
 layout, so that ranks never wait for each other's.
 """
 

@@ -42,7 +42,7 @@ class Shape:
 Rule = Callable[[Form, Shape], float]
 """Seconds that a form takes beside the plain weight gradient."""
 
-# From so many directions on one matrix-vector product reads a CPU's accumulator once instead of once per direction;
+# With this many directions or more one matrix-vector product reads a CPU's accumulator once instead of once per direction;
 # 1.3 to 2 times faster at 4 and 16, no faster with fewer.
 TOGETHER_FROM = 4
 

@@ -1,4 +1,4 @@
-"""Sums of what Triton kernels leave.
+"""Adds up the partial dots that Triton kernels write.
 
 A kernel's programs write their parts of the dots side by side, ``[programs, segments, K]``; a sum over programs in a fixed
 order follows, without atomics: two runs give the same bits. The parts of many layers are summed together.

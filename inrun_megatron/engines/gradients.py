@@ -3,7 +3,7 @@
 Under sequence parallelism each rank's gradient of a norm's weight or of a row-parallel bias comes from its part of the
 sequence only. Megatron-LM's own data-parallel wrapper sums them over the tensor-parallel group
 (megatron/core/distributed/finalize_model_grads.py, `_allreduce_non_tensor_model_parallel_grads`); DeepSpeed does not,
-and the replicas would drift apart without a word.
+and the replicas would drift apart silently.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def unpartitioned(config: dict[str, Any]) -> dict[str, Any]:
     """A DeepSpeed configuration whose pipeline sends each rank's own tensors, as sequence parallelism needs.
 
     By default PipelineEngine splits what stages exchange over the tensor-parallel ranks and puts it together again,
-    which is right only where all of them hold the same. Sequence shards would be mixed up without a word.
+    which is right only where all of them hold the same. Sequence shards would be mixed up silently.
 
     Raises:
         UserError: the configuration asks for the split.

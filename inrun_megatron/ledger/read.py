@@ -24,6 +24,7 @@ from inrun_megatron.ledger.schema import (
     granularity_of,
 )
 from inrun_megatron.ledger.step_table import with_realised
+from inrun_megatron.wording import one_line
 
 if TYPE_CHECKING:
     from inrun_megatron.ledger.checks import Check
@@ -100,7 +101,7 @@ class Ledger:
     def parts(self, table: str | None = None) -> list[PartInfo]:
         """Committed parts, of `values` or `steps` or both, in the order of their commits.
 
-        Raises UserError when a commit record is damaged: its parts would be missing without a word.
+        Raises UserError when a commit record is damaged: its parts would be missing silently.
         """
         if self.damaged:
             raise UserError(next(iter(self.damaged.values())))
@@ -140,8 +141,3 @@ class Ledger:
         from inrun_megatron.ledger.verify import verify_ledger
 
         return verify_ledger(self)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's text on one line."""
-    return " ".join(str(error).split())

@@ -12,6 +12,7 @@ from typing import Any
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.checks import setting
+from inrun_megatron.wording import flag_of
 
 _TARGET_IDENTITY = ("name", "idx_sha256", "sequences", "tokens_sha256")
 _DATASET_IDENTITY = ("name", "index", "idx_sha256", "bin_digest", "weight")
@@ -80,7 +81,7 @@ def _check_samples(
         for key in ("train_iters", "global_batch_size"):
             was, now = (side["configuration"]["training"].get(key) for side in (run, resumed))
             if was != now:
-                causes.append(f"--{key.replace('_', '-')} was {was}, now {now}")
+                causes.append(f"{flag_of(key)} was {was}, now {now}")
         causes.append(
             f"the data is repeated more or less often for {new['num_samples']} samples than for {old['num_samples']}"
         )

@@ -25,7 +25,9 @@ from inrun_megatron.ledger.schema import (
     STEPS,
     VALUES,
     PartInfo,
+    commit_name,
 )
+from inrun_megatron.wording import counted
 
 if TYPE_CHECKING:
     from inrun_megatron.ledger.read import Ledger
@@ -64,7 +66,7 @@ def _check_commits(ledger: Ledger) -> Check:
     return Check(
         "commits",
         True,
-        f"{len(ledger.commits)} commit{'s' * (len(ledger.commits) != 1)}, up to step {ledger.last_step}",
+        f"{counted(len(ledger.commits), 'commit')}, up to step {ledger.last_step}",
         figures,
     )
 
@@ -116,7 +118,7 @@ def _fault(ledger: Ledger, part: PartInfo) -> str | None:
 
 def _check_uncommitted(ledger: Ledger, parts: list[PartInfo]) -> Check:
     named = {part.file for part in parts}
-    commits = {f"{COMMITS}/{step:010d}.json" for step, _ in ledger.commits} | set(ledger.damaged)
+    commits = {commit_name(step) for step, _ in ledger.commits} | set(ledger.damaged)
     found = [
         f"{table}/{path.name}"
         for table in (VALUES, STEPS, COMMITS)
@@ -147,7 +149,7 @@ def check_datasets(ledger: Ledger) -> Check:
     figures = {"same": same, "absent": absent, "changed": changed}
     if changed:
         return Check("datasets", False, name_some("data files changed since the run:", changed), figures)
-    detail = f"{same} dataset{'s' * (same != 1)} unchanged since the run"
+    detail = f"{counted(same, 'dataset')} unchanged since the run"
     if absent:
         detail += f"; not found from here: {', '.join(absent)}"
     return Check("datasets", True, detail, figures)

@@ -13,7 +13,7 @@ class Norm:
     Returns a plain `torch.nn.LayerNorm` or `torch.nn.RMSNorm` over the last dimension. Under sequence parallelism a
     rank sees only its shard of the sequence, so its gradient is a part of the whole: the parameters are marked
     `sequence_parallel`, Megatron's own mark for "sum this gradient over the tensor-parallel group". DeepSpeed does
-    not read the mark; training/gradients.py does.
+    not read the mark; engines/gradients.py does.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:  # type: ignore[misc]

@@ -26,9 +26,8 @@ from inrun_megatron.models.recompute import Wrap, with_tracker_states
 if TYPE_CHECKING:
     from inrun_megatron.config import ModelConfig
 
-Inputs = tuple[
-    Tensor, ...
-]  # tokens, position ids and, where attention is cut at documents, documents: [b, s] each
+# tokens, position ids and, where attention is cut at documents, documents: [b, s] each
+Inputs = tuple[Tensor, ...]
 Labels = tuple[Tensor, Tensor]
 
 

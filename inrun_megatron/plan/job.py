@@ -14,6 +14,7 @@ from inrun_megatron.defaults import default_base
 from inrun_megatron.errors import UserError
 from inrun_megatron.plan.costs import DIRECTION_BYTES, EstimatorCost, estimator_cost
 from inrun_megatron.training.validation import check_widths
+from inrun_megatron.wording import flag_of
 
 _POSITIVE = (
     "vocab_size",
@@ -88,9 +89,7 @@ class Job:
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             if not 0 < getattr(self, name) < inf:
-                raise UserError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive and finite"
-                )
+                raise UserError(f"{flag_of(name)} is {getattr(self, name)}: it must be positive and finite")
         if self.target_micro_batch_size is not None and self.target_micro_batch_size < 1:
             raise UserError(
                 f"--target-micro-batch-size is {self.target_micro_batch_size}: it must be positive; leave it out for "

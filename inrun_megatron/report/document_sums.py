@@ -18,12 +18,10 @@ from inrun_megatron.report.documents import Documents
 from inrun_megatron.report.draw_parts import Parts, parts_of
 from inrun_megatron.report.draws import BYTES_PER_DRAW, Draws, in_order, read_draws
 from inrun_megatron.report.query import Query
+from inrun_megatron.report.sql import LARGEST
 
 DRAW_BYTES = 3 << 29
 """Draws that are held at a time: about 100 million rows with 4 targets."""
-
-FINITE = 1e308
-"""Values beyond are not finite, as sql.FINITE has it."""
 
 PIECE_PARTS = 1 << 19
 """Parts of samples that one thread works on at a time, about."""
@@ -141,7 +139,7 @@ class _Work:
         if not self.once:
             # A document comes up twice in one sample where an epoch ends with it and the next begins with it.
             parts = parts.by_document()
-        finite = np.abs(parts.value) < FINITE
+        finite = np.abs(parts.value) < LARGEST
         common = _ByDocument(parts, step) if finite.all() else None
         found: list[tuple[str, np.ndarray, dict[str, Any]]] = []
         for position, target in enumerate(self.targets):
@@ -157,10 +155,12 @@ class _Work:
             return [Sums(self._table(found), whole=False)]
         # The first and the last document may go on in the neighbouring pieces.
         edge = np.unique(parts.document[[0, -1]])
-        inner = np.setdiff1d(np.concatenate([self._asked(*entry) for entry in found]), edge)
+        inner = np.setdiff1d(
+            np.concatenate([self._asked(document, columns) for _, document, columns in found]), edge
+        )
         return [Sums(self._table(found, inner), whole=True), Sums(self._table(found, edge), whole=False)]
 
-    def _asked(self, target: str, document: np.ndarray, columns: dict[str, Any]) -> np.ndarray:
+    def _asked(self, document: np.ndarray, columns: dict[str, Any]) -> np.ndarray:
         return document if self.leading is None else document[self.leading.of(columns)]
 
     def _table(

@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger.read import Ledger, one_line
+from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.ledger.schema import VALUES, PartInfo
+from inrun_megatron.wording import one_line
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from inrun_megatron.report.document_sums import FINITE, PIECE_PARTS
+from inrun_megatron.report.document_sums import PIECE_PARTS
 from inrun_megatron.report.documents import Documents
 from inrun_megatron.report.draw_parts import Parts, parts_of
 from inrun_megatron.report.draws import Draws, in_order, read_draws
 from inrun_megatron.report.groups import Groups
 from inrun_megatron.report.query import Query
+from inrun_megatron.report.sql import LARGEST
 
 
 def group_sums(
@@ -51,7 +52,7 @@ class _Work:
     def of_piece(self, piece: np.ndarray) -> list[pa.Table]:
         """The sums of the draws `piece`, one table per target."""
         parts, step = parts_of(self.documents, self.draws, self.dataset, piece), self.draws.step[piece]
-        finite = np.abs(parts.value) < FINITE
+        finite = np.abs(parts.value) < LARGEST
         common = _ByGroup(parts, self.group, step) if finite.all() else None
         found = []
         for position, target in enumerate(self.targets):

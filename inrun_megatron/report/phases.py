@@ -23,10 +23,6 @@ class Phase:
     first: int
     last: int
 
-    @property
-    def label(self) -> str:
-        return f"{self.name} (steps {self.first}-{self.last})"
-
 
 def whole_run(last_step: int) -> Phase:
     return Phase("whole run", 1, last_step)

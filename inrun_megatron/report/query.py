@@ -36,9 +36,10 @@ import duckdb
 import pyarrow as pa
 
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger.read import Ledger, one_line
+from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.ledger.schema import VALUES, VALUES_SCHEMA
 from inrun_megatron.report import sql
+from inrun_megatron.wording import one_line
 
 MEMORY_LIMIT = "2GB"
 """DuckDB spills to a temporary directory (under TMPDIR) beyond this. Arrow tables on their way in and out come on top."""

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-FINITE = "value - value = 0 AND abs(value) < 1e308"
+LARGEST = 1e308
+"""Values of this size and more count as infinite."""
+
+IS_FINITE = f"value - value = 0 AND abs(value) < {LARGEST:g}"
 """Neither NaN nor infinite; `isfinite` is not in Spark. Only the difference sees NaN: Parquet's statistics of a part do not
 count it, and by them DuckDB (2.0.0, duckdb/duckdb#25521) decides comparisons and `isnan` without a look at the values."""
 
-SAMPLES = f"SELECT step, dataset, sample, target, tokens, value FROM ledger_values WHERE {FINITE}"
+SAMPLES = f"SELECT step, dataset, sample, target, tokens, value FROM ledger_values WHERE {IS_FINITE}"
 """One row per step, sample and target, of a ledger whose rows are whole samples."""
 
 CUT_SAMPLES = f"""
 SELECT step, dataset, sample, target, sum(CAST(tokens AS BIGINT)) AS tokens, sum(value) AS value
-FROM ledger_values WHERE {FINITE} GROUP BY step, dataset, sample, target
+FROM ledger_values WHERE {IS_FINITE} GROUP BY step, dataset, sample, target
 """
 """The same of a ledger whose rows are segments of samples."""
 
@@ -51,7 +54,7 @@ FROM samples v JOIN scales s ON v.step = s.step AND v.target = s.target
 PARTS = f"""
 SELECT v.step, v.dataset, v.sample, v.segment, v.target, v.tokens, v.value, v.value * s.factor AS normalised,
        v.value * s.per_change AS relative
-FROM (SELECT * FROM ledger_values WHERE {FINITE}) v JOIN scales s ON v.step = s.step AND v.target = s.target
+FROM (SELECT * FROM ledger_values WHERE {IS_FINITE}) v JOIN scales s ON v.step = s.step AND v.target = s.target
 """
 """Like SCORED, one row per segment."""
 

@@ -87,16 +87,15 @@ def print_summary(
     documents: int = 3,
     moved: Sequence[str] = (),
     as_json: bool = False,
-    file: Any = None,
 ) -> None:
-    """Print the summary of a run to stdout (or `file`), or its figures as one JSON object. Arguments and errors as in
+    """Print the summary of a run to stdout, or its figures as one JSON object. Arguments and errors as in
     `build_summary`."""
     summary = build_summary(run, cuts=cuts, documents=documents, moved=moved)
     if as_json:
         print_json(summary)
     else:
         audits = [Check(**audit) for audit in summary["audits"]]
-        render(summary, audits, console(file))
+        render(summary, audits, console())
 
 
 def largest_samples(query: Query, phase: Phase) -> dict[str, dict[str, Any]]:

@@ -34,14 +34,14 @@ def render(summary: dict[str, Any], audits: Sequence[Check], out: Console) -> No
         _domains(summary, target["name"], out)
     _documents(summary, out)
     _heading("Audits", out)
-    out.print(checks_table(audits, out.width))
+    out.print(checks_table(audits))
     not_finite = summary["rows"]["not_finite"] or 0
     if not_finite:
         _say(f"{not_finite:,} rows have values that are not finite and are left out of every figure.", out)
     _say(f"Files and rows of the ledger are checked by: inrun verify {summary['run']['directory']}", out)
 
 
-def checks_table(checks: Sequence[Check], width: int) -> Table:
+def checks_table(checks: Sequence[Check]) -> Table:
     """Checks or audits with their verdict in words."""
     made = table([("Check", "left"), ("Verdict", "left"), ("Detail", "left")])
     made.columns[2].no_wrap = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,17 +16,11 @@ WIDTH = 100
 MAXIMUM_WIDTH = 140
 
 
-def console(file: Any = None) -> Console:
-    """stdout, or `file`; 100 columns where there is no terminal, so that piped output does not depend on where it runs."""
-    stream = sys.stdout if file is None else file
-    found = Console(file=stream, highlight=False, soft_wrap=False)
+def console() -> Console:
+    """stdout; 100 columns where there is no terminal, so that piped output does not depend on where it runs."""
+    found = Console(highlight=False, soft_wrap=False)
     width = min(max(found.width, 60), MAXIMUM_WIDTH) if found.is_terminal else WIDTH
-    return Console(file=stream, highlight=False, width=width)
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 file`, `2,000 files`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return Console(highlight=False, width=width)
 
 
 def table(columns: Sequence[str | tuple[str, str]]) -> Table:

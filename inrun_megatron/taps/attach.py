@@ -6,9 +6,9 @@ of the model would look right and be wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
@@ -46,14 +46,19 @@ class Coverage:
     tapped_elements: int
     missing: tuple[str, ...]
 
+    @classmethod
+    def together(cls, stages: Sequence[Coverage]) -> Coverage:
+        """Of the whole model: its pipeline stages' together (a tied weight counts on both of its stages)."""
+        return cls(
+            parameters=sum(stage.parameters for stage in stages),
+            tapped=sum(stage.tapped for stage in stages),
+            elements=sum(stage.elements for stage in stages),
+            tapped_elements=sum(stage.tapped_elements for stage in stages),
+            missing=tuple(name for stage in stages for name in stage.missing),
+        )
+
     def to_dict(self) -> dict[str, object]:
-        return {
-            "parameters": self.parameters,
-            "tapped": self.tapped,
-            "elements": self.elements,
-            "tapped_elements": self.tapped_elements,
-            "missing": list(self.missing),
-        }
+        return asdict(self) | {"missing": list(self.missing)}
 
 
 def _numel(parameter: nn.Parameter) -> int:
@@ -178,7 +183,7 @@ class Taps:
             self._replaced.append((name, Replaced(module, method, function)))
 
     def require_unchanged(self) -> None:
-        """Taps must be where they were put, and what trains must be what did then.
+        """Taps must be where they were put, and the same parameters trainable as then.
 
         Raises:
             UserError: names the layer whose forward, or the parameter whose ``requires_grad``, is another since.

@@ -63,7 +63,7 @@ class Site:
     def counts_here(self) -> bool:
         """False where another rank of the tensor-parallel group counts the same (replicated) gradient.
 
-        Which one the name decides, so that the ranks share the work instead of waiting for the first of them.
+        The name decides which one, so that the ranks share the work instead of waiting for the first of them.
         """
         if self.sharding is not Sharding.REPLICATED:
             return True

@@ -23,6 +23,7 @@ import yaml
 from inrun_megatron.config import Config
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import make_directory, refused, write_atomically
+from inrun_megatron.wording import one_line
 
 # Set by the launcher or by how the run was started: they do not describe the run. A replay that loaded would go on from the
 # end of the run instead of repeating it.
@@ -118,7 +119,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"--config {path} is not YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} holds no mapping of configuration groups")
     return content

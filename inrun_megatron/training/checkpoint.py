@@ -98,9 +98,8 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
             _clear(root, path, run_state.layout_of(config))
             make_directory(path)
         dist.barrier()
-        path.mkdir(
-            parents=True, exist_ok=True
-        )  # there already, but on file systems that the hosts do not share
+        # there already, but on file systems that the hosts do not share
+        path.mkdir(parents=True, exist_ok=True)
         own = [path / f"rng_{dist.get_rank():05d}.pt"]
         torch.save(_plain_rng_state(), own[0])
         note = _note(trainer, path)

@@ -16,6 +16,7 @@ from typing import Any
 from inrun_megatron.config import Config
 from inrun_megatron.defaults import default_base
 from inrun_megatron.errors import UserError
+from inrun_megatron.wording import flag_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +248,7 @@ def _loss_scaling(merge_: _Merge, config: Config) -> dict[str, Any]:
         if (
             value < 0 or value == math.inf or (value == 0 and name != "loss_scale")
         ):  # a fixed scale of 0: a dynamic one
-            raise UserError(f"--{name.replace('_', '-')} is {value:g}: it must be positive and finite")
+            raise UserError(f"{flag_of(name)} is {value:g}: it must be positive and finite")
     return scaling
 
 
@@ -255,7 +256,7 @@ def _no_loss_scaling(config: Config) -> dict[str, Any]:
     for name in ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
         value = getattr(config.training, name)
         if value is not None:
-            raise UserError(f"--{name.replace('_', '-')} {value} needs --fp16: nothing else scales the loss")
+            raise UserError(f"{flag_of(name)} {value} needs --fp16: nothing else scales the loss")
     return {}
 
 

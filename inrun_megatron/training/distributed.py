@@ -94,7 +94,7 @@ def allow_many_files() -> None:
     """Raise this process's limit of open files as far as it may, up to OPEN_FILES.
 
     Rank 0 serves a connection to every rank in each of two stores (the process groups' and the watchdog's): with the usual
-    limit of 1,024 a job of some 500 ranks would stand still at its start, without a word.
+    limit of 1,024 a job of some 500 ranks would stand still at its start, silently.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)

@@ -64,7 +64,10 @@ def build_trainer(config: Config, deepspeed_config: dict[str, Any], batch: Batch
     pipeline = config.parallel.pipeline_model_parallel_size > 1
     if pipeline and config.parallel.sequence_parallel:
         engine_config = unpartitioned(engine_config)
-    model = (_build_pipeline if pipeline else _build_model)(config, engine_config, vocab_size)
+    if pipeline:
+        model: GPT | GPTPipeline = _build_pipeline(config, vocab_size)
+    else:
+        model = _build_model(config, engine_config, vocab_size)
     optimizer = build_optimizer(model, config.training, engine_config)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -121,7 +124,7 @@ def _build_model(config: Config, deepspeed_config: dict[str, Any], vocab_size: i
     return model
 
 
-def _build_pipeline(config: Config, deepspeed_config: dict[str, Any], vocab_size: int) -> GPTPipeline:
+def _build_pipeline(config: Config, vocab_size: int) -> GPTPipeline:
     return build_pipeline(
         config.model,
         vocab_size=vocab_size,

@@ -14,6 +14,7 @@ from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.belongs import UNKNOWN
 from inrun_megatron.ledger.files import read_json
 from inrun_megatron.training.distributed import rank0_then_all
+from inrun_megatron.wording import flag_of
 
 DIRECTORY = "checkpoints"
 RUN_STATE_FILE = "run_state.json"
@@ -172,7 +173,7 @@ def check_same_run(path: Path, state: dict[str, Any], config: Config) -> None:
     for name, value in now.items():
         if saved.get(name, value) != value:
             raise UserError(
-                f"{path} was written with {_flag(name)} {saved[name]}, this run has {value}: give the flags of the model "
+                f"{path} was written with {flag_of(name)} {saved[name]}, this run has {value}: give the flags of the model "
                 "that was saved"
             )
     optimizer = config.training.optimizer
@@ -181,7 +182,3 @@ def check_same_run(path: Path, state: dict[str, Any], config: Config) -> None:
         raise UserError(
             f"{path} holds the state of --optimizer {before}, this run has {optimizer}: resume with --optimizer {before}"
         )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -58,19 +58,12 @@ def versions() -> dict[str, str]:
 
 
 def _coverage(own: Coverage, layout: Layout) -> dict[str, Any]:
-    """Coverage of the whole model: the stages' together (a tied weight counts on both). Collective over a pipeline."""
-    stages: list[Coverage] = [own]
+    """Coverage of the whole model. Collective over a pipeline."""
+    stages: list[Any] = [own]
     if layout.pp_size > 1:
-        gathered: list[Any] = [None] * layout.pp_size
-        dist.all_gather_object(gathered, own, group=layout.pp_group)
-        stages = gathered
-    return Coverage(
-        parameters=sum(stage.parameters for stage in stages),
-        tapped=sum(stage.tapped for stage in stages),
-        elements=sum(stage.elements for stage in stages),
-        tapped_elements=sum(stage.tapped_elements for stage in stages),
-        missing=tuple(name for stage in stages for name in stage.missing),
-    ).to_dict()
+        stages = [None] * layout.pp_size
+        dist.all_gather_object(stages, own, group=layout.pp_group)
+    return Coverage.together(stages).to_dict()
 
 
 def _say_what_is_repeated(removed: Sequence[str], step: int, iteration: int) -> None:
@@ -224,9 +217,8 @@ class DomainValues:
     def __init__(self, scoring: Scoring, device: torch.device) -> None:
         self._scoring, self._device = scoring, device
         shape = (len(scoring.dataset_names), len(scoring.target_names) + 1)
-        self._sums = torch.zeros(
-            shape, dtype=torch.float64
-        )  # per dataset: sum of values per target, then samples
+        # per dataset: sum of values per target, then samples
+        self._sums = torch.zeros(shape, dtype=torch.float64)
 
     def add(self, result: StepResult, datasets: torch.Tensor) -> None:
         """result.values [rows, K] of this rank; datasets [rows]."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from inrun_megatron.config import Config, ModelConfig
 from inrun_megatron.errors import UserError
+from inrun_megatron.wording import flag_of
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
@@ -41,13 +42,13 @@ def _no_nan(config: Config) -> None:
     for group in vars(config).values():
         for name, value in vars(group).items():
             if isinstance(value, float) and math.isnan(value):
-                raise UserError(f"--{name.replace('_', '-')} is {value}: it must be a number")
+                raise UserError(f"{flag_of(name)} is {value}: it must be a number")
 
 
 def _positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must be positive")
+            raise UserError(f"{flag_of(name)} is {value}: it must be positive")
 
 
 def _parallel(config: Config) -> None:
@@ -204,10 +205,10 @@ def _training(config: Config) -> None:
     ):
         value = getattr(training, name)
         if value is not None and value < 0:
-            raise UserError(f"--{name.replace('_', '-')} is {value}: it must not be negative")
+            raise UserError(f"{flag_of(name)} is {value}: it must not be negative")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0.0 <= getattr(training, name) < 1.0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(training, name)}: it must be in [0, 1)")
+            raise UserError(f"{flag_of(name)} is {getattr(training, name)}: it must be in [0, 1)")
     if training.lr_warmup_fraction is not None:
         if training.lr_warmup_iters:
             raise UserError(

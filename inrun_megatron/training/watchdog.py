@@ -9,7 +9,7 @@ traceback that names none. So every rank writes a heartbeat into a store that ra
     every rank                 rank 0                     its connection closes / it stops answering      at once / heartbeat timeout
     rank 0                     all main threads           none has moved                                  collective timeout
 
-The first to notice writes the verdict into the store and prints it; the others leave without a word, after all have read
+The first to notice writes the verdict into the store and prints it; the others leave silently, after all have read
 it: a launcher ends what is left at the first exit, and an end without a known reason would be reported once more. Leaving
 is `os._exit`, because the main thread may wait in a collective for ever. Nothing committed can be lost by it: commits and
 checkpoints are complete at any instant (docs/ledger.md).
