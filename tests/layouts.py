@@ -65,7 +65,7 @@ class LayoutCase:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     micro_batch: int = 2
     recompute: bool = False
-    steps: int = 5
+    steps: int = 3
     scoring: bool = True
     proxy: bool = False
     grad_accum_fp32: bool = False

@@ -14,22 +14,22 @@ from tests.layouts import LayoutCase
 from tests.oracle import OracleRun
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.15, "fp16": 5e-2}
-STEPS_CHECKED = (0, 4)  # the first step, and the fifth
+STEPS_CHECKED = (0, 2)  # the first step, and the last
 
-# Pairwise covering of {TP 1, 2, 4} x {SP} x {ZeRO 0-3} x {accumulation 1, 4} x {shape} x {optimizer}, on four ranks.
+# Pairwise covering of {TP 1, 2, 4} x {SP} x {ZeRO 0-3} x {accumulation 1, 2} x {shape} x {optimizer}, on four ranks.
 PAIRWISE = [
     LayoutCase(4, 1, False, 0, 1, "gpt2", "adamw"),
-    LayoutCase(4, 1, False, 1, 4, "llama", "sgd"),
+    LayoutCase(4, 1, False, 1, 2, "llama", "sgd"),
     LayoutCase(4, 1, False, 2, 1, "llama", "adamw"),
-    LayoutCase(4, 1, False, 3, 4, "gpt2", "adamw"),
-    LayoutCase(4, 2, False, 0, 4, "llama", "adamw"),
+    LayoutCase(4, 1, False, 3, 2, "gpt2", "adamw"),
+    LayoutCase(4, 2, False, 0, 2, "llama", "adamw"),
     LayoutCase(4, 2, True, 1, 1, "gpt2", "adamw"),
-    LayoutCase(4, 2, True, 2, 4, "gpt2", "sgd"),
+    LayoutCase(4, 2, True, 2, 2, "gpt2", "sgd"),
     LayoutCase(4, 2, True, 3, 1, "llama", "adamw"),
-    LayoutCase(4, 2, False, 3, 4, "gpt2", "sgd"),
+    LayoutCase(4, 2, False, 3, 2, "gpt2", "sgd"),
     LayoutCase(4, 4, True, 0, 1, "llama", "sgd"),
-    LayoutCase(4, 4, False, 1, 4, "gpt2", "adamw"),
-    LayoutCase(4, 4, True, 2, 4, "llama", "adamw"),
+    LayoutCase(4, 4, False, 1, 2, "gpt2", "adamw"),
+    LayoutCase(4, 4, True, 2, 2, "llama", "adamw"),
     LayoutCase(4, 4, True, 3, 1, "gpt2", "adamw"),
 ]
 # What the product leaves out: one row and many rows per microbatch, recomputation, momentum, Adam with coupled
