@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,8 @@ from inrun_megatron.data import train as train_module
 from inrun_megatron.data.blend import Blend, dataset_names, parse_blend, parse_split
 from inrun_megatron.data.corpora import tiny_corpus, write_corpus
 from inrun_megatron.data.identity import SampleResolver
+from inrun_megatron.data.sampler import microbatch_indices
 from inrun_megatron.data.tokenizers import ByteTokenizer, NullTokenizer, build_tokenizer, prepared_tokenizer
-from inrun_megatron.data.train import (
-    DataSampler,
-    microbatch_indices,
-    microbatch_loader,
-)
 from inrun_megatron.errors import UserError
 from inrun_megatron.models.attention import document_mask
 from inrun_megatron.training.datasets import vocabulary
@@ -85,24 +80,6 @@ class TestItems:
             for rank in range(2):
                 stream += microbatch_indices(consumed, 3, rank, 2)
         assert stream == list(range(24))
-        ranks = [list(DataSampler(26, 6, 3, rank, 2)) for rank in range(2)]
-        assert len(ranks[0]) == len(DataSampler(26, 6, 3, 0, 2)) == 3
-        assert list(itertools.chain(*itertools.chain(*zip(*ranks, strict=True)))) == list(range(6, 24))
-        with pytest.raises(UserError, match="has 26 samples and the run has consumed 24"):
-            DataSampler(26, 24, 3, 0, 2)
-
-    @pytest.mark.parametrize("num_workers", [0, 1])
-    def test_loader_resumes_and_draws_nothing(self, pair: tuple[str, str], num_workers: int) -> None:
-        train, _ = build("1", pair[0], "1", pair[1])
-        before = torch.get_rng_state()
-        whole = list(microbatch_loader(train, DataSampler(50, 0, 2, 1, 2), num_workers=num_workers))
-        rest = list(microbatch_loader(train, DataSampler(50, 8, 2, 1, 2), num_workers=num_workers))
-        assert torch.equal(torch.get_rng_state(), before)
-        assert len(whole) == 12 and len(rest) == 10
-        for one, other in zip(whole[2:], rest, strict=True):
-            for name in one:
-                torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
-        torch.testing.assert_close(whole[2]["tokens"], train.microbatch([10, 11])["tokens"], rtol=0, atol=0)
 
 
 class TestCache:

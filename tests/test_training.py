@@ -75,10 +75,6 @@ class Sequences:
         }
 
 
-def consecutive(consumed: int, micro: int, rank: int, size: int) -> range:
-    return range(consumed + rank * micro, consumed + (rank + 1) * micro)
-
-
 # --- the same training for every layout -------------------------------------------------------------------------------
 
 
@@ -97,7 +93,7 @@ def _train(rank: int, world: int, config: Config, left_out: str | None = None) -
         if left_out is not None:
             patch.setattr(engine, left_out, lambda *arguments: [])
         trainer = engine.build_trainer(config, deepspeed_config, batch, VOCABULARY)
-    loader = StepLoader(Sequences(), batch, dp_rank=layout.dp_rank, consumed_samples=0, indices=consecutive)
+    loader = StepLoader(Sequences(), batch, dp_rank=layout.dp_rank, consumed_samples=0)
     losses, norms = [], []
     for _ in range(STEPS):
         loss = torch.zeros(())
@@ -251,9 +247,7 @@ def test_samples_are_consecutive_over_ranks_and_resume_where_they_stopped(ahead:
 
     def steps(consumed: int, count: int) -> list[list[list[int]]]:
         loaders = [
-            StepLoader(
-                Sequences(), batch, dp_rank=r, consumed_samples=consumed, indices=consecutive, ahead=ahead
-            )
+            StepLoader(Sequences(), batch, dp_rank=r, consumed_samples=consumed, ahead=ahead)
             for r in range(2)
         ]
         read = [

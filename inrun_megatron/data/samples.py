@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from inrun_megatron.data.megatron import BlendedDataset, GPTDataset, document_ids
-from inrun_megatron.data.sampler import DataSampler
 
 
 @dataclass(frozen=True)
@@ -85,23 +84,6 @@ class IdentifiedDataset(Dataset[dict[str, torch.Tensor]]):
     def microbatch(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """The items `indices` stacked along a first dimension b."""
         return default_collate([self[k] for k in indices])
-
-
-def microbatch_loader(
-    dataset: IdentifiedDataset, sampler: DataSampler, *, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader[dict[str, torch.Tensor]]:
-    """Microbatches of one data-parallel rank in the order of `sampler`.
-
-    Its generator is its own: a DataLoader without one draws from torch's global stream each time it is iterated, and a
-    resumed run would then continue with other dropout masks than an uninterrupted one.
-    """
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator().manual_seed(0),
-    )
 
 
 def components(dataset: GPTDataset | BlendedDataset) -> list[GPTDataset]:

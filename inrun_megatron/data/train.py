@@ -38,20 +38,12 @@ from inrun_megatron.data.megatron import (
     GPTDatasetConfig,
 )
 from inrun_megatron.data.run_dataset import INDEX_NAMES, array_sha256
-from inrun_megatron.data.sampler import DataSampler, microbatch_indices
-from inrun_megatron.data.samples import DatasetDescription, IdentifiedDataset, components, microbatch_loader
+from inrun_megatron.data.samples import DatasetDescription, IdentifiedDataset, components
 from inrun_megatron.data.tokenizers import Tokenizer
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import digest_of, sha256_of
 
-__all__ = [
-    "DataSampler",
-    "DatasetDescription",
-    "IdentifiedDataset",
-    "build_datasets",
-    "microbatch_indices",
-    "microbatch_loader",
-]
+__all__ = ["DatasetDescription", "IdentifiedDataset", "build_datasets"]
 
 
 def build_datasets(

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from inrun_megatron import host
+from inrun_megatron.data.sampler import microbatch_indices
 from inrun_megatron.training.deepspeed_config import Batch
 
 Microbatch = dict[str, torch.Tensor]
 # Columns that scoring reads and no layer: on a GPU the host would have to wait for them.
 ON_THE_HOST = ("dataset", "sample", "segments")
-Indices = Callable[[int, int, int, int], Sequence[int]]
-"""(consumed samples, micro batch size, data-parallel rank, data-parallel size) -> sample numbers of one microbatch."""
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> Microbatch:
@@ -45,10 +44,9 @@ class StepLoader:
         *,
         dp_rank: int,
         consumed_samples: int,
-        indices: Indices,
         ahead: bool = True,
     ) -> None:
-        self._dataset, self._batch, self._dp_rank, self._indices = dataset, batch, dp_rank, indices
+        self._dataset, self._batch, self._dp_rank = dataset, batch, dp_rank
         self._position = consumed_samples
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") if ahead else None
         self._next: Future[list[Microbatch]] | None = None
@@ -56,17 +54,11 @@ class StepLoader:
     def _read(self, consumed: int) -> list[Microbatch]:
         batch = self._batch
         per_pass = batch.micro * batch.data_parallel
-        return [
-            collate(
-                [
-                    self._dataset[int(k)]
-                    for k in self._indices(
-                        consumed + step * per_pass, batch.micro, self._dp_rank, batch.data_parallel
-                    )
-                ]
-            )
-            for step in range(batch.accumulation)
+        own = [
+            microbatch_indices(consumed + number * per_pass, batch.micro, self._dp_rank, batch.data_parallel)
+            for number in range(batch.accumulation)
         ]
+        return [collate([self._dataset[k] for k in indices]) for indices in own]
 
     def next_step(self, more: bool = True) -> list[Microbatch]:
         """The microbatches of the next step; `more` says whether another will be asked for."""
@@ -92,10 +84,8 @@ def microbatch_loss(losses: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tens
     return (losses.float() * mask).sum() / mask.sum().clamp(min=1.0)
 
 
-def evaluation_batches(
-    dataset: Any, batch: Batch, iterations: int, dp_rank: int, indices: Indices
-) -> Iterator[Microbatch]:
+def evaluation_batches(dataset: Any, batch: Batch, iterations: int, dp_rank: int) -> Iterator[Microbatch]:
     """This rank's microbatches of the first `iterations` global batches of `dataset`."""
-    loader = StepLoader(dataset, batch, dp_rank=dp_rank, consumed_samples=0, indices=indices, ahead=False)
+    loader = StepLoader(dataset, batch, dp_rank=dp_rank, consumed_samples=0, ahead=False)
     for _ in range(iterations):
         yield from loader.next_step(more=False)

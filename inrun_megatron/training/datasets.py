@@ -10,7 +10,6 @@ from typing import Any
 from inrun_megatron.config import Config
 from inrun_megatron.data.blend import parse_blend, parse_split
 from inrun_megatron.data.documents import read_summary
-from inrun_megatron.data.sampler import microbatch_indices
 from inrun_megatron.data.targets import Target, load_target, parse_targets
 from inrun_megatron.data.tokenizers import (
     NullTokenizer,
@@ -23,8 +22,6 @@ from inrun_megatron.data.train import build_datasets
 from inrun_megatron.errors import UserError
 from inrun_megatron.training.deepspeed_config import Batch
 from inrun_megatron.training.distributed import AgreedError
-
-indices = microbatch_indices
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from inrun_megatron.parallel import Layout
 from inrun_megatron.pipeline import PipelineStep
 from inrun_megatron.training import checkpoint
 from inrun_megatron.training.batches import (
-    Indices,
     Microbatch,
     StepLoader,
     evaluation_batches,
@@ -50,7 +49,6 @@ class Run:
     layout: Layout
     train_data: Any
     validation_data: Any | None
-    indices: Indices
     monitor: Monitor
     progress: Progress
     scoring: Scoring | None = None
@@ -67,7 +65,6 @@ class Run:
             self.batch,
             dp_rank=self.layout.dp_rank,
             consumed_samples=self.progress.consumed_samples,
-            indices=self.indices,
         )
         reporter, health = _Reporter(self, bar), Health(self.config)
         try:
@@ -176,7 +173,7 @@ class Run:
         microbatches = (
             to_device(microbatch, self.trainer.device)
             for microbatch in evaluation_batches(
-                self.validation_data, self.batch, training.eval_iters, self.layout.dp_rank, self.indices
+                self.validation_data, self.batch, training.eval_iters, self.layout.dp_rank
             )
         )
         if self._pipeline:

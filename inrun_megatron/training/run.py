@@ -132,7 +132,6 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
         layout=layout,
         train_data=data.train,
         validation_data=data.validation,
-        indices=datasets.indices,
         monitor=Monitor(settled.deepspeed),
         progress=progress,
         scoring=scoring,
