@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +19,7 @@ from inrun_megatron.commands.options import (
 )
 from inrun_megatron.commands.targets import chosen_targets
 from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.files import replacing
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.report.documents import Documents, parse_moved
 from inrun_megatron.report.phases import choose_steps
@@ -114,13 +114,8 @@ def _format_of(path: Path) -> Format:
 
 def _copy(query: Query, selection: str, path: Path, kind: Format) -> int:
     """Write under a temporary name and rename, so that a broken export leaves no half of a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        rows = query.copy(f"COPY ({selection}) TO {quoted(str(temporary))} ({_COPY_OPTIONS[kind]})")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            return query.copy(f"COPY ({selection}) TO {quoted(str(temporary))} ({_COPY_OPTIONS[kind]})")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
-            temporary.unlink(missing_ok=True)
-    return rows

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.files import replacing
 from inrun_megatron.ledger.schema import SCORED
 from inrun_megatron.report.attribution import IN_WORDS
 from inrun_megatron.report.charts import MEASURES, all_charts, default_charts
@@ -70,17 +69,13 @@ def write_page(figures: dict[str, Any], path: Path) -> None:
         raise UserError(
             f"{path} is a directory; give --output the name of a file, such as {path / 'report.html'}"
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.exists() and GENERATOR.encode() not in path.read_bytes()[:2048]:
             raise UserError(f"{path} exists and is no earlier report; choose another --output")
-        temporary.write_text(render(figures), encoding="utf-8")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(render(figures), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another --output") from error
-    finally:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
-            temporary.unlink(missing_ok=True)
 
 
 def write_png(figures: dict[str, Any], directory: Path) -> list[str]:
