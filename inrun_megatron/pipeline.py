@@ -25,7 +25,6 @@ never the whole pipeline's flush of 2 (P - 1). No stage waits inside its validat
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -140,11 +139,9 @@ class PipelineStep(ScoredStep):
         stream = ScoringStream(self, microbatches) if self.result.scored or owner.consumers else None
         prepended = [] if stream is None else [owner.loss.split(m) for _, m in stream.validation]
         loss = owner.pipeline.train_batch(stream, [owner.loss.split(m) for m in microbatches], prepended)
-        if stream is not None and self.result.scored:
-            if owner.rides and self.fresh:
-                self._target_losses = owner.passes.total(stream.losses)
-                self._terms = stream.terms
-            self.result.seconds_scoring += stream.seconds
+        if stream is not None and self.result.scored and owner.rides and self.fresh:
+            self._target_losses = owner.passes.total(stream.losses)
+            self._terms = stream.terms
         return float(loss)
 
 
@@ -156,12 +153,12 @@ class ScoringStream:
         prepended: how many there are.
         losses: this rank's share of L_k(w_t) ``[K]``.
         terms: this rank's part of the momentum and decay terms.
-        seconds: time spent on the validation microbatches and the directions.
     """
 
     def __init__(self, step: PipelineStep, microbatches: Sequence[Microbatch]) -> None:
         owner = step.owner
         self.owner, self._scale = owner, step._loss_scale
+        self._timed = step.scoring.running
         self.validation = [
             (k, microbatch)
             for k, target in enumerate(owner.targets)
@@ -170,7 +167,6 @@ class ScoringStream:
         self.prepended = len(self.validation)
         self.losses = torch.zeros(len(owner.targets), dtype=torch.float64, device=owner.device)
         self.terms: tuple[Tensor, Tensor] | None = None
-        self.seconds = 0.0
         last = {k: index for index, (k, _) in enumerate(self.validation)}
         self._passes = [
             Pass(consumers=(DirectionFiller(owner.directions, k, last=index == last[k]),), detached=True)
@@ -226,14 +222,6 @@ class ScoringStream:
     def sent(self) -> None:
         if self._forwards == len(self._passes):  # there is no further forward to wait for
             self._start_directions()
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - started
 
     def _validation_loss(self, index: int) -> Any:
         """Loss of validation microbatch ``index`` on the last stage: its share of L_k."""

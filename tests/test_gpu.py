@@ -1,4 +1,4 @@
-"""On a GPU: the values of the CPU, and nothing that the host waits for. Left out where there is no GPU.
+"""On a GPU: the values of the CPU, nothing that the host waits for, the memory and time that it takes. Left out where there is no GPU.
 
 python -m pytest tests/test_gpu.py
 """
@@ -145,3 +145,26 @@ def test_attention_within_documents_holds_no_matrix_for_every_head() -> None:
         [taken] = gpu.run(_attention_bytes, length, heads)
     print(f"{taken / 2**20:.0f} MiB")
     assert taken < heads * length * length  # half of bf16 scores
+
+
+def _measured(rank: int, world: int) -> tuple[float, float]:
+    """Seconds of the host and of the stopwatch for work that the host only starts."""
+    import time
+
+    from inrun_megatron.host import Stopwatch
+
+    watch, started = Stopwatch(torch.device("cuda", 0)), time.perf_counter()
+    for _ in range(2):
+        with watch.running():
+            torch.cuda._sleep(200_000_000)  # clock cycles: 0.1 s and more
+    on_host = time.perf_counter() - started
+    torch.zeros(1, device="cuda").cpu()
+    return on_host, watch.read()
+
+
+def test_the_time_of_scoring_is_the_devices() -> None:
+    on_gpu = {"CUDA_VISIBLE_DEVICES": "0", "DS_ACCELERATOR": "cuda"}
+    with Workers(1, env=on_gpu, initialise=False) as gpu:
+        gpu.run(_measured)  # CUDA starts
+        [(on_host, measured)] = gpu.run(_measured)
+    assert on_host < 0.1 < 0.15 < measured < 2.0
