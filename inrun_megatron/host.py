@@ -1,7 +1,11 @@
-"""Between host and device: the one read for which a scored step makes the host wait, and copies for which it does not."""
+"""Between host and device: the one read for which a scored step makes the host wait, copies for which it does not, and how
+long the device takes for what the host has only started."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,3 +23,36 @@ def to_host(*figures: Tensor) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on ``device``, in a copy that the host does not wait for; itself on a CPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class Stopwatch:
+    """Seconds that stretches of a step take; on a GPU those of the current stream, which works behind the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._stretches: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What happens inside counts."""
+        started = _now() if self._on_gpu else time.perf_counter()
+        try:
+            yield
+        finally:
+            if isinstance(started, float):
+                self._seconds += time.perf_counter() - started
+            else:
+                self._stretches.append((started, _now()))
+
+    def read(self) -> float:
+        """Of all stretches; once the host has read something that was computed after the last one."""
+        self._seconds += sum(start.elapsed_time(stop) for start, stop in self._stretches) / 1000.0
+        self._stretches.clear()
+        return self._seconds
+
+
+def _now() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

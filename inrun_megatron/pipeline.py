@@ -9,6 +9,10 @@ earlier than it has to:
     norms             |grad L_k| over all stages, where the Jacobian clips by it (Adam; models without clipping and SGD
                       need none): started after the last validation backward, waited for at the first training backward
 
+A stage starts them once it has sent the gradient of that backward and has what it needs for its next forward: the host may
+have to wait for the other ranks where NCCL connects those of a group, which it does when they first use it, and a stage
+before that still lacked the gradient could never come.
+
 A step with an older direction (refresh.py) has nothing in front: its stream is that of plain training.
 
 Weights that move (base drift, the path estimators) let nothing ride along: those passes are runs of the schedule of
@@ -21,7 +25,6 @@ never the whole pipeline's flush of 2 (P - 1). No stage waits inside its validat
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -136,11 +139,9 @@ class PipelineStep(ScoredStep):
         stream = ScoringStream(self, microbatches) if self.result.scored or owner.consumers else None
         prepended = [] if stream is None else [owner.loss.split(m) for _, m in stream.validation]
         loss = owner.pipeline.train_batch(stream, [owner.loss.split(m) for m in microbatches], prepended)
-        if stream is not None and self.result.scored:
-            if owner.rides and self.fresh:
-                self._target_losses = owner.passes.total(stream.losses)
-                self._terms = stream.terms
-            self.result.seconds_scoring += stream.seconds
+        if stream is not None and self.result.scored and owner.rides and self.fresh:
+            self._target_losses = owner.passes.total(stream.losses)
+            self._terms = stream.terms
         return float(loss)
 
 
@@ -152,12 +153,12 @@ class ScoringStream:
         prepended: how many there are.
         losses: this rank's share of L_k(w_t) ``[K]``.
         terms: this rank's part of the momentum and decay terms.
-        seconds: time spent on the validation microbatches and the directions.
     """
 
     def __init__(self, step: PipelineStep, microbatches: Sequence[Microbatch]) -> None:
         owner = step.owner
         self.owner, self._scale = owner, step._loss_scale
+        self._timed = step.scoring.running
         self.validation = [
             (k, microbatch)
             for k, target in enumerate(owner.targets)
@@ -166,7 +167,6 @@ class ScoringStream:
         self.prepended = len(self.validation)
         self.losses = torch.zeros(len(owner.targets), dtype=torch.float64, device=owner.device)
         self.terms: tuple[Tensor, Tensor] | None = None
-        self.seconds = 0.0
         last = {k: index for index, (k, _) in enumerate(self.validation)}
         self._passes = [
             Pass(consumers=(DirectionFiller(owner.directions, k, last=index == last[k]),), detached=True)
@@ -181,6 +181,8 @@ class ScoringStream:
                 consumers = (self._scorers[-1], *consumers)
             self._passes.append(Pass(consumers=consumers, microbatch=index))
         self._tied: list[tuple[list[Tensor], Tensor, dist.Work]] = []
+        self._forwards = 0
+        self._due = False  # is everything added up here, and nothing started that crosses stages?
         self._reduced = False
         self._squares: tuple[Tensor, dist.Work | None] | None = None
         if self.prepended:
@@ -190,6 +192,8 @@ class ScoringStream:
 
     @contextmanager
     def forward(self, index: int) -> Iterator[None]:
+        self._forwards += 1
+        self._start_directions()
         with self.owner.taps.during(self._passes[index]):
             if index >= self.prepended:
                 yield
@@ -211,16 +215,13 @@ class ScoringStream:
             with self._timed():
                 with self.owner.taps.untouched():
                     yield
-                if index == self.prepended - 1:
-                    self._start_directions()
+            self._due = index == self.prepended - 1
+            if self.owner.layout.pp_rank == 0:  # which sends no gradient
+                self._start_directions()
 
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - started
+    def sent(self) -> None:
+        if self._forwards == len(self._passes):  # there is no further forward to wait for
+            self._start_directions()
 
     def _validation_loss(self, index: int) -> Any:
         """Loss of validation microbatch ``index`` on the last stage: its share of L_k."""
@@ -239,15 +240,18 @@ class ScoringStream:
 
     def _start_directions(self) -> None:
         """After this stage's last validation backward: start what crosses stages; wait for no later stage."""
-        owner = self.owner
-        for weight, group in owner.pipeline.tied():
-            halves = owner.directions.sums(weight)
-            both = torch.stack(halves)
-            self._tied.append((halves, both, dist.all_reduce(both, group=group, async_op=True)))
-        # The other half of a tied weight comes from an earlier stage, which may still be waiting for this one's
-        # gradients; from a later stage it has come already.
-        if not self._tied or owner.layout.pp_rank == 0:
-            self._reduce()
+        if not self._due:
+            return
+        self._due, owner = False, self.owner
+        with self._timed():
+            for weight, group in owner.pipeline.tied():
+                halves = owner.directions.sums(weight)
+                both = torch.stack(halves)
+                self._tied.append((halves, both, dist.all_reduce(both, group=group, async_op=True)))
+            # The other half of a tied weight comes from an earlier stage, which may still be waiting for this one's
+            # gradients; from a later stage it has come already.
+            if not self._tied or owner.layout.pp_rank == 0:
+                self._reduce()
 
     def _reduce(self) -> None:
         """Add the halves of tied weights, sum over this stage's ranks, start summing the norms."""
@@ -270,6 +274,7 @@ class ScoringStream:
 
     def _finish_directions(self) -> None:
         """Before this stage's first training backward."""
+        assert not self._due, "a gradient has been sent since, and a forward begun if there was one"
         if not self._reduced:
             self._reduce()
         norms = torch.zeros_like(self.losses)

@@ -100,3 +100,6 @@ class _DetachedStream:
 
     def backward(self, index: int) -> AbstractContextManager[None]:
         return self._passes.backward(self._runs[index])
+
+    def sent(self) -> None:
+        """Nothing follows from it."""

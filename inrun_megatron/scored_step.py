@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .estimators import credit_factor
-from .host import to_host
+from .host import Stopwatch, to_host
 from .ledger.schema import CURRENT, DRIFT, StepRecord
 from .optimizers import Step
 from .passes import Microbatch
@@ -48,6 +48,7 @@ class ScoredStep:
     Attributes:
         result: what the step came to; complete after the ``with`` block.
         train_loss, consumed_samples: set by the loop if the ledger should know them.
+        scoring: how long scoring takes.
     """
 
     def __init__(self, owner: InRunShapley, iteration: int) -> None:
@@ -57,6 +58,7 @@ class ScoredStep:
         self.train_loss: float | None = None
         self.consumed_samples: int | None = None
         self._started = time.perf_counter()
+        self.scoring = Stopwatch(owner.device)
         self._rows = StepRows(len(owner.targets), owner.device)
         self._scorers: list[RowScorer] = []
         self._microbatches = 0
@@ -71,15 +73,13 @@ class ScoredStep:
 
     def prepare(self, microbatches: Sequence[Microbatch] | None = None) -> None:
         """Steps 1 and 2."""
-        started = time.perf_counter()
-        self._begin()
-        if not self.fresh:
-            self.result.seconds_scoring += time.perf_counter() - started
-            return
-        prepared = self.owner.preparation.run(self.owner.passes, microbatches)
-        self._target_losses, self._terms = prepared.target_losses, prepared.terms
-        self._path_norm = prepared.path_norm
-        self.result.seconds_scoring += time.perf_counter() - started
+        with self.scoring.running():
+            self._begin()
+            if not self.fresh:
+                return
+            prepared = self.owner.preparation.run(self.owner.passes, microbatches)
+            self._target_losses, self._terms = prepared.target_losses, prepared.terms
+            self._path_norm = prepared.path_norm
 
     def _begin(self) -> None:
         """What must be read before the step; the additivity probe watches it."""
@@ -163,25 +163,28 @@ class ScoredStep:
         if result.status == "off":  # nothing is read that plain training does not read
             result.gradient_norm = owner.adapter.norm_on_host()
             return
-        started = time.perf_counter()
         if result.scored:
             self._require_one_step()
-        if result.scored and not owner.adapter.step_applied():
-            result.status = "skipped: overflow"
-            owner.refresh.expire()
-        nothing = torch.empty(0, dtype=torch.float64, device=owner.device)
-        norm = owner.adapter.gradient_norm(self._loss_scale / self._unscale)
-        clip = owner.adapter.clip_coefficients(torch.zeros((), device=owner.device) if norm is None else norm)
-        losses = nothing if self._target_losses is None else self._target_losses
-        scores, figures, tokens = nothing, nothing, nothing
-        if result.scored:
-            scores, figures = self._sum_scores(clip)
-            tokens = self._rows.unread()
-        else:
-            owner._probe.disarm()
+        with self.scoring.running():
+            if result.scored and not owner.adapter.step_applied():
+                result.status = "skipped: overflow"
+                owner.refresh.expire()
+            none = torch.empty(0, dtype=torch.float64, device=owner.device)
+            norm = owner.adapter.gradient_norm(self._loss_scale / self._unscale)
+            clip = owner.adapter.clip_coefficients(
+                torch.zeros((), device=owner.device) if norm is None else norm
+            )
+            losses = none if self._target_losses is None else self._target_losses
+            scores, figures, tokens = none, none, none
+            if result.scored:
+                scores, figures = self._sum_scores(clip)
+                tokens = self._rows.unread()
+            else:
+                owner._probe.disarm()
+            path = none if self._path_norm is None else self._path_norm
         # Nothing was read from the device until here, and everything is read at once.
-        path = nothing if self._path_norm is None else self._path_norm
-        read = to_host(nothing if norm is None else norm, clip, losses, scores, figures, tokens, path)
+        read = to_host(none if norm is None else norm, clip, losses, scores, figures, tokens, path)
+        started = time.perf_counter()
         result.gradient_norm = None if norm is None else float(read[0])
         result.clip_coefficient = float(read[1])
         result.target_losses = None if self._target_losses is None else read[2].tolist()
@@ -192,7 +195,7 @@ class ScoredStep:
             self._settle_scores(torch.from_numpy(read[3]), read[4].tolist())
             if not result.scored:  # what spoiled this step's values may be in its directions
                 owner.refresh.expire()
-        result.seconds_scoring += time.perf_counter() - started
+        result.seconds_scoring = self.scoring.read() + time.perf_counter() - started
         self._append()
 
     def _require_one_step(self) -> None:

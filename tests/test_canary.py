@@ -222,9 +222,9 @@ def test_inner_optimizers_run_public_step_hooks() -> None:
 
 def test_pipeline_engine_runs_the_map_and_the_schedule_that_the_adapter_replaces() -> None:
     from deepspeed.runtime.pipe.engine import PipelineEngine
-    from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
+    from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, SendGrad, TrainSchedule
 
-    assert {ForwardPass, BackwardPass} <= set(PipelineEngine._INSTRUCTION_MAP)
+    assert {ForwardPass, BackwardPass, SendGrad} <= set(PipelineEngine._INSTRUCTION_MAP)
     assert "MethodType(self._INSTRUCTION_MAP[type(cmd)], self)" in _source(PipelineEngine._exec_schedule)
     assert "sched = self._train_schedule()" in _source(PipelineEngine.train_batch)
     assert "micro_batches=self.micro_batches, stages=self.num_stages, stage_id=self.stage_id" in _source(

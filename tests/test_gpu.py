@@ -1,4 +1,4 @@
-"""On a GPU: the values of the CPU, and nothing that the host waits for. Left out where there is no GPU.
+"""On a GPU: the values of the CPU, nothing that the host waits for, the memory and time that it takes. Left out where there is no GPU.
 
 python -m pytest tests/test_gpu.py
 """
@@ -115,3 +115,56 @@ def test_the_host_waits_once_more_than_in_a_plain_step(name: str) -> None:
         assert place in own or count <= allowed, (
             f"{name}: {place} {count} times, {plain[place]} in a plain step"
         )
+
+
+def _attention_bytes(rank: int, world: int, length: int, heads: int) -> int:
+    """What attention within documents takes for a time, grouped queries, forward and backward."""
+    from types import SimpleNamespace
+
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from inrun_megatron.models.attention import SdpaCoreAttention, document_mask
+
+    config: Any = SimpleNamespace(sequence_parallel=False, attention_dropout=0.0)
+    attention = SdpaCoreAttention(config, 1, AttnMaskType.causal, "self")
+    query, key, value = (
+        torch.randn(length, 1, n, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for n in (heads, heads // 4, heads // 4)
+    )
+    mask = document_mask(torch.arange(length, device="cuda")[None] // 700)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention(query, key, value, mask).sum().backward()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_attention_within_documents_holds_no_matrix_for_every_head() -> None:
+    length, heads = 4096, 16
+    on_gpu = {"CUDA_VISIBLE_DEVICES": "0", "DS_ACCELERATOR": "cuda"}
+    with Workers(1, env=on_gpu, initialise=False) as gpu:
+        [taken] = gpu.run(_attention_bytes, length, heads)
+    print(f"{taken / 2**20:.0f} MiB")
+    assert taken < heads * length * length  # half of bf16 scores
+
+
+def _measured(rank: int, world: int) -> tuple[float, float]:
+    """Seconds of the host and of the stopwatch for work that the host only starts."""
+    import time
+
+    from inrun_megatron.host import Stopwatch
+
+    watch, started = Stopwatch(torch.device("cuda", 0)), time.perf_counter()
+    for _ in range(2):
+        with watch.running():
+            torch.cuda._sleep(200_000_000)  # clock cycles: 0.1 s and more
+    on_host = time.perf_counter() - started
+    torch.zeros(1, device="cuda").cpu()
+    return on_host, watch.read()
+
+
+def test_the_time_of_scoring_is_the_devices() -> None:
+    on_gpu = {"CUDA_VISIBLE_DEVICES": "0", "DS_ACCELERATOR": "cuda"}
+    with Workers(1, env=on_gpu, initialise=False) as gpu:
+        gpu.run(_measured)  # CUDA starts
+        [(on_host, measured)] = gpu.run(_measured)
+    assert on_host < 0.1 < 0.15 < measured < 2.0

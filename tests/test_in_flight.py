@@ -155,3 +155,43 @@ def test_zero_3_fetches_moved_weights_after_they_were_written(monkeypatch: pytes
         "forward",
         "fetches wait for ours, weights [1.0, 1.0, 1.0, 1.0]",
     ]
+
+
+# --- stages ----------------------------------------------------------------------------------------------------------
+
+# Untied and tied, and fewer training microbatches than stages: some stages have no forward left to begin with.
+STAGES = [
+    LayoutCase(2, 1, False, 1, 2, "llama", "adamw", pp=2, micro_batch=8, steps=1),
+    LayoutCase(2, 1, False, 0, 1, "gpt2", "adamw", pp=2, steps=1),
+]
+FOUR_STAGES = [
+    LayoutCase(4, 1, False, 1, 1, "llama", "adamw", pp=4, layers=4, steps=1),
+    LayoutCase(4, 1, False, 0, 4, "gpt2", "adamw", pp=4, layers=4, steps=1),
+]
+
+
+class Connecting:
+    """Stands where a module has `torch.distributed`: what runs on elsewhere makes the host wait for the group's other ranks, as
+    NCCL does where it connects them: at their first use."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+    def all_reduce(self, tensor: Tensor, *, async_op: bool = False, **options: Any) -> Any:
+        dist.all_reduce(tensor, **options)
+        return SimpleNamespace(wait=lambda: None) if async_op else None
+
+
+def _train_connecting(rank: int, world: int, case: LayoutCase) -> Ran:
+    with standing_in(Connecting(), ["pipeline"]):
+        return train(rank, world, case)
+
+
+@pytest.mark.parametrize(
+    "cases", [STAGES, pytest.param(FOUR_STAGES, marks=pytest.mark.slow)], ids=["two stages", "four stages"]
+)
+def test_a_stage_that_waits_for_the_others_has_sent_them_what_they_wait_for(cases: list[LayoutCase]) -> None:
+    for case, ranks in zip(
+        cases, assert_cases(run_cases(_train_connecting, cases[0].world, cases, timeout=60)), strict=True
+    ):
+        assert all(ran.statuses == ["scored"] for ran in ranks), case

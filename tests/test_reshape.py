@@ -265,6 +265,26 @@ def test_buffers_in_another_order_are_another_layout(two_ranks: Workers, data: P
             assert torch.equal(*whole), (name, field)
 
 
+def test_another_kind_of_device_is_another_layout(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
+    """A GPU's random streams are 16 bytes each, which a CPU's generator does not take."""
+    argv = arguments(data, *FIXED, "--no-shapley", "--train-iters", "2", "--zero-stage", "1")
+    two_ranks.run(run_here, [*argv, "--save", str(tmp_path / "one")])
+    one, two = (tmp_path / run / "checkpoints" / "iter_0000002" for run in ("one", "two"))
+    state = json.loads((one / "run_state.json").read_text())
+    state["layout"]["device"] = "cuda"
+    (one / "run_state.json").write_text(json.dumps(state))
+    for file in one.glob("rng_*.pt"):
+        streams = torch.load(file)
+        streams["cuda"] = torch.zeros(16, dtype=torch.uint8)
+        streams["tracker"] = dict.fromkeys(streams["tracker"], streams["cuda"])
+        torch.save(streams, file)
+    two_ranks.run(_pass_on, [*argv, "--load", str(tmp_path / "one"), "--save", str(tmp_path / "two")])
+    own = torch.get_rng_state().shape
+    for file in two.glob("rng_*.pt"):
+        assert all(stream.shape == own for stream in torch.load(file)["tracker"].values())
+    assert json.loads((two / "run_state.json").read_text())["layout"]["device"] == "cpu"
+
+
 @pytest.mark.parametrize(("stage", "layout"), [("0", ""), ("2", ""), ("3", ""), ("1", f"{TP} 2")])
 def test_flags_decide_the_optimizers_settings(
     two_ranks: Workers, data: Path, tmp_path: Path, stage: str, layout: str

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from inrun_megatron.errors import UserError
 from inrun_megatron.scoring import RowScorer
 from inrun_megatron.taps import Emission, Pass, attach_taps
 from inrun_megatron.taps.emission import Sharding, Site
+from tests.counting import standing_in
 from tests.distributed import Workers
 
 
@@ -253,6 +256,34 @@ def _column_with_a_frozen_bias(rank: int, world: int) -> list[Tensor]:
 def test_a_frozen_bias_of_a_column_parallel_layer_is_added(two_ranks: Workers) -> None:
     for output, gradient, tapped_output, tapped_gradient in two_ranks.run(_column_with_a_frozen_bias):
         assert torch.equal(tapped_output, output) and torch.equal(tapped_gradient, gradient)
+
+
+class _AsNCCL:
+    """Stands where a module has `torch.distributed`: NCCL takes memory as it lies, where gloo copies to and from strides."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(dist, name)
+
+    def reduce_scatter_tensor(self, output: Tensor, given: Tensor, **options: Any) -> Any:
+        assert output.is_contiguous() and given.is_contiguous()
+        return dist.reduce_scatter_tensor(output, given, **options)
+
+
+def _transposed_shards(rank: int, world: int) -> bool:
+    from inrun_megatron.taps.linear import LinearCall, linear
+
+    weight = nn.Parameter(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)))
+    site = Site("proj", "linear", Sharding.COLUMN, 1, rank, world)
+    call = LinearCall(site, None, weight, group=dist.group.WORLD, sequence_parallel=True)
+    by_row = torch.randn(3, 4, 5).requires_grad_()  # [b, s/tp, in]
+    with standing_in(_AsNCCL(), ["taps.linear"]):
+        linear(by_row.transpose(0, 1), call).sum().backward()
+    assert by_row.grad is not None
+    return torch.allclose(by_row.grad, world * weight.sum(0).expand_as(by_row))
+
+
+def test_sequence_shards_may_lie_in_any_order(two_ranks: Workers) -> None:
+    assert two_ranks.run(_transposed_shards) == [True, True]
 
 
 def _megatron_attention(rank: int, world: int) -> tuple[str, set[Sharding], str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -324,3 +325,31 @@ def test_directions_of_several_storages_are_not_reached_from_the_first() -> None
     for pair in ([storage[0:2], storage.clone()[4:6]], [storage[4:6], storage[0:2]]):
         first, gap = triton_launch.equally_spaced(pair)
         assert torch.equal(first, torch.stack(pair)) and gap == 2
+
+
+def test_ids_of_int32_find_the_rows_of_a_large_vocabulary() -> None:
+    features, last = 16, 2**27 + 3
+    directions = [torch.empty(last + 1, features, dtype=torch.bfloat16, device=DEVICE)]
+    directions[0][last] = tensor(features, dtype=torch.bfloat16)
+    assert directions[0].numel() > 2**31
+    b = tokens_of(0, features, torch.bfloat16)
+    ids = torch.full(b.shape[:2], last, dtype=torch.int32, device=DEVICE)
+    dots = torch.zeros(ROWS, 1, dtype=torch.float64, device=DEVICE)
+    add_parts(dots, [triton_elementwise.embedding_dots(b, ids, 0, directions)])
+    close(dots, (b.double() @ directions[0][last].double()).sum(1, keepdim=True), 2e-6)
+
+
+def test_grids_are_no_larger_than_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2^31 - 1 programs in the first dimension, 65535 in the others: norms of queries by head see many tokens."""
+    grids = []
+
+    class Launched:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *arguments, **constants: None
+
+    monkeypatch.setattr(triton_norms, "_kernel", Launched())
+    tokens = triton_norms.STRETCH * 65536
+    x, rstd = torch.empty(2, tokens // 2, 1, dtype=torch.bfloat16), torch.empty(2, tokens // 2, 1)
+    triton_norms.gradients(x, x, None, rstd)
+    assert [grid[0] for grid in grids] == [65536] and all(n <= 65535 for n in grids[0][1:])

@@ -5,6 +5,7 @@ Where there is no GPU they run in Triton's interpreter, which executes the kerne
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,6 +193,24 @@ def test_what_the_copy_engine_reads() -> None:
         row = tokens_of(dim, IN, torch.bfloat16).narrow(dim, 1, 1)
         matrix = copy_engine.as_matrix(row, dim)
         assert matrix is not None and torch.equal(matrix[0], row.flatten(0, 1)) and matrix[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "fits"),
+    [
+        ((8, 0), 163, False),  # A100
+        ((9, 0), 227, True),  # H100, H200
+        ((10, 0), 227, True),  # B200
+        ((12, 0), 99, False),  # RTX PRO 6000 Blackwell: the tiles take up to 161 KiB there
+    ],
+)
+def test_gpus_that_have_a_copy_engine_and_room_for_tiles(
+    capability: tuple[int, int], shared: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    major, minor = capability
+    gpu = SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=shared * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert copy_engine._has_one.__wrapped__(torch.device("cuda", 0)) == fits
 
 
 @pytest.mark.parametrize("form", ["fused", "blocks", "projection", "one row"])

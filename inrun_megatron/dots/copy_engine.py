@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 16
+SHARED = 227 * 1024
+"""Bytes of shared memory that a program has on an H100 or a B200, and that the largest tiles nearly fill."""
 
 
 def fits(activation: Tensor, output_grad: Tensor, directions: Sequence[Tensor], batch_dim: int) -> bool:
@@ -26,8 +28,14 @@ def fits(activation: Tensor, output_grad: Tensor, directions: Sequence[Tensor], 
 
 @lru_cache
 def _has_one(device: torch.device) -> bool:
-    """Since compute capability 9.0; on older GPUs tiles would go through registers, which do not suffice."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+    """Since compute capability 9.0; on older GPUs tiles would go through registers, which do not suffice.
+
+    Capability 12 (RTX 50, RTX PRO) has it too, but 99 KiB of shared memory, for which the tiles are too large.
+    """
+    if device.type != "cuda":
+        return True
+    gpu = torch.cuda.get_device_properties(device)
+    return gpu.major >= 9 and getattr(gpu, "shared_memory_per_block_optin", 0) >= SHARED
 
 
 def as_matrix(buffer: Tensor, batch_dim: int) -> tuple[Tensor, int] | None:

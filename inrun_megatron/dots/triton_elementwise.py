@@ -135,7 +135,8 @@ def _embedding_kernel(
             there = tokens < stop
             tokens = tokens.to(tl.int64)
             mask = there[:, None] & inside[None, :]
-            ids = tl.load(ids_ptr + row * id_row + tokens * id_token, mask=there, other=0)
+            # int32 ids would not count a large vocabulary's elements.
+            ids = tl.load(ids_ptr + row * id_row + tokens * id_token, mask=there, other=0).to(tl.int64)
             b = tl.load(
                 b_ptr + row * b_row + tokens[:, None] * b_token + columns[None, :], mask=mask, other=0.0
             ).to(tl.float32)

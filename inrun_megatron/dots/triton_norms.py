@@ -34,8 +34,8 @@ def _kernel(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr,
 ):
-    stretch = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
+    stretch = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_FEATURES + tl.arange(0, BLOCK_FEATURES)
     inside = columns < features
     scale = tl.zeros((BLOCK_FEATURES,), dtype=tl.float32)
     shift = tl.zeros((BLOCK_FEATURES,), dtype=tl.float32)
@@ -67,7 +67,8 @@ def gradients(output_grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor)
     tokens = x.numel() // features
     stretches = blocks_of(tokens, STRETCH)
     partial = torch.empty(stretches, 2, features, dtype=torch.float32, device=x.device)
-    _kernel[(blocks_of(features, BLOCK_FEATURES), stretches)](
+    # Stretches come first: of queries and keys by head there may be more than 65535, which is all that other dimensions take.
+    _kernel[(stretches, blocks_of(features, BLOCK_FEATURES))](
         output_grad.contiguous(),
         x.contiguous(),
         rstd if mean is None else mean.contiguous(),

@@ -41,6 +41,10 @@ class Stream(Protocol):
         """Around its backward."""
         ...
 
+    def sent(self) -> None:
+        """The gradient of the last backward has been sent to the stage before."""
+        ...
+
 
 def unpartitioned(config: dict[str, Any]) -> dict[str, Any]:
     """A DeepSpeed configuration whose pipeline sends each rank's own tensors, as sequence parallelism needs.
@@ -67,7 +71,7 @@ class PipelineAdapter:
 
     def __init__(self, engine: PipelineEngine) -> None:
         # Here, so that the package can be imported (by the command line, say) without DeepSpeed's seconds.
-        from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
+        from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, SendGrad
 
         sharded = any(getattr(p, "sequence_parallel", False) for p in engine.module.parameters())
         if sharded and (engine.is_pipe_partitioned or engine.is_grad_partitioned):
@@ -82,10 +86,12 @@ class PipelineAdapter:
         original: dict[type, Callable[..., None]] = dict(engine._INSTRUCTION_MAP)
         self._run_forward = original[ForwardPass]
         self._run_backward = original[BackwardPass]
+        self._run_send = original[SendGrad]
         engine._INSTRUCTION_MAP = {
             **original,
             ForwardPass: self._forward,
             BackwardPass: self._backward,
+            SendGrad: self._send,
         }
         engine._train_schedule = self._train_schedule
 
@@ -156,6 +162,11 @@ class PipelineAdapter:
             return
         with stream.backward(index):
             self._run_backward(engine, **instruction)
+
+    def _send(self, engine: PipelineEngine, **instruction: Any) -> None:
+        self._run_send(engine, **instruction)
+        if self._stream is not None:
+            self._stream.sent()
 
     @contextmanager
     def detached_forward(

@@ -8,6 +8,7 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def document_mask(documents: torch.Tensor) -> torch.Tensor:
@@ -23,11 +24,36 @@ def document_mask(documents: torch.Tensor) -> torch.Tensor:
     return foreign.logical_or_(future)[:, None]
 
 
+_ADDED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""By mask: its version, and what it was made into."""
+
+
+def added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `scaled_dot_product_attention` adds for Megatron's mask: -inf where attention is not allowed.
+
+    All layers of a microbatch get the same one: of booleans it would make one for each layer, and keep it for backward.
+    """
+    kept = not mask.is_inference()
+    version, made = _ADDED.get(mask, (-1, None)) if kept else (-1, None)
+    if made is None or made.dtype != dtype or version != mask._version:
+        made = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, float("-inf"))
+        if kept:
+            _ADDED[mask] = (mask._version, made)
+    return made
+
+
+def for_every_head(grouped: torch.Tensor, heads: int) -> torch.Tensor:
+    """Keys or values [b, groups, s, d] once for each of their queries' heads, [b, heads, s, d]."""
+    batch, groups, *rest = grouped.shape
+    return grouped.unsqueeze(2).expand(batch, groups, heads // groups, *rest).flatten(1, 2)
+
+
 class SdpaCoreAttention(torch.nn.Module):
     """Takes the place of `megatron.core.transformer.dot_product_attention.DotProductAttention`, which needs CUDA.
 
     Runs on CPU and, on a GPU, as flash attention without TransformerEngine. Grouped queries keep their few keys and
-    values (`enable_gqa`) instead of repeating them. Without a mask it is causal over whole rows.
+    values (`enable_gqa`) instead of repeating them, but where a GPU has only kernels for that which hold s x s numbers per
+    head (with a mask or in fp32, before torch 2.14). Without a mask it is causal over whole rows.
 
     Parameters as megatron-core passes them to a core attention (megatron/core/transformer/attention.py,
     `CoreAttentionBuilder`).
@@ -76,6 +102,10 @@ class SdpaCoreAttention(torch.nn.Module):
             raise ValueError("SdpaCoreAttention takes no bias and no packed sequences")
         # [s, b, n, d] -> [b, n, s, d]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        grouped = query.shape[1] != key.shape[1]
+        if grouped and query.is_cuda and (attention_mask is not None or query.dtype == torch.float32):
+            key, value = (for_every_head(tensor, query.shape[1]) for tensor in (key, value))
+            grouped = False
         dropout = self.dropout if self.training else 0.0
         # Heads are sharded over tensor-parallel ranks, so each rank needs masks of its own. Under sequence
         # parallelism the whole block already draws from that stream (TransformerBlock.forward).
@@ -85,11 +115,11 @@ class SdpaCoreAttention(torch.nn.Module):
                 query,
                 key,
                 value,
-                attn_mask=None if attention_mask is None else ~attention_mask,
+                attn_mask=None if attention_mask is None else added(attention_mask, query.dtype),
                 dropout_p=dropout,
                 is_causal=attention_mask is None,
                 scale=self.softmax_scale,
-                enable_gqa=query.shape[1] != key.shape[1],
+                enable_gqa=grouped,
             )
         batch, heads, sequence, width = context.shape
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * width)

@@ -64,7 +64,8 @@ class LinearTap(torch.autograd.Function):
         if call.allreduce_dgrad:
             reducing = dist.all_reduce(input_grad, group=call.group, async_op=True)
         elif call.sequence_parallel:
-            full_grad, input_grad = input_grad, torch.empty_like(input)
+            # Contiguous whatever the input is: NCCL writes one element after the other and asks for no strides.
+            full_grad, input_grad = input_grad, input.new_empty(input.shape)
             reducing = dist.reduce_scatter_tensor(input_grad, full_grad, group=call.group, async_op=True)
 
         weight_grad = None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from inrun_megatron.config import Config
@@ -32,7 +33,7 @@ _NOT_THE_MODEL = (
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage and precision are this run's; `ledger`, `iteration` and
+    """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage, precision and kind of device are this run's; `ledger`, `iteration` and
     `consumed_samples`: as in Progress; `global_batch_size` and `data` (datasets.Data.order): None where an older checkpoint
     does not say."""
 
@@ -87,7 +88,8 @@ def _to_resume(config: Config) -> Resume | None:
     check_same_run(path, state, config)
     return Resume(
         path,
-        same_layout=state["layout"] == layout_of(config),
+        same_layout={**layout_of(config), **state["layout"]}
+        == layout_of(config),  # an older one may say less
         ledger=state.get("ledger", UNKNOWN),
         iteration=state["iteration"],
         consumed_samples=state["consumed_samples"],
@@ -121,7 +123,8 @@ def _ends_as_written(file: Path) -> bool:
 
 
 def layout_of(config: Config) -> dict[str, int | str]:
-    """Sizes, ZeRO stage and precision, by which DeepSpeed's files are cut."""
+    """Sizes, ZeRO stage and precision, by which DeepSpeed's files are cut; and the device, whose random generators and fused
+    optimizer another one could not go on with."""
     training = config.training
     return {
         "world_size": dist.get_world_size(),
@@ -129,6 +132,7 @@ def layout_of(config: Config) -> dict[str, int | str]:
         "pipeline_model_parallel_size": config.parallel.pipeline_model_parallel_size,
         "zero_stage": int(config.parallel.zero_stage or 0),
         "precision": "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32",
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
 
 
