@@ -198,7 +198,7 @@ def gram(scene: Scene) -> Callable[[], Tensor]:
 
 def _scored(scene: Scene, scorer: Callable[[Any, Tensor], Any]) -> Callable[[], Tensor]:
     """A validation pass into directions, then the training pass with ``scorer(directions, dots)``."""
-    from inrun_megatron.scoring import DirectionFiller
+    from inrun_megatron.consumers import DirectionFiller
     from inrun_megatron.taps import Pass
 
     taps, directions = scene.tapped()
@@ -214,21 +214,21 @@ def _scored(scene: Scene, scorer: Callable[[Any, Tensor], Any]) -> Callable[[], 
         consumer = scorer(directions, dots)
         with taps.during(Pass(consumers=(consumer,))):
             scene.loss(scene.train).backward()
-        consumer.settle()
+        consumer.flush()
         return dots[:, 0].clone()
 
     return run
 
 
 def ours(scene: Scene) -> Callable[[], Tensor]:
-    from inrun_megatron.scoring import RowScorer
+    from inrun_megatron.consumers import RowScorer
 
     return _scored(scene, RowScorer)
 
 
 def projection(scene: Scene) -> Callable[[], Tensor]:
+    from inrun_megatron.consumers import RowScorer
     from inrun_megatron.dots.projection import token_dots
-    from inrun_megatron.scoring import RowScorer
     from inrun_megatron.taps import Emission
 
     class Projector(RowScorer):
@@ -236,8 +236,7 @@ def projection(scene: Scene) -> Callable[[], Tensor]:
             if e.site.kind != "linear":
                 super().__call__(e)
                 return
-            assert e.activation is not None
-            found = token_dots(e.activation, e.output_grad, self.directions.of(e.weight))
+            found = token_dots(e.input, e.output_grad, self.directions.of(e.weight))
             self.dots += found.sum(1 - e.site.batch_dim)
 
     return _scored(scene, Projector)

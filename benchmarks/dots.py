@@ -132,12 +132,12 @@ def measure(
         def scored(form: Callable[..., tuple[Tensor, Tensor]]) -> None:
             parts = Parts(dots)
             parts.append(form(a, b, directions, 1)[1])
-            parts.settle()
+            parts.flush()
 
         def one_row() -> None:
             parts = Parts(dots)
             parts.append(triton_blocks.block_dots(weight_gradient(a, b).unsqueeze(0), directions))
-            parts.settle()
+            parts.flush()
 
         forms["blocks"] = lambda: scored(triton_blocks.blocks_and_dots)
         if segments == 1:  # what a microbatch of one row takes: dots of the product that training uses

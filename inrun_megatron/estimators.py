@@ -26,7 +26,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from .dots.linear import HAS_TRITON
+from .dots.backend import by_triton
 from .errors import UserError
 from .optimizers import AdamStep, Step, block_size
 
@@ -103,12 +103,10 @@ def blocks(step: Step) -> Iterator[tuple[Step, slice, Tensor]]:
 def _fused(step: Step, vector: Tensor) -> TypeGuard[AdamStep]:
     """Whether the kernels of triton_adam.py serve this step and the vector that it writes."""
     return (
-        HAS_TRITON
-        and isinstance(step, AdamStep)
+        isinstance(step, AdamStep)
         and not step.couples
         and step.weights.dtype == torch.float32
-        and step.weights.is_cuda
-        and vector.is_cuda
+        and by_triton(step.weights, vector)
     )
 
 

@@ -33,13 +33,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .consumers import DirectionFiller, RowScorer
 from .engines.pipeline import PipelineAdapter
 from .errors import UserError
 from .passes import Microbatch
 from .pipeline_passes import PipelinePasses, StageLoss
 from .result import ShapleyTarget
 from .scored_step import ScoredStep
-from .scoring import DirectionFiller, RowScorer
 from .shapley import InRunShapley
 from .taps import Pass
 
@@ -210,7 +210,7 @@ class ScoringStream:
                         self._finish_directions()
                 yield
                 if self._scorers:
-                    self._scorers[index - self.prepended].settle()
+                    self._scorers[index - self.prepended].flush()
                 return
             with self._timed():
                 with self.owner.taps.untouched():

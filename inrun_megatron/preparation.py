@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .consumers import DirectionFiller
 from .directions import Directions
 from .engines import ZeroAdapter, rng
 from .engines.inner import coming_step, is_adam
@@ -29,7 +30,6 @@ from .errors import UserError
 from .estimators import Estimator, Node, condition, place
 from .optimizers import Step
 from .passes import Microbatch, Passes, Task, TrainingLoss
-from .scoring import DirectionFiller
 
 if TYPE_CHECKING:
     from .result import ShapleyTarget

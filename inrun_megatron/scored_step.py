@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .consumers import RowScorer
 from .errors import UserError
 from .estimators import credit_factor
 from .host import Stopwatch, to_host
@@ -31,7 +32,6 @@ from .passes import Microbatch
 from .refresh import same
 from .result import StepResult
 from .rows import StepRows
-from .scoring import RowScorer
 from .taps import Consumer, Pass
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class ScoredStep:
         with owner.taps.during(run):
             yield
         if scorer is not None:
-            scorer.settle()
+            scorer.flush()
 
     def scorer(self, dataset: Any, sample: Any, tokens: Any, segments: Any = None) -> RowScorer:
         """What takes the dots of a further microbatch (arguments as of ``samples``); settled after its backward."""
@@ -223,7 +223,7 @@ class ScoredStep:
         """Values of all parts ``[parts, K]``; and over all ranks ``[4, K]``: sums, ``<d, c_t G_t>``, the drift terms."""
         owner, layout = self.owner, self.owner.layout
         for scorer in self._scorers:  # of backwards that ran outside their ``samples`` block
-            scorer.settle()
+            scorer.flush()
         scores = self._rows.dots()
         terms = self._terms or (torch.zeros_like(scores[0]), torch.zeros_like(scores[0]))
         if layout.mp_size > 1:

@@ -27,7 +27,7 @@ def add_parts(dots: Tensor, parts: list[Tensor]) -> None:
     together = Parts(dots)
     for part in parts:
         together.append(part)
-    together.settle()
+    together.flush()
 
 
 def cut(buffer: Tensor, batch_dim: int, bounds: Bounds | None) -> list[Tensor]:

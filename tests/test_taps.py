@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inrun_megatron.consumers import RowScorer
 from inrun_megatron.dots.segments import Segments
 from inrun_megatron.errors import UserError
-from inrun_megatron.scoring import RowScorer
 from inrun_megatron.taps import Emission, Pass, attach_taps
 from inrun_megatron.taps.emission import Sharding, Site
 from tests.counting import standing_in
@@ -350,7 +350,7 @@ def test_parts_of_a_plain_linear_that_sees_a_sequence_shard(parts: int) -> None:
         scorer = RowScorer(given, found, segments)  # type: ignore[arg-type]
         emission = Emission(Site("proj", "linear", sharding, 1, rank, tp), Pass(), weight, g[part], a[part])
         scorer(emission)
-        scorer.settle()
+        scorer.flush()
         return found
 
     whole = dots(Sharding.COLUMN, 0, slice(None))

@@ -102,7 +102,7 @@ def test_parts_are_added_before_there_are_too_many(monkeypatch: pytest.MonkeyPat
     for _ in range(4):
         parts.append(torch.ones(1, 2, 1, device=DEVICE))
         seen.append(dots.sum().item())
-    parts.settle()
+    parts.flush()
     assert seen == [0.0, 0.0, 6.0, 6.0] and dots.tolist() == [[4.0], [4.0]]
 
 
@@ -234,7 +234,7 @@ def test_a_layer_by_every_form(form: str, monkeypatch: pytest.MonkeyPatch) -> No
         dots = torch.zeros_like(expected)
         parts = Parts(dots)
         found = kernels.weight_gradient_and_dots(a, b, directions, dim, dots, segments, parts)
-        parts.settle()
+        parts.flush()
         # bf16 blocks of a single row are rounded before their dots, as the weight gradient is
         close(dots, expected, 4e-3 if form == "one row" else 2e-6)
         close(found.double(), grad, ROUNDING[torch.bfloat16])
@@ -252,7 +252,7 @@ def test_rows_of_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         dots = torch.zeros_like(expected)
         parts = Parts(dots)
         kernels.weight_gradient_and_dots(a, b, directions, 0, dots, None, parts)
-        parts.settle()
+        parts.flush()
         close(dots, expected, 2e-6)
 
 

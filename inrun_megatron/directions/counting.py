@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..dots.linear import HAS_TRITON
+from ..dots.backend import by_triton
 from ..engines.shards import FlatGroup, Residence, Span, merged
 from ..optimizers import block_size
 from ..parallel import Layout
@@ -65,7 +65,7 @@ class Counting:
             vector: fp32 or wider, flat, on the shard's device.
         """
         total = torch.zeros(len(shard), dtype=torch.float64, device=shard.device)
-        if shard.is_cuda and HAS_TRITON and vector.dtype == torch.float32:
+        if by_triton(shard) and vector.dtype == torch.float32:
             from ..optimizers import triton_adam  # where there is no GPU, Triton need not be installed
 
             for lo, hi in self.stretches(group, start, vector.numel()):

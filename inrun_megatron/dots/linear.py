@@ -15,20 +15,18 @@ Parts of rows (segments.py) are blocks of the same sum; where they are short, pr
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import cost
+from .backend import by_triton
 from .parts import Parts
 from .precision import LOW_PRECISION, widened
 from .products import weight_gradient
 from .projection import token_dots
 from .segments import Segments
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Rows that share an accumulator: a row's dot is the difference of two dots of the accumulator, so its
 # rounding error grows with the square root of the rows before it.
@@ -63,7 +61,7 @@ def weight_gradient_and_dots(
         bitwise what training without scoring computes; with several, blocks of lower precision are accumulated in
         fp32.
     """
-    if activation.is_cuda and HAS_TRITON and activation.dtype in LOW_PRECISION:
+    if by_triton(activation) and activation.dtype in LOW_PRECISION:
         from . import kernels  # where there is no GPU, Triton need not be installed
 
         own = Parts(dots) if parts is None else parts
@@ -71,7 +69,7 @@ def weight_gradient_and_dots(
             activation, output_grad, directions, batch_dim, dots, segments, own
         )
         if parts is None:
-            own.settle()
+            own.flush()
         return grad
     if _form(activation, output_grad, len(dots), len(directions)) == "projection":
         products = token_dots(activation, output_grad, [widened(direction) for direction in directions])

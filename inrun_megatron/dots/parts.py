@@ -17,7 +17,7 @@ class Parts:
     """Parts of the dots that many layers' kernels left, added up together: one call instead of one per layer.
 
     Args:
-        dots: ``[n, K]`` fp64; parts are added to it, in fp64, by ``settle()`` or when there are too many.
+        dots: ``[n, K]`` fp64; parts are added to it, in fp64, by ``flush()`` or when there are too many.
     """
 
     def __init__(self, dots: Tensor) -> None:
@@ -30,9 +30,9 @@ class Parts:
         self._parts.append(part[..., : self._dots.shape[1]])
         self._size += part.numel()
         if self._size > TOGETHER:
-            self.settle()
+            self.flush()
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Add those that are left."""
         if self._parts:
             self._dots += torch.cat(self._parts).sum(0, dtype=self._dots.dtype)

@@ -112,11 +112,17 @@ class Emission:
     weight_grad: Tensor | None = None
     _normalised: Tensor | None = field(default=None, repr=False)
 
+    @property
+    def input(self) -> Tensor:
+        """``activation`` of a layer that has one: all but biases."""
+        assert self.activation is not None, self.site
+        return self.activation
+
     def normalised(self) -> Tensor:
         """A norm's normalised input ``[s, b, h]``, in fp32 or wider."""
         if self._normalised is None:
-            assert self.activation is not None and self.rstd is not None
-            wide = widened(self.activation)
+            assert self.rstd is not None
+            wide = widened(self.input)
             self._normalised = (wide if self.mean is None else wide - self.mean) * self.rstd
         return self._normalised
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from .directions import Directions
+from .dots.backend import by_triton
 from .dots.elementwise import (
     embedding_dots,
     embedding_gradient,
@@ -18,18 +20,18 @@ from .dots.elementwise import (
     token_vector_dots,
     vector_dots,
 )
-from .dots.linear import HAS_TRITON, weight_gradient_and_dots
+from .dots.linear import weight_gradient_and_dots
 from .dots.parts import Parts
 from .dots.precision import wide
 from .dots.products import weight_gradient_fp32
 from .dots.projection import token_dots
-from .dots.segments import Segments
+from .dots.segments import Bounds, Segments
 from .errors import UserError
 from .taps import Emission
 
 
 class DirectionFiller:
-    """Adds each layer's ``B^T A`` (and its bias's, norm's, embedding's kin) to one target's direction.
+    """Adds the gradient of each layer's parameter to one target's direction: ``B^T A`` of a linear layer, and so on.
 
     ``last``: this backward is the last one to add to it.
     """
@@ -40,22 +42,25 @@ class DirectionFiller:
         self.last = last
 
     def __call__(self, e: Emission) -> None:
-        b, a = e.output_grad, e.activation
-        if e.site.kind == "linear":
-            assert a is not None
-            self._add(e.weight, lambda out, fresh: weight_gradient_fp32(a, b, out, overwrite=fresh))
-        elif e.site.kind == "bias":
-            self._add_sum(e.weight, sum_of_tokens(b))
-        elif e.site.kind == "embedding":
-            assert a is not None
-            self._add(e.weight, lambda out, fresh: embedding_gradient(b, a, out.zero_() if fresh else out))
-        elif e.site.kind == "norm":
-            scale, shift = norm_gradients(e, fused=b.is_cuda and HAS_TRITON and b.dtype != torch.float64)
-            self._add_sum(e.weight, scale)
-            if e.bias is not None and e.bias.requires_grad:
-                self._add_sum(e.bias, shift)
-        else:
-            raise AssertionError(f"no direction for sites of kind {e.site.kind}")
+        b = e.output_grad
+        match e.site.kind:
+            case "linear":
+                a = e.input
+                self._add(e.weight, lambda out, fresh: weight_gradient_fp32(a, b, out, overwrite=fresh))
+            case "bias":
+                self._add_sum(e.weight, sum_of_tokens(b))
+            case "embedding":
+                ids = e.input
+                self._add(
+                    e.weight, lambda out, fresh: embedding_gradient(b, ids, out.zero_() if fresh else out)
+                )
+            case "norm":
+                scale, shift = norm_gradients(e, fused=by_triton(b) and b.dtype != torch.float64)
+                self._add_sum(e.weight, scale)
+                if e.bias is not None and e.bias.requires_grad:
+                    self._add_sum(e.bias, shift)
+            case kind:
+                raise AssertionError(f"no direction for sites of kind {kind}")
 
     def _add(self, parameter: Parameter, add_to: Callable[[Tensor, bool], None]) -> None:
         self.directions.accumulate(self.target, parameter, add_to, last=self.last)
@@ -70,10 +75,9 @@ class DirectionFiller:
 def norm_gradients(e: Emission, *, fused: bool) -> tuple[Tensor, Tensor]:
     """Of a norm's scale and shift over all tokens, each ``[h]`` in fp32 or wider; ``fused``: by the Triton kernel."""
     if fused and e.rstd is not None and e.rstd.dtype == torch.float32:
-        from .dots import triton_norms  # where there is no GPU, Triton need not be installed
+        from .dots import triton_norms  # see backend.py
 
-        assert e.activation is not None
-        return triton_norms.gradients(e.output_grad, e.activation, e.mean, e.rstd)
+        return triton_norms.gradients(e.output_grad, e.input, e.mean, e.rstd)
     return sum_of_tokens(e.output_grad * e.normalised()), sum_of_tokens(e.output_grad)
 
 
@@ -83,14 +87,14 @@ VECTORS_TOGETHER = 64
 
 class RowScorer:
     """Adds each layer's partial dots of one microbatch's rows to ``dots [b, K]`` (fp64); of their parts
-    ``[n, K]`` with segments. They are complete after ``settle()``."""
+    ``[n, K]`` with segments. They are complete after ``flush()``."""
 
     def __init__(self, directions: Directions, dots: Tensor, segments: Segments | None = None) -> None:
         self.directions = directions
         self.dots = dots
         self.segments = segments
         # Vectors and embeddings in one Triton pass; on CPUs, and in fp64, by torch's operations.
-        self.fused = dots.is_cuda and HAS_TRITON
+        self.fused = by_triton(dots)
         self._vectors: list[tuple[Tensor, Sequence[Tensor]]] = []
         self._parts = Parts(dots)  # of kernels
 
@@ -100,65 +104,82 @@ class RowScorer:
         if not e.site.counts_here:
             return
         _require_rows(e, len(self.dots), self.segments)
-        b, a, dim = e.output_grad, e.activation, e.site.batch_dim
-        directions = self.directions.of(e.weight)
-        if e.site.kind == "linear":
-            assert a is not None
-            if self.segments is not None and e.site.sequence_shard[1] > 1:  # a plain layer among Megatron's
-                self._add_tokens(e, token_dots(a, b, directions))
-                return
-            grad = weight_gradient_and_dots(a, b, directions, dim, self.dots, self.segments, self._parts)
-            if not e.site.replicated:
-                e.weight_grad = grad
-        elif self.fused and self._by_kernel(e):
-            self._parts.append(self._score_fused(e, directions))
-        elif e.site.kind == "bias":
-            rows = self._add_vectors(e, b, directions)
-            # Of one row autograd's own is kept, so that training stays bitwise the same.
-            if rows is not None and len(rows) > 1 and not e.site.replicated:
-                e.weight_grad = rows.sum(0).to(e.weight.dtype)
-        elif e.site.kind == "embedding":
-            assert a is not None
-            if self.segments is None:
-                embedding_dots(b, a, dim, directions, self.dots)
-            else:
-                self._add_tokens(e, token_embedding_dots(b, a, directions))
-        elif e.site.kind == "norm":
-            self._add_vectors(e, b * e.normalised(), directions)
-            if e.bias is not None and e.bias.requires_grad:
-                self._add_vectors(e, b, self.directions.of(e.bias))
-        else:
-            raise AssertionError(f"no dots for sites of kind {e.site.kind}")
+        match e.site.kind:
+            case "linear":
+                self._linear(e)
+            case "bias":
+                self._bias(e)
+            case "embedding":
+                self._embedding(e)
+            case "norm":
+                self._norm(e)
+            case kind:
+                raise AssertionError(f"no dots for sites of kind {kind}")
 
-    def _by_kernel(self, e: Emission) -> bool:
-        """Whole rows' biases are left to torch: their sums also make the bias's gradient, and one call takes the dots of many."""
-        whole = e.site.kind == "bias" and self.segments is None
-        return not whole and e.output_grad.dim() == 3 and e.output_grad.dtype != torch.float64
-
-    def _score_fused(self, e: Emission, directions: Sequence[Tensor]) -> Tensor:
-        """Any layer but a linear one, by the kernels of dots/triton_elementwise.py; parts of the dots."""
-        from .dots import triton_elementwise as kernels  # where there is no GPU, Triton need not be installed
-
-        b, a, dim = e.output_grad, e.activation, e.site.batch_dim
-        bounds = None if self.segments is None else self.segments.shard_bounds(*e.site.sequence_shard)
-        if e.site.kind == "bias":
-            return kernels.bias_dots(b, dim, directions, bounds)
-        assert a is not None
-        if e.site.kind == "embedding":
-            return kernels.embedding_dots(b, a, dim, directions, bounds)
-        assert e.site.kind == "norm", e.site.kind
-        shifts = self.directions.of(e.bias) if e.bias is not None and e.bias.requires_grad else None
-        return kernels.norm_dots(b, a, dim, directions, shifts, bounds, e.mean, e.rstd)
-
-    def settle(self) -> None:
-        """Add up what layers have left: one call for many layers, as a call for each would cost more than the arithmetic."""
-        self._parts.settle()
+    def flush(self) -> None:
+        """Add up what layers have left: one call for many, as a call for each would cost more than the arithmetic."""
+        self._parts.flush()
         if not self._vectors:
             return
         gradients = torch.cat([rows for rows, _ in self._vectors], dim=1)
         of_layers = zip(*(directions for _, directions in self._vectors), strict=True)
         vector_dots(gradients, [torch.cat(target) for target in of_layers], self.dots)
         self._vectors.clear()
+
+    def _linear(self, e: Emission) -> None:
+        directions = self.directions.of(e.weight)
+        if self.segments is not None and e.site.sequence_shard[1] > 1:
+            # A plain layer among Megatron's sees a shard of the sequence, where a row's parts are no whole blocks.
+            self._add_tokens(e, token_dots(e.input, e.output_grad, directions))
+            return
+        grad = weight_gradient_and_dots(
+            e.input, e.output_grad, directions, e.site.batch_dim, self.dots, self.segments, self._parts
+        )
+        if not e.site.replicated:
+            e.weight_grad = grad
+
+    def _bias(self, e: Emission) -> None:
+        directions = self.directions.of(e.weight)
+        # Whole rows go through torch everywhere: their sums make the bias's gradient, too, and one call takes many layers' dots.
+        if self.segments is not None and self._by_kernel(e):
+            self._parts.append(
+                _kernels().bias_dots(e.output_grad, e.site.batch_dim, directions, self._bounds(e))
+            )
+            return
+        rows = self._add_vectors(e, e.output_grad, directions)
+        # Of one row autograd's own is kept, so that training stays bitwise the same.
+        if rows is not None and len(rows) > 1 and not e.site.replicated:
+            e.weight_grad = rows.sum(0).to(e.weight.dtype)
+
+    def _embedding(self, e: Emission) -> None:
+        b, ids, dim = e.output_grad, e.input, e.site.batch_dim
+        directions = self.directions.of(e.weight)
+        if self._by_kernel(e):
+            self._parts.append(_kernels().embedding_dots(b, ids, dim, directions, self._bounds(e)))
+        elif self.segments is None:
+            embedding_dots(b, ids, dim, directions, self.dots)
+        else:
+            self._add_tokens(e, token_embedding_dots(b, ids, directions))
+
+    def _norm(self, e: Emission) -> None:
+        b, scales = e.output_grad, self.directions.of(e.weight)
+        shifts = self.directions.of(e.bias) if e.bias is not None and e.bias.requires_grad else None
+        if self._by_kernel(e):
+            self._parts.append(
+                _kernels().norm_dots(
+                    b, e.input, e.site.batch_dim, scales, shifts, self._bounds(e), e.mean, e.rstd
+                )
+            )
+            return
+        self._add_vectors(e, b * e.normalised(), scales)
+        if shifts is not None:
+            self._add_vectors(e, b, shifts)
+
+    def _by_kernel(self, e: Emission) -> bool:
+        return self.fused and e.output_grad.dim() == 3 and e.output_grad.dtype != torch.float64
+
+    def _bounds(self, e: Emission) -> Bounds | None:
+        return None if self.segments is None else self.segments.shard_bounds(*e.site.sequence_shard)
 
     def _add_vectors(self, e: Emission, tokens: Tensor, directions: Sequence[Tensor]) -> Tensor | None:
         """Dots of a vector parameter whose gradient is the sum of ``tokens [s, b, h]``; returns the rows' ``[b, h]``."""
@@ -168,13 +189,19 @@ class RowScorer:
         gradients = row_gradients(tokens, e.site.batch_dim, wide(directions[0].dtype))
         self._vectors.append((gradients, directions))
         if len(self._vectors) == VECTORS_TOGETHER:
-            self.settle()
+            self.flush()
         return gradients
 
     def _add_tokens(self, e: Emission, products: Tensor) -> None:
         """Dots of single tokens ``[s, b, K]``, added up by part."""
         assert self.segments is not None
         self.dots += self.segments.sums(products, e.site.batch_dim, *e.site.sequence_shard)
+
+
+def _kernels() -> Any:
+    from .dots import triton_elementwise  # see backend.py
+
+    return triton_elementwise
 
 
 def _require_rows(e: Emission, rows: int, segments: Segments | None) -> None:
