@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 
-def to_host(*figures: Tensor) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
-    """The figures as fp64 arrays of the same shapes, in a single copy."""
-    flat = torch.cat([figure.detach().reshape(-1).double() for figure in figures]).cpu().numpy()
-    parts = np.split(flat, np.cumsum([figure.numel() for figure in figures])[:-1])
-    return [part.reshape(figure.shape) for part, figure in zip(parts, figures, strict=True)]
+def to_host(**figures: Tensor | None) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+    """The figures that there are as fp64 arrays of the same shapes, by name, in a single copy."""
+    given = {name: figure.detach() for name, figure in figures.items() if figure is not None}
+    flat = torch.cat([figure.reshape(-1).double() for figure in given.values()]).cpu().numpy()
+    parts = np.split(flat, np.cumsum([figure.numel() for figure in given.values()])[:-1])
+    return {name: part.reshape(given[name].shape) for name, part in zip(given, parts, strict=True)}
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -157,7 +157,7 @@ class ScoringStream:
 
     def __init__(self, step: PipelineStep, microbatches: Sequence[Microbatch]) -> None:
         owner = step.owner
-        self.owner, self._scale = owner, step._loss_scale
+        self.owner, self._scale = owner, step.loss_scale
         self._timed = step.scoring.running
         self.validation = [
             (k, microbatch)

@@ -27,8 +27,9 @@ from .engines.lookahead import Lookahead
 from .engines.shards import Piece
 from .engines.step_counters import StepCounters
 from .errors import UserError
-from .estimators import Estimator, Node, condition, place
+from .estimators import Estimator, Node
 from .optimizers import Step
+from .optimizers.jacobian import condition, write_point
 from .passes import Microbatch, Passes, Task, TrainingLoss
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ class Preparation:
 
                 def write(group: int, piece: Piece, out: Tensor) -> None:
                     along = None if shards is None else _part(shards[group][0], piece)
-                    place(self._step(piece), share, along, out)
+                    write_point(self._step(piece), share, along, out)
 
                 move(write)
 

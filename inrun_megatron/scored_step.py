@@ -23,13 +23,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .consumers import RowScorer
+from .credit import credit_of_groups
 from .errors import UserError
-from .estimators import credit_factor
 from .host import Stopwatch, to_host
 from .ledger.schema import CURRENT, DRIFT, StepRecord
-from .optimizers import Step
 from .passes import Microbatch
-from .refresh import same
 from .result import StepResult
 from .rows import StepRows
 from .taps import Consumer, Pass
@@ -65,7 +63,7 @@ class ScoredStep:
         self._target_losses: Tensor | None = None  # [K], on the device until the step is settled
         self._terms: tuple[Tensor, Tensor] | None = None
         self._path_norm: Tensor | None = None  # of the gradient that was integrated along
-        self._loss_scale, self._unscale = 1.0, 1.0  # of the backward, and what the optimizer divides by
+        self.loss_scale, self._unscale = 1.0, 1.0  # of the backward, and what the optimizer divides by
         self._steps_before = 0  # of the engine
         self._factor = 1.0  # of values from an older direction
         # Read before engine.step(), which may move the schedule on.
@@ -89,8 +87,9 @@ class ScoredStep:
         start = owner.estimator.start
         result.base = CURRENT if start is None or start.share is None else DRIFT
         coming = owner.preparation.coming_steps()
-        result.credit_factor = self._credit_factor(coming)
-        self._loss_scale, self._unscale = owner.adapter.loss_scale(), owner.adapter.coming_unscale()
+        remaining = None if owner.total_steps is None else max(1, owner.total_steps - self.iteration + 1)
+        result.credit_factor = credit_of_groups(coming, remaining, owner.credit)
+        self.loss_scale, self._unscale = owner.adapter.loss_scale(), owner.adapter.coming_unscale()
         self._steps_before = owner.adapter.steps_taken
         gains = [step.gain for step in coming]
         if owner.refresh.due(self.iteration):
@@ -99,29 +98,7 @@ class ScoredStep:
         else:
             self._factor = owner.refresh.factor(gains)
             result.direction_age = owner.refresh.age(self.iteration)
-        owner._probe.arm()
-
-    def _credit_factor(self, coming: Sequence[Step]) -> float | None:
-        """What all parameter groups' momentum makes of a gradient's weight; None where they do not agree.
-
-        Raises:
-            UserError: trajectory credit, and there is no such number, or it is infinite.
-        """
-        owner = self.owner
-        remaining = None if owner.total_steps is None else max(1, owner.total_steps - self.iteration + 1)
-        factors = [credit_factor(step.reach(), remaining) for step in coming]
-        agreed = same(factors)
-        if owner.credit == "trajectory" and not agreed:
-            raise UserError(
-                f"the optimizer's momentum carries gradients of its parameter groups unequally far ({min(factors):g} to "
-                f"{max(factors):g} steps), so that a sample has no one factor: trajectory credit needs the same betas "
-                f"(momentum) in all groups; use credit step"
-            )
-        if owner.credit == "trajectory" and math.isinf(factors[0]):
-            raise UserError(
-                "momentum 1 or more forgets no gradient: trajectory credit needs total_steps; use credit step"
-            )
-        return factors[0] if agreed else None
+        owner.probe.arm()
 
     @property
     def fresh(self) -> bool:
@@ -169,34 +146,45 @@ class ScoredStep:
             if result.scored and not owner.adapter.step_applied():
                 result.status = "skipped: overflow"
                 owner.refresh.expire()
-            none = torch.empty(0, dtype=torch.float64, device=owner.device)
-            norm = owner.adapter.gradient_norm(self._loss_scale / self._unscale)
+            norm = owner.adapter.gradient_norm(self.loss_scale / self._unscale)
             clip = owner.adapter.clip_coefficients(
                 torch.zeros((), device=owner.device) if norm is None else norm
             )
-            losses = none if self._target_losses is None else self._target_losses
-            scores, figures, tokens = none, none, none
+            scores = figures = tokens = None
             if result.scored:
                 scores, figures = self._sum_scores(clip)
                 tokens = self._rows.unread()
             else:
-                owner._probe.disarm()
-            path = none if self._path_norm is None else self._path_norm
+                owner.probe.disarm()
         # Nothing was read from the device until here, and everything is read at once.
-        read = to_host(none if norm is None else norm, clip, losses, scores, figures, tokens, path)
+        read = to_host(
+            norm=norm,
+            path_norm=self._path_norm,
+            clip=clip,
+            losses=self._target_losses,
+            scores=scores,
+            figures=figures,
+            tokens=tokens,
+        )
         started = time.perf_counter()
-        result.gradient_norm = None if norm is None else float(read[0])
-        result.clip_coefficient = float(read[1])
-        result.target_losses = None if self._target_losses is None else read[2].tolist()
-        if result.scored:
-            if norm is not None and self._path_norm is not None:
-                self._require_the_path(float(read[6]), float(read[0]))
-            self._rows.read(read[5])
-            self._settle_scores(torch.from_numpy(read[3]), read[4].tolist())
-            if not result.scored:  # what spoiled this step's values may be in its directions
-                owner.refresh.expire()
+        self._fill_result(read)
         result.seconds_scoring = self.scoring.read() + time.perf_counter() - started
         self._append()
+
+    def _fill_result(self, read: dict[str, Any]) -> None:
+        """From what ``settle`` read."""
+        result = self.result
+        result.gradient_norm = float(read["norm"]) if "norm" in read else None
+        result.clip_coefficient = float(read["clip"])
+        result.target_losses = read["losses"].tolist() if "losses" in read else None
+        if not result.scored:
+            return
+        if "norm" in read and "path_norm" in read:
+            self._require_the_path(float(read["path_norm"]), float(read["norm"]))
+        self._rows.read(read["tokens"])
+        self._fill_values(torch.from_numpy(read["scores"]), read["figures"].tolist())
+        if not result.scored:  # what spoiled this step's values may be in its directions
+            self.owner.refresh.expire()
 
     def _require_one_step(self) -> None:
         """Raise UserError where this step's microbatches are not those of one step of the optimizer."""
@@ -234,14 +222,14 @@ class ScoredStep:
         figures = torch.stack(
             [
                 scores.sum(0) if layout.writes_ledger else torch.zeros_like(scores[0]),
-                owner._probe.collect() * self._factor,
+                owner.probe.collect() * self._factor,
                 *terms,
             ]
         )
         dist.all_reduce(figures)
         return scores, figures
 
-    def _settle_scores(self, scores: Tensor, figures: list[list[float]]) -> None:
+    def _fill_values(self, scores: Tensor, figures: list[list[float]]) -> None:
         """What ``_sum_scores`` made, on the host."""
         result, clip = self.result, self.result.clip_coefficient
         sums, optimizer_side, momentum, decay = figures

@@ -118,7 +118,7 @@ class InRunShapley:
             training_loss=training_loss,
         )
         self.passes: Passes = ModulePasses(engine, self.adapter, self.taps, loss_fn)
-        self._probe = AdditivityProbe(self.adapter, self.directions)
+        self.probe = AdditivityProbe(self.adapter, self.directions)
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +144,7 @@ class InRunShapley:
 
     def close(self) -> None:
         """Take taps and hooks out of the model and the optimizer."""
-        self._probe.remove()
+        self.probe.remove()
         self.preparation.remove()
         self.taps.detach()
 

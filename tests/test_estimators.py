@@ -11,8 +11,8 @@ import torch
 
 from inrun_megatron.engines.inner import coming_step, require_known
 from inrun_megatron.errors import UserError
-from inrun_megatron.estimators import condition, place
 from inrun_megatron.optimizers import CPU_BLOCK, STAND_IN, AdamStep, SGDStep
+from inrun_megatron.optimizers.jacobian import condition, write_point
 
 N = 40
 Build = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -58,7 +58,7 @@ def test_drift_is_the_step_without_a_gradient(name: str, steps: int) -> None:
         expected = found
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     there = torch.empty(N, dtype=torch.float64)
-    place(coming, 0.0, None, there)
+    write_point(coming, 0.0, None, there)
     torch.testing.assert_close(there, coming.weights - expected, rtol=1e-9, atol=1e-12)
 
 
@@ -74,7 +74,7 @@ def test_a_second_moment_without_memory_is_the_limit_of_a_short_one() -> None:
         direction, start = gradient.clone(), torch.empty_like(gradient)
         near = replace(step, beta2=beta2)
         condition(near, [direction], [0.5], [(0, N)])
-        place(near, 0.0, None, start)
+        write_point(near, 0.0, None, start)
         found.append(torch.stack((direction, start)))
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-12)
 

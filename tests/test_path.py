@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from inrun_megatron.estimators import credit_factor
+from inrun_megatron.credit import credit_factor
 from inrun_megatron.optimizers import SGDStep
 from tests.distributed import assert_cases, run_cases
 from tests.layout_runs import Ran, by_sample, deviation, train

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from inrun_megatron import estimators
-from inrun_megatron.estimators import condition, place
-from inrun_megatron.optimizers import AdamStep, triton_adam
+from inrun_megatron.optimizers import AdamStep, jacobian, triton_adam
+from inrun_megatron.optimizers.jacobian import condition, write_point
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N = 2 * triton_adam.BLOCK + 77
@@ -72,7 +71,7 @@ def test_condition(t: int, counted: str) -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_directions_are_written_as_layers_read_them(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded on the way, into rows of another length; the terms are those of the gradients."""
-    monkeypatch.setattr(estimators, "_fused", lambda step, vector: fused)
+    monkeypatch.setattr(jacobian, "_fused", lambda step, vector: fused)
     step, shard = _on(_step(7), DEVICE), 1e-3 * torch.randn(len(CLIPS), N).to(DEVICE)
     clips = torch.tensor(CLIPS, dtype=torch.float64, device=DEVICE)
     expected = shard.clone()
@@ -92,7 +91,7 @@ def test_directions_are_written_as_layers_read_them(fused: bool, monkeypatch: py
 def test_idle(t: int, weight_decay: float) -> None:
     step = _step(t, weight_decay)
     expected = torch.empty(N, dtype=torch.float64)
-    place(_on(step, torch.float64), 0.0, None, expected)
+    write_point(_on(step, torch.float64), 0.0, None, expected)
     assert weight_decay or t > 1 or torch.equal(expected, step.weights.double())
     there = _on(step, DEVICE)
     # The interpreter cuts digits off where a GPU rounds.
@@ -116,10 +115,10 @@ def test_estimators_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     clips = torch.tensor(CLIPS, dtype=torch.float64, device=DEVICE)
     found = []
     for fused in (False, True):
-        monkeypatch.setattr(estimators, "_fused", lambda step, vector, fused=fused: fused)
+        monkeypatch.setattr(jacobian, "_fused", lambda step, vector, fused=fused: fused)
         directions, there = rows.clone(), torch.empty_like(rows[0])
         terms = condition(step, list(directions), clips, COUNTED["some"])
-        place(step, 0.0, None, there)
+        write_point(step, 0.0, None, there)
         found.append((directions, there, *terms))
     for by_torch, by_kernels in zip(*found, strict=True):
         assert not torch.equal(by_torch, by_kernels)

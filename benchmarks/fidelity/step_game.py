@@ -1,7 +1,7 @@
 """Item 1: estimators against Monte Carlo Shapley values of the real step.
 
 The game is `tests/montecarlo.py`'s; gradients are the fp64 oracle's (`tests/oracle.py`), one sample at a time, and the
-estimators are the package's own: `estimators.place` finds the nodes, `estimators.condition` makes the direction.
+estimators are the package's own: `jacobian.write_point` finds the nodes, `jacobian.condition` makes the direction.
 
 Truth is a Monte Carlo mean: `noise` is its standard error over the spread of the values, `ceiling` the Pearson
 correlation that a perfect estimator could reach, `sqrt(1 - noise^2)`. At t = 1 every Adam update is lr * sign, so
@@ -23,8 +23,9 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from benchmarks.fidelity_settings import Experiment, Setting
-from inrun_megatron.estimators import Estimator, condition, place
+from inrun_megatron.estimators import Estimator
 from inrun_megatron.optimizers import AdamStep, ProxyStep, SGDStep, Step
+from inrun_megatron.optimizers.jacobian import condition, write_point
 from tests.montecarlo import MonteCarlo, OptimizerGame, compare, monte_carlo
 from tests.oracle import OptimizerSpec, OracleTrainer, target_gradient
 
@@ -119,7 +120,7 @@ def estimated(trainer: OracleTrainer, method: Method, gradients: Tensor) -> Tens
         parts = at.split(sizes)
         if node.share is not None:
             for step, path, part in zip(steps, paths, parts, strict=True):
-                place(step, node.share, path, part)
+                write_point(step, node.share, path, part)
         moved = {n: p.view_as(w) for (n, w), p in zip(trainer.weights.items(), parts, strict=True)}
         for slope, target in zip(slopes, trainer.targets, strict=True):
             gradient = target_gradient(trainer.model, moved, target)[1]

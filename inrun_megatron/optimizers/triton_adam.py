@@ -1,6 +1,6 @@
 """Adam's elementwise work of a scored step, in one Triton pass each over what it reads and writes.
 
-    condition   d_k       <-  J_k * grad L_k, and <grad L_k, w - Phi(0)> on the way      (estimators.condition)
+    condition   d_k       <-  J_k * grad L_k, and <grad L_k, w - Phi(0)> on the way      (jacobian.condition)
     idle        out       <-  Phi(0)                                                    (AdamStep.idle)
     inner       <d_k, vector>                                                           (Directions.inner_products)
 
@@ -117,7 +117,7 @@ def condition(
     counted: Sequence[tuple[int, int]],
     out: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """``estimators.condition`` for Adam without coupled decay, first order.
+    """``jacobian.condition`` for Adam without coupled decay, first order.
 
     Args:
         step: whose vectors are fp32, on the gradients' device.
