@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +31,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Workers]:
-    with Workers(2) as workers:
-        yield workers
-
-
 def _train(rank: int, world: int, argv: list[str]) -> None:
     from inrun_megatron.training.arguments import parse
     from inrun_megatron.training.run import prepare as settle
@@ -46,9 +39,9 @@ def _train(rank: int, world: int, argv: list[str]) -> None:
     run(settle(parse(argv), world))
 
 
-def _values(ranks: Workers, data: Path, run: Path, *flags: str) -> np.ndarray:
+def _values(two_ranks: Workers, data: Path, run: Path, *flags: str) -> np.ndarray:
     argv = [*FLAGS.split(), "--data-path", str(data / "code"), "--shapley-target", f"code={data / 'target'}"]
-    ranks.run(_train, [*argv, "--save", str(run), *flags], timeout=300.0)
+    two_ranks.run(_train, [*argv, "--save", str(run), *flags], timeout=300.0)
     values, steps = ledger(run)
     figures = steps.to_pydict()
     left, right = (np.array(figures[f"additivity_{side}"]) for side in ("lhs", "rhs"))
@@ -61,29 +54,29 @@ def _values(ranks: Workers, data: Path, run: Path, *flags: str) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def plain(ranks: Workers, data: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    return _values(ranks, data, tmp_path_factory.mktemp("plain"), "--zero-stage", "0")
+def plain(two_ranks: Workers, data: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    return _values(two_ranks, data, tmp_path_factory.mktemp("plain"), "--zero-stage", "0")
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_values_under_the_shipped_configuration(
-    ranks: Workers, data: Path, plain: np.ndarray, tmp_path: Path, name: str
+    two_ranks: Workers, data: Path, plain: np.ndarray, tmp_path: Path, name: str
 ) -> None:
     from deepspeed.accelerator import get_accelerator
 
     file = ["--deepspeed_config", str(ROOT / "ds_configs" / f"{name}.json")]
     if name == "fp16" and not get_accelerator().is_fp16_supported():
         with pytest.raises(DistributedError, match="fp16 is not supported by this machine's cpu"):
-            _values(ranks, data, tmp_path / name, *file, "--zero-stage", "1")
+            _values(two_ranks, data, tmp_path / name, *file, "--zero-stage", "1")
         return
     if name == "offload":
         _build_cpu_adam()
     if name in ("bf16", "fp16"):
         flags = [f"--{name}", "--zero-stage", "1"]
-        same = _values(ranks, data, tmp_path / f"flags-{name}", *flags)
-        assert np.array_equal(_values(ranks, data, tmp_path / name, *file, "--zero-stage", "1"), same)
+        same = _values(two_ranks, data, tmp_path / f"flags-{name}", *flags)
+        assert np.array_equal(_values(two_ranks, data, tmp_path / name, *file, "--zero-stage", "1"), same)
         return
-    values = _values(ranks, data, tmp_path / name, *file)
+    values = _values(two_ranks, data, tmp_path / name, *file)
     error = np.abs(values - plain).max() / np.abs(plain).max()
     print(f"{name}: largest difference from the flags alone at stage 0: {error:.1e} of the largest value")
     assert error < 1e-4

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,6 @@ from tests.distributed import Workers, run_distributed
 from tests.test_models import LLAMA, VOCABULARY
 
 SEQUENCE, STEPS = 16, 3
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Workers]:
-    with Workers(2) as workers:
-        yield workers
 
 
 def settings(*, shape: str = "gpt2", tp: int = 1, sp: bool = False, zero: int = 0, **training: Any) -> Config:
