@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from inrun_megatron import cli
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import (
     Check,
@@ -30,6 +29,7 @@ from inrun_megatron.ledger.audits import judge_efficiency, precision_of
 from inrun_megatron.ledger.description import Starts
 from inrun_megatron.ledger.files import digest_of, sha256_of
 from inrun_megatron.ledger.schema import PartInfo
+from tests.command_line import inrun
 from tests.synthetic_ledger import TARGETS, Shape, description, step_record, write_run
 
 
@@ -356,7 +356,7 @@ def test_efficiency_fails_on_absurd_figures_only(tmp_path: Path, factor: float) 
     [(2.4, "first_order", "midpoint or"), (0.4, "first_order", "midpoint or"), (2.4, "midpoint", ". smaller"), (1.8, "", "")],
 )  # fmt: skip
 def test_efficiency_notes_a_scale_that_is_off(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float, estimator: str, remedy: str
+    tmp_path: Path, factor: float, estimator: str, remedy: str
 ) -> None:
     def scale_losses(record: StepRecord) -> None:
         assert record.target_loss is not None
@@ -369,10 +369,9 @@ def test_efficiency_notes_a_scale_that_is_off(
     assert check.note == check.figures["targets"]["code"]["off_scale"] == bool(estimator)
     assert ("not as sizes" in check.detail) == bool(estimator) and remedy in check.detail
     for command in (["verify"], ["summary", "-n", "0"]):
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([*command, str(tmp_path)])
-        assert exit_.value.code == 0
-        assert bool(re.search(r"efficiency +note ", capsys.readouterr().out)) == bool(estimator)
+        result = inrun(*command, tmp_path)
+        assert result.code == 0
+        assert bool(re.search(r"efficiency +note ", result.out)) == bool(estimator)
 
 
 def test_efficiency_judges_trends() -> None:

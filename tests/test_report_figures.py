@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inrun_megatron import cli
 from inrun_megatron.ledger import Ledger
 from inrun_megatron.report.charts import all_charts
 from inrun_megatron.report.charts_explained import explained_chart
@@ -31,6 +30,7 @@ from inrun_megatron.report.page_series import (
 )
 from inrun_megatron.report.page_values import HISTOGRAM_WIDTH
 from inrun_megatron.report.phases import Phase
+from tests.command_line import inrun
 from tests.report_runs import HOSTILE, record, short_ledger, terms, write_reported_run
 from tests.synthetic_ledger import DOMAINS, TARGETS
 
@@ -362,19 +362,13 @@ def test_short_and_bare_ledgers_make_a_page(tmp_path: Path) -> None:
     assert "No scored samples" in html and "No times recorded" in html
 
 
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(argument) for argument in arguments])
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code
-
-
 def test_command_writes_page_charts_and_json(
-    run: tuple[Path, np.ndarray, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: tuple[Path, np.ndarray, dict[str, Any]], tmp_path: Path
 ) -> None:
     directory, _, figures = run
-    assert call("report", directory, "-n", 4, "--png", tmp_path / "png") == 0
-    assert "report.html" in capsys.readouterr().out and (directory / "report.html").stat().st_size > 500_000
+    result = inrun("report", directory, "-n", 4, "--png", tmp_path / "png")
+    assert result.code == 0
+    assert "report.html" in result.out and (directory / "report.html").stat().st_size > 500_000
     images = {path.name: path.read_bytes() for path in (tmp_path / "png").iterdir()}
     assert (
         len(images) == 13
@@ -383,23 +377,23 @@ def test_command_writes_page_charts_and_json(
         and "loss-prose.png" in images
     )
     assert all(image.startswith(b"\x89PNG") and len(image) > 5000 for image in images.values())
-    assert call("report", directory, "-n", 4, "--json") == 0
-    printed = json.loads(capsys.readouterr().out)
+    result = inrun("report", directory, "-n", 4, "--json")
+    assert result.code == 0
+    printed = result.json
     assert set(printed) == set(figures)
     # DuckDB's threads add in no fixed order.
     assert [row["sum"] for row in printed["domains"]] == pytest.approx(
         [row["sum"] for row in figures["domains"]]
     )
     assert printed["audits"]["full"] is True
-    assert call("report", directory, "-n", 0, "--no-verify", "--json", "-o", tmp_path / "page.html") == 0
-    audits = json.loads(capsys.readouterr().out)["audits"]
+    result = inrun("report", directory, "-n", 0, "--no-verify", "--json", "-o", tmp_path / "page.html")
+    assert result.code == 0
+    audits = result.json["audits"]
     assert [check["name"] for check in audits["checks"]] == ["coverage", "additivity", "efficiency"]
     assert (tmp_path / "page.html").exists()
 
 
-def test_it_replaces_reports_only(
-    run: tuple[Path, np.ndarray, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_replaces_reports_only(run: tuple[Path, np.ndarray, dict[str, Any]], tmp_path: Path) -> None:
     directory, _, figures = run
     page, foreign = tmp_path / "page.html", tmp_path / "notes.html"
     write_page(figures, page)
@@ -413,8 +407,9 @@ def test_it_replaces_reports_only(
         (("-n", -1), "-n -1 is no number"),
         (("--phases", "x"), "not a list of fractions"),
     ):
-        assert call("report", directory, *arguments) == 1
-        assert message in capsys.readouterr().err
+        result = inrun("report", directory, *arguments)
+        assert result.code == 1
+        assert message in result.err
     assert foreign.read_text() == "<p>notes" and sorted(path.name for path in tmp_path.iterdir()) == [
         "notes.html", "page.html",
     ]  # fmt: skip
