@@ -27,6 +27,9 @@ import pytest
 
 from tests.distributed import Workers
 
+# Its assertions show the figures that differ.
+pytest.register_assert_rewrite("tests.document_figures")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
