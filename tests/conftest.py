@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch, triton or deepspeed are imported: they read these once.
@@ -23,6 +24,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter
 
 import pytest
+
+from tests.distributed import Workers
+
+# Its assertions show the figures that differ.
+pytest.register_assert_rewrite("tests.document_figures")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,6 +68,20 @@ def _leave_out(markers: set[str], config: pytest.Config, items: list[pytest.Item
 def _seed() -> None:
     """Every run of a test sees the same numbers, alone or in the suite."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Workers]:
+    """Two processes for all tests of a file; what its tests leave in them goes with the file."""
+    with Workers(2) as workers:
+        yield workers
+
+
+@pytest.fixture(scope="module")
+def four_ranks() -> Iterator[Workers]:
+    """Four, likewise."""
+    with Workers(4) as workers:
+        yield workers
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ import numpy as np
 from inrun_megatron.data.corpora import tiny_corpus
 from inrun_megatron.data.tokenizers import ByteTokenizer
 from inrun_megatron.ledger import (
+    Check,
+    Ledger,
     LedgerWriter,
     PartInfo,
     RunDescription,
@@ -145,3 +147,8 @@ def blended(
         tokenizer=ByteTokenizer(),
     )
     return [entry.to_dict() for entry in train.table]
+
+
+def failed(directory: Path) -> dict[str, Check]:
+    """What `inrun verify` finds wrong, by name."""
+    return {check.name: check for check in Ledger(directory).verify() if not check.ok}

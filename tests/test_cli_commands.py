@@ -8,9 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,6 +18,7 @@ from inrun_megatron import cli
 from inrun_megatron.ledger import Ledger, LedgerWriter, commit, create_ledger
 from inrun_megatron.report.summary import build_summary, print_summary
 from inrun_megatron.report.tables import decimals_of, scale_near, scale_of, with_error
+from tests.command_line import inrun
 from tests.synthetic_ledger import TARGETS, Shape, description, prepared_datasets, write_run
 
 COMMANDS = tuple(command.callback.__name__ for command in cli.app.registered_commands if command.callback)
@@ -32,45 +31,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
     return directory, write_run(directory / "shapley", Shape(), description(table))
 
 
-class Result:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def inrun(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    def call(*arguments: object) -> Result:
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        code = exit_.value.code
-        assert isinstance(code, int)
-        return Result(code, captured.out, captured.err)
-
-    return call
-
-
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(inrun: Callable[..., Result], command: str) -> None:
+def test_help_has_an_example(command: str) -> None:
     result = inrun(command, "--help")
     assert result.code == 0 and f"Example: inrun {command} " in result.out
 
 
-def test_version(inrun: Callable[..., Result]) -> None:
+def test_version() -> None:
     result = inrun("--version")
     assert result.code == 0 and re.fullmatch(r"inrun-megatron (\d+\.\d+\S*|unknown)\n", result.out)
 
 
-def test_no_command_is_help(inrun: Callable[..., Result]) -> None:
+def test_no_command_is_help() -> None:
     result = inrun()
     assert result.code == 0 and all(command in result.out for command in COMMANDS)
 
 
-def test_summary_tells_the_story(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
+def test_summary_tells_the_story(run: tuple[Path, np.ndarray]) -> None:
     directory, rows = run
     result = inrun("summary", directory)
     assert result.code == 0 and result.err == ""
@@ -92,7 +69,7 @@ def test_summary_tells_the_story(run: tuple[Path, np.ndarray], inrun: Callable[.
     assert re.search(r"best +[+]\d", result.out) and re.search(r"worst +-\d", result.out)
 
 
-def test_a_summary_has_one_unit(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
+def test_a_summary_has_one_unit(run: tuple[Path, np.ndarray]) -> None:
     units = re.findall(r"nats x 1e[+-]\d\d", inrun("summary", run[0]).out)
     assert len(units) == 4 and len(set(units)) == 1  # domains and documents of both targets
     given = (1e-4, "x 1e-04")
@@ -111,7 +88,7 @@ def test_an_error_keeps_a_digit() -> None:
     )
 
 
-def test_summary_as_json(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
+def test_summary_as_json(run: tuple[Path, np.ndarray]) -> None:
     directory, rows = run
     figures = inrun("summary", directory / "shapley", "--json", "--phases", "1/2", "-n", 2).json
     assert [(phase["first"], phase["last"]) for phase in figures["phases"]] == [(1, 30), (31, 60)]
@@ -146,7 +123,7 @@ def test_one_sample_that_rules_a_mean_is_named(tmp_path: Path, capsys: pytest.Ca
     assert late["mean"] > 0 > late["normalised_mean"] and "two standard errors: shuffled" in code
 
 
-def test_summary_without_the_data(tmp_path: Path, inrun: Callable[..., Result]) -> None:
+def test_summary_without_the_data(tmp_path: Path) -> None:
     described = description(
         [{"name": n, "index": i, "path_prefix": f"/gone/{n}"} for i, n in enumerate("abc")]
     )
@@ -157,7 +134,7 @@ def test_summary_without_the_data(tmp_path: Path, inrun: Callable[..., Result]) 
     )
 
 
-def test_a_dataset_table_without_files(tmp_path: Path, inrun: Callable[..., Result]) -> None:
+def test_a_dataset_table_without_files(tmp_path: Path) -> None:
     """As a run in somebody's own loop may write it: name and index of each dataset."""
     write_run(tmp_path / "shapley", Shape(steps=6))
     result = inrun("summary", tmp_path)
@@ -177,7 +154,7 @@ def test_print_summary_of_a_short_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert build_summary(tmp_path, documents=0)["domains"][0]["standard_error"] is None
 
 
-def test_top(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
+def test_top(run: tuple[Path, np.ndarray]) -> None:
     directory, rows = run
     arguments = ("top", directory, "--target", "code", "--worst", "-n", 3, "--steps", "21:60")
     figures = inrun(*arguments, "--by", "sample", "--json").json
@@ -205,21 +182,21 @@ def test_an_output_that_is_not_utf_8(run: tuple[Path, np.ndarray]) -> None:
     )
 
 
-def test_top_says_what_rules_its_sums(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
+def test_top_says_what_rules_its_sums(run: tuple[Path, np.ndarray]) -> None:
     note = "Early steps rule sums over a whole run"
     assert note in inrun("top", run[0]).out
     for flags in (("--phase", "late"), ("--steps", "1:9"), ("--rank", "normalised"), ("--json",)):
         assert note not in inrun("top", run[0], *flags).out
 
 
-def test_top_has_one_unit_for_all_targets(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
+def test_top_has_one_unit_for_all_targets(run: tuple[Path, np.ndarray]) -> None:
     units = re.findall(r"x 1e[+-]\d\d", inrun("top", run[0], "--by", "dataset").out)
     assert len(units) == 4 and len(set(units)) == 1  # sums and means of both targets
     units = re.findall(r"x 1e[+-]\d\d", inrun("top", run[0], "--by", "document").out)
     assert len(units) == 4 and units[:2] == units[2:]  # per token is far from the sums
 
 
-def test_show_sample_and_document(run: tuple[Path, np.ndarray], inrun: Callable[..., Result]) -> None:
+def test_show_sample_and_document(run: tuple[Path, np.ndarray]) -> None:
     directory, rows = run
     row = rows[rows["dataset"] == 2][4]
     figures = inrun("show", directory, "--sample", f"shuffled:{row['sample']}", "--json").json
@@ -245,9 +222,7 @@ def test_show_sample_and_document(run: tuple[Path, np.ndarray], inrun: Callable[
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_export_of_rows(
-    run: tuple[Path, np.ndarray], inrun: Callable[..., Result], tmp_path: Path, suffix: str
-) -> None:
+def test_export_of_rows(run: tuple[Path, np.ndarray], tmp_path: Path, suffix: str) -> None:
     directory, rows = run
     file = tmp_path / f"rows.{suffix}"
     result = inrun("export", directory, "--output", file, "--target", "code", "--json")
@@ -263,9 +238,7 @@ def test_export_of_rows(
     assert values == np.sort(rows, order=["step", "dataset", "sample"])["code"].tolist()
 
 
-def test_export_of_documents(
-    run: tuple[Path, np.ndarray], inrun: Callable[..., Result], tmp_path: Path
-) -> None:
+def test_export_of_documents(run: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     directory, rows = run
     inrun("export", directory, "--by", "document", "--phase", "2/3", "-o", tmp_path / "d.parquet")
     table = pq.read_table(tmp_path / "d.parquet")
@@ -273,7 +246,7 @@ def test_export_of_documents(
     assert sum(table["value"].to_pylist()) == pytest.approx(sum(middle[target].sum() for target in TARGETS))
 
 
-def test_moved_data(run: tuple[Path, np.ndarray], inrun: Callable[..., Result], tmp_path: Path) -> None:
+def test_moved_data(run: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     directory, _ = run
     copy = Path(shutil.copytree(directory, tmp_path / "moved"))
     record = json.loads((copy / "shapley" / "run.json").read_text())
@@ -288,7 +261,7 @@ def test_moved_data(run: tuple[Path, np.ndarray], inrun: Callable[..., Result], 
     assert found.code == 0
 
 
-def test_verify(run: tuple[Path, np.ndarray], inrun: Callable[..., Result], tmp_path: Path) -> None:
+def test_verify(run: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     directory, _ = run
     good = inrun("verify", directory)
     assert good.code == 0 and "all 10 checks passed" in good.out
@@ -304,9 +277,7 @@ def test_verify(run: tuple[Path, np.ndarray], inrun: Callable[..., Result], tmp_
     assert broken.code == 1 and "`inrun verify` names damaged parts" in broken.err
 
 
-def test_more_rows_than_there_are_numbers_are_all_rows(
-    run: tuple[Path, np.ndarray], inrun: Callable[..., Result]
-) -> None:
+def test_more_rows_than_there_are_numbers_are_all_rows(run: tuple[Path, np.ndarray]) -> None:
     """Beyond what SQL counts to."""
     found = inrun("top", run[0], "--by", "sample", "--json", "-n", 2**63)
     assert found.code == 0 and len(found.json["targets"]["code"]) == len(run[1])
@@ -359,7 +330,6 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "message"), BAD)
 def test_bad_input_is_one_line_and_exit_code_1(
     run: tuple[Path, np.ndarray],
-    inrun: Callable[..., Result],
     tmp_path: Path,
     arguments: tuple[str, ...],
     message: str,

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,6 @@ from tests.real_text import TARGETS, arguments, ledger
 data = real_text.data  # a fixture
 
 FLAGS = ("--train-iters", "8", "--shapley-commit-interval", "2", "--zero-stage", "1", "--eval-iters", "0")
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Workers]:
-    with Workers(2) as workers:
-        yield workers
 
 
 def _run(rank: int, world: int, argv: list[str], full: bool) -> list[tuple[int, str]]:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from inrun_megatron import cli
 from inrun_megatron.data.corpora import write_corpus
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import LedgerWriter, commit, create_ledger
+from tests.command_line import answer
 from tests.synthetic_ledger import Shape, blended, description, prepared_datasets, write_run
-
-Inrun = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -31,31 +27,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def inrun(capsys: pytest.CaptureFixture[str]) -> Inrun:
-    def call(*arguments: object) -> Any:
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        if exit_.value.code:
-            assert captured.out == "" and captured.err.count("\n") == 1
-            raise UserError(captured.err)
-        return json.loads(captured.out) if "--json" in arguments else captured.out
-
-    return call
-
-
 def ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1, ties with their mean rank."""
     return np.array([(values < value).sum() + ((values == value).sum() + 1) / 2 for value in values])
 
 
-def test_documents_of_runs_in_another_order(runs: Path, inrun: Inrun) -> None:
+def test_documents_of_runs_in_another_order(runs: Path) -> None:
     a, b = runs / "a", runs / "b"
-    found = inrun("compare", a, b, "--json", "--steps", "21:60")
+    found = answer("compare", a, b, "--json", "--steps", "21:60")
     scores = []
     for run in (a, b):
-        top = inrun("top", run, "--steps", "21:60", "--json", "-n", 100, "--target", "code")["targets"][
+        top = answer("top", run, "--steps", "21:60", "--json", "-n", 100, "--target", "code")["targets"][
             "code"
         ]
         scores.append(
@@ -78,36 +60,36 @@ def test_documents_of_runs_in_another_order(runs: Path, inrun: Inrun) -> None:
         assert mover["score_a"] == pytest.approx(one[place]) and mover["score_b"] == pytest.approx(two[place])
         assert mover["document_b"] == mover["document_a"] and mover["snippet"]
         assert mover["source_a"] == mover["source_b"] == f"{mover['dataset_a']}/{mover['document_a']}"
-    text = inrun("compare", a, b, "--steps", "21:60", "-n", 2)
+    text = answer("compare", a, b, "--steps", "21:60", "-n", 2)
     assert max(map(len, text.splitlines())) <= 120 and f"Spearman {code['spearman']:+.3f}" in text
 
 
-def test_samples_of_runs_in_the_same_order(runs: Path, inrun: Inrun) -> None:
-    same = inrun("compare", runs / "a", runs / "a", "--by", "sample", "--json")["targets"]["prose"]
+def test_samples_of_runs_in_the_same_order(runs: Path) -> None:
+    same = answer("compare", runs / "a", runs / "a", "--by", "sample", "--json")["targets"]["prose"]
     assert same["shared"] == same["rows_a"] == 480 and same["top_decile"] == same["bottom_decile"] == 1.0
     assert same["spearman"] == pytest.approx(1.0) and same["movers"] == {"up": [], "down": []}
-    other = inrun("compare", runs / "a", runs / "c", "--by", "sample", "--json")["targets"]["prose"]
+    other = answer("compare", runs / "a", runs / "c", "--by", "sample", "--json")["targets"]["prose"]
     assert 300 < other["shared"] < 480 and 0.2 < other["spearman"] < 0.95
     with pytest.raises(UserError, match=r"no sample is the same in both runs.*compare by document"):
-        inrun("compare", runs / "a", runs / "b", "--by", "sample")
+        answer("compare", runs / "a", runs / "b", "--by", "sample")
 
 
 @pytest.mark.parametrize("measure", ["value", "relative"])
-def test_other_measures(runs: Path, inrun: Inrun, measure: str) -> None:
+def test_other_measures(runs: Path, measure: str) -> None:
     arguments = ("compare", runs / "a", runs / "b", "--json", "--measure", measure, "--per", "document")
-    movers = inrun(*arguments)["targets"]["code"]["movers"]
-    top = inrun("top", runs / "a", "--json", "-n", 100, "--target", "code")["targets"]["code"]
+    movers = answer(*arguments)["targets"]["code"]["movers"]
+    top = answer("top", runs / "a", "--json", "-n", 100, "--target", "code")["targets"]["code"]
     scores = {(row["dataset_name"], row["document"]): row[measure] for row in top}
     for mover in (*movers["up"], *movers["down"]):
         assert mover["score_a"] == pytest.approx(scores[mover["dataset_a"], mover["document_a"]])
 
 
-def test_domains_side_by_side(runs: Path, inrun: Inrun) -> None:
-    found = inrun("compare", runs / "a", runs / "b", "--json", "--target", "code", "--phase", "3/3")
+def test_domains_side_by_side(runs: Path) -> None:
+    found = answer("compare", runs / "a", runs / "b", "--json", "--target", "code", "--phase", "3/3")
     rows = {row["name"]: row for row in found["domains"]}
     assert list(found["targets"]) == ["code"] and list(rows) == ["code", "prose", "shuffled"]
     for letter, run in (("a", "a"), ("b", "b")):
-        top = inrun("top", runs / run, "--by", "dataset", "--target", "code", "--phase", "3/3", "--json")
+        top = answer("top", runs / run, "--by", "dataset", "--target", "code", "--phase", "3/3", "--json")
         for own in top["targets"]["code"]:
             row = rows[own["dataset_name"]]
             mean = own["normalised"] / own["samples"]
@@ -115,13 +97,13 @@ def test_domains_side_by_side(runs: Path, inrun: Inrun) -> None:
             assert row[f"samples_{letter}"] == own["samples"]
 
 
-def test_equal_values_have_no_correlation(tmp_path: Path, runs: Path, inrun: Inrun) -> None:
+def test_equal_values_have_no_correlation(tmp_path: Path, runs: Path) -> None:
     table = json.loads((runs / "a/shapley/run.json").read_text())["datasets"]
     with create_ledger(tmp_path / "flat", description(table)):
         writer = LedgerWriter(tmp_path / "flat", 0)
         writer.append(1, [0] * 8, np.arange(8), [64] * 8, np.full((8, 2), 1e-3))
         commit(tmp_path / "flat", 1, writer.write_parts())
-    code = inrun("compare", tmp_path / "flat", runs / "a", "--by", "sample", "--json")["targets"]["code"]
+    code = answer("compare", tmp_path / "flat", runs / "a", "--by", "sample", "--json")["targets"]["code"]
     assert code["shared"] == 8 and code["spearman"] is None
 
 
@@ -137,22 +119,18 @@ def one_step(directory: Path, runs: Path, values: list[float]) -> Path:
     return directory
 
 
-def test_tenths_are_as_large_at_both_ends_and_zero_has_no_sign(
-    tmp_path: Path, runs: Path, inrun: Inrun
-) -> None:
+def test_tenths_are_as_large_at_both_ends_and_zero_has_no_sign(tmp_path: Path, runs: Path) -> None:
     values = [-4.0, -3.0, -2.0, -1.0, 0.0]  # a tenth of five: one
     a, b = one_step(tmp_path / "a", runs, values), one_step(tmp_path / "b", runs, [*values[:-1], 1.0])
-    code = inrun("compare", a, b, "--by", "sample", "--measure", "value", "--json")["targets"]["code"]
+    code = answer("compare", a, b, "--by", "sample", "--measure", "value", "--json")["targets"]["code"]
     assert (code["top_decile"], code["bottom_decile"]) == (1.0, 1.0)
     assert code["same_sign"] == 0.8
     swapped = one_step(tmp_path / "c", runs, [values[1], values[0], *values[2:]])
-    code = inrun("compare", a, swapped, "--by", "sample", "--measure", "value", "--json")["targets"]["code"]
+    code = answer("compare", a, swapped, "--by", "sample", "--measure", "value", "--json")["targets"]["code"]
     assert (code["top_decile"], code["bottom_decile"]) == (1.0, 0.0)
 
 
-def test_relative_values_that_are_not_known_are_named_as_the_reason(
-    tmp_path: Path, runs: Path, inrun: Inrun
-) -> None:
+def test_relative_values_that_are_not_known_are_named_as_the_reason(tmp_path: Path, runs: Path) -> None:
     a = one_step(tmp_path / "a", runs, [1.0, 2.0])
     message = rf"{a}: no relative values in steps 1-1: .* use normalised values"
     for command in (
@@ -161,17 +139,17 @@ def test_relative_values_that_are_not_known_are_named_as_the_reason(
         ("curate", a, "--drop-bottom", "10", "--measure", "relative", "--dry-run"),
     ):
         with pytest.raises(UserError, match=message):
-            inrun(*command)
+            answer(*command)
 
 
-def test_more_movers_than_there_are_numbers(runs: Path, inrun: Inrun) -> None:
+def test_more_movers_than_there_are_numbers(runs: Path) -> None:
     """Beyond what SQL counts to."""
-    found = inrun("compare", runs / "a", runs / "c", "--by", "sample", "--json", "-n", 2**63)
+    found = answer("compare", runs / "a", runs / "c", "--by", "sample", "--json", "-n", 2**63)
     code = found["targets"]["code"]
     assert 300 < sum(map(len, code["movers"].values())) <= code["shared"]
 
 
-def test_texts_of_the_same_lengths_are_different_documents(tmp_path: Path, inrun: Inrun) -> None:
+def test_texts_of_the_same_lengths_are_different_documents(tmp_path: Path) -> None:
     """Their .idx are equal, and so are the orders in which samples are cut from them."""
     texts = ["first words " * 8, "second, and more of them " * 6]
     prefixes = [
@@ -180,7 +158,7 @@ def test_texts_of_the_same_lengths_are_different_documents(tmp_path: Path, inrun
     ]
     write_run(tmp_path / "run/shapley", Shape(steps=6), description(blended(prefixes, samples=60)))
     for level, rows in (("document", 6), ("sample", 48)):
-        found = inrun("compare", tmp_path / "run", tmp_path / "run", "--by", level, "--json")["targets"][
+        found = answer("compare", tmp_path / "run", tmp_path / "run", "--by", level, "--json")["targets"][
             "code"
         ]
         assert (found["rows_a"], found["shared"]) == (rows, rows)
@@ -196,6 +174,6 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_input_is_one_line(runs: Path, inrun: Inrun, arguments: tuple[str, ...], message: str) -> None:
+def test_bad_input_is_one_line(runs: Path, arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        inrun("compare", *(text.format(runs=runs) for text in arguments))
+        answer("compare", *(text.format(runs=runs) for text in arguments))

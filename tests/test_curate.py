@@ -9,7 +9,6 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from inrun_megatron import cli
 from inrun_megatron.data.corpora import write_corpus
 from inrun_megatron.data.filtered import write_filtered
 from inrun_megatron.data.identity import SampleResolver
@@ -40,10 +38,10 @@ from inrun_megatron.report.curation import (
     decide,
 )
 from inrun_megatron.report.curation_data import output_names, pasted
+from tests.command_line import answer
 from tests.synthetic_ledger import DOMAINS, Shape, description, prepared_datasets, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
-Inrun = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -52,22 +50,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = prepared_datasets(directory / "data")
     write_run(directory / "shapley", Shape(), description(table))
     return directory
-
-
-@pytest.fixture
-def inrun(capsys: pytest.CaptureFixture[str]) -> Inrun:
-    """Run a command: its JSON with --json, its output else. A failure is a UserError with the line."""
-
-    def call(*arguments: object) -> Any:
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        if exit_.value.code:
-            assert captured.out == "" and captured.err.count("\n") == 1
-            raise UserError(captured.err)
-        return json.loads(captured.out) if "--json" in arguments else captured.out
-
-    return call
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------
@@ -170,15 +152,15 @@ def test_the_line_of_the_next_run_is_one_for_a_shell() -> None:
     )
 
 
-def test_a_dry_run_says_what_would_go(run: Path, inrun: Inrun) -> None:
+def test_a_dry_run_says_what_would_go(run: Path) -> None:
     before = sorted(run.rglob("*"))
     arguments = ("curate", run, "--drop-negative", "--phase", "late", "--dry-run")
-    text = inrun(*arguments)
+    text = answer(*arguments)
     assert "shuffled: 12 negative" in text and "goes" in text and "--split 100,0,0" in text
     assert max(map(len, text.split("The next run")[0].splitlines())) <= 100
     named = re.findall(r"goes .*?(shuffled:\d+) ", text)  # to be pasted
-    assert len(named) == 3 and f"Document {named[0]}" in inrun("show", run, "--document", named[0])
-    figures = inrun(*arguments, "--json", "--examples", 2, "--target", "code=2", "--target", "prose")
+    assert len(named) == 3 and f"Document {named[0]}" in answer("show", run, "--document", named[0])
+    figures = answer(*arguments, "--json", "--examples", 2, "--target", "code=2", "--target", "prose")
     rows = {row["name"]: row for row in figures["datasets"]}
     assert rows["shuffled"]["dropped"]["negative"]["documents"] == rows["shuffled"]["documents"] == 12
     assert rows["shuffled"]["score_before"] < 0 < rows["code"]["score_after"]
@@ -187,18 +169,16 @@ def test_a_dry_run_says_what_would_go(run: Path, inrun: Inrun) -> None:
     assert gone[0]["source"] == f"shuffled/{gone[0]['document']}"
     assert sorted(run.rglob("*")) == before
     # Scores are what `inrun top` adds up, with the weights, per token.
-    top = inrun("top", run, "--phase", "late", "--json", "-n", 100)["targets"]
+    top = answer("top", run, "--phase", "late", "--json", "-n", 100)["targets"]
     named = {(t, row["dataset_name"], row["document"]): row for t, rows_ in top.items() for row in rows_}
     code, prose = (named[t, "shuffled", gone[0]["document"]] for t in ("code", "prose"))
     expected = (2 * code["normalised"] + prose["normalised"]) / code["tokens"]
     assert gone[0]["score"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_what_is_written_is_a_dataset_with_all_that_lay_beside_it(
-    run: Path, inrun: Inrun, tmp_path: Path
-) -> None:
+def test_what_is_written_is_a_dataset_with_all_that_lay_beside_it(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "next"
-    figures = inrun("curate", run, "--drop-bottom", 50, "--per-dataset", "-o", output, "--json")
+    figures = answer("curate", run, "--drop-bottom", 50, "--per-dataset", "-o", output, "--json")
     assert json.loads((output / "curation.json").read_text())["rules"]["drop_bottom"] == 50
     pasted = shlex.split((output / "data_path.txt").read_text())
     assert pasted == ["--data-path", *figures["data_path"], "--split", "100,0,0"]
@@ -224,8 +204,8 @@ def test_what_is_written_is_a_dataset_with_all_that_lay_beside_it(
         assert origin.idx_sha256 == Ledger(run).datasets[DOMAINS.index(row["name"])]["idx_sha256"]
         assert origin.documents(np.arange(6)).tolist() == [e["document"] for e in kept]
     with pytest.raises(UserError, match="exists; choose another --output"):
-        inrun("curate", run, "--drop-negative", "-o", output)
-    inrun("curate", run, "--drop-bottom", 10, "-o", output, "--overwrite")
+        answer("curate", run, "--drop-negative", "-o", output)
+    answer("curate", run, "--drop-bottom", 10, "-o", output, "--overwrite")
     assert json.loads((output / "curation.json").read_text())["rules"]["drop_bottom"] == 10
     assert [path.name for path in tmp_path.iterdir()] == ["next"]
 
@@ -262,9 +242,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_input_is_one_line(run: Path, inrun: Inrun, arguments: tuple[str, ...], message: str) -> None:
+def test_bad_input_is_one_line(run: Path, arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        inrun("curate", run, *(text.format(run=run) for text in arguments))
+        answer("curate", run, *(text.format(run=run) for text in arguments))
 
 
 # --- training on the outcome -----------------------------------------------------------------------------------------
@@ -288,7 +268,7 @@ def pretrain(*flags: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_run_trains_on_what_curate_wrote(tmp_path: Path, inrun: Inrun) -> None:
+def test_a_run_trains_on_what_curate_wrote(tmp_path: Path) -> None:
     """Train, curate, train again on the pasted data path; the second run never meets a dropped document."""
     library = Path(os.__file__).parent
     modules = [library / f"{name}.py" for name in ("abc", "bisect", "copy", "heapq", "queue", "sched")]
@@ -305,7 +285,7 @@ def test_a_run_trains_on_what_curate_wrote(tmp_path: Path, inrun: Inrun) -> None
     target = ["--shapley-target", f"code={tmp_path}/target"]
     first = ["--data-path", "0.5", f"{tmp_path}/one", "0.5", f"{tmp_path}/two", "--save", f"{tmp_path}/first"]
     pretrain(*model, *target, *first)
-    figures = inrun(
+    figures = answer(
         "curate",
         tmp_path / "first",
         "--drop-bottom",
@@ -339,14 +319,14 @@ def test_a_run_trains_on_what_curate_wrote(tmp_path: Path, inrun: Inrun) -> None
             assert metadata["source"] == f"{name}/{entry['document']}"
             met.add((name, entry["document"]))
     assert len(met) > 20
-    shown = inrun("show", tmp_path / "second", "--document", f"{name}:{span.document}", "--json")
+    shown = answer("show", tmp_path / "second", "--document", f"{name}:{span.document}", "--json")
     assert shown["source"] == metadata["source"] and shown["text"]
 
     # The two runs share documents by their origin, though order and numbers differ.
-    compared = inrun("compare", tmp_path / "first", tmp_path / "second", "--json")
+    compared = answer("compare", tmp_path / "first", tmp_path / "second", "--json")
     shared = compared["targets"]["code"]
     assert 20 < shared["shared"] <= len(met) and -1 <= shared["spearman"] <= 1
     mover = shared["movers"]["up"][0]
     assert mover["source_a"] == mover["source_b"]
     with pytest.raises(UserError, match="compare by document"):
-        inrun("compare", tmp_path / "first", tmp_path / "second", "--by", "sample")
+        answer("compare", tmp_path / "first", tmp_path / "second", "--by", "sample")

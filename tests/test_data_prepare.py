@@ -20,13 +20,13 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from inrun_megatron.cli import main
 from inrun_megatron.data.corpora import tiny_corpus, write_corpus
 from inrun_megatron.data.documents import read_summary
 from inrun_megatron.data.indexed import IndexedFile
 from inrun_megatron.data.prepare import prepare
 from inrun_megatron.data.tokenizers import ByteTokenizer, build_tokenizer, build_tokenizer_from
 from inrun_megatron.errors import UserError
+from tests.command_line import inrun
 from tests.data_cases import write_tokenizer
 
 TEXTS = ["Hello world.\n", "naïve café — 漢字 🙂", "a\n\nb\r\nc\ttab", "x" * 5000]
@@ -307,38 +307,33 @@ class TestRefusals:
             IndexedFile(prefix)
 
 
-def inrun(*arguments: str | Path) -> int:
-    """`inrun` with these arguments, in this process; the exit code."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    return exit_.value.code
-
-
 class TestCommand:
-    def test_json_and_words(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_json_and_words(self, tmp_path: Path) -> None:
         path = jsonl(tmp_path / "a.jsonl", [{"text": "one", "source": "s", "url": "u"}, {"text": "two"}])
         command = ["prepare", path, "-o", tmp_path / "c", "--keep", "source,url", "--workers", "2"]
-        assert inrun(*command, "--json") == 0
-        figures = json.loads(capsys.readouterr().out)
+        result = inrun(*command, "--json")
+        assert result.code == 0
+        figures = result.json
         assert (figures["documents"], figures["tokens"], figures["tokenizer"]["vocab_size"]) == (2, 8, 257)
         assert rows(tmp_path / "c")[0]["url"] == "u"
-        assert inrun(*command, "--overwrite") == 0
-        out = capsys.readouterr().out
-        assert "2 documents, 8 tokens" in out and "from 1 file, " in out
+        result = inrun(*command, "--overwrite")
+        assert result.code == 0
+        assert "2 documents, 8 tokens" in result.out and "from 1 file, " in result.out
 
-    def test_errors_are_one_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert inrun("prepare", tmp_path / "no", "-o", tmp_path / "c") == 1
-        assert capsys.readouterr().err == f"inrun prepare: the input {tmp_path / 'no'} does not exist\n"
+    def test_errors_are_one_line(self, tmp_path: Path) -> None:
+        result = inrun("prepare", tmp_path / "no", "-o", tmp_path / "c")
+        assert result.code == 1
+        assert result.err == f"inrun prepare: the input {tmp_path / 'no'} does not exist\n"
         path = jsonl(tmp_path / "a.jsonl", [{"text": "one"}])
-        assert inrun("prepare", path, "-o", f"{tmp_path}/d/") == 1
-        assert f"is a directory and no PREFIX of files: give a path such as {tmp_path}/d/corpus" in (
-            capsys.readouterr().err
-        )
+        result = inrun("prepare", path, "-o", f"{tmp_path}/d/")
+        assert result.code == 1
+        assert f"is a directory and no PREFIX of files: give a path such as {tmp_path}/d/corpus" in result.err
         assert not (tmp_path / "d").exists()
 
-    def test_help_has_an_example(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert inrun("prepare", "--help") == 0
-        assert "Example: inrun prepare" in capsys.readouterr().out
+    def test_help_has_an_example(self) -> None:
+        result = inrun("prepare", "--help")
+        assert result.code == 0
+        assert "Example: inrun prepare" in result.out
 
     def test_interrupted_leaves_nothing(self, tmp_path: Path) -> None:
         """A run that is stopped while it writes leaves neither a dataset nor its temporary files."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,12 +16,6 @@ from tests.real_text import TARGETS, arguments, ledger, refused, run_here
 data = real_text.data  # a fixture
 # Step 1 has learning rate 0; step 2 throws the weights so far that the loss of step 3 overflows.
 THROWN = ("--optimizer", "sgd", "--lr", "1e30", "--clip-grad", "0", "--save-interval", "1")
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Workers]:
-    with Workers(2) as workers:
-        yield workers
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger import Ledger
+from inrun_megatron.ledger import Ledger, LedgerWriter, StepRecord, commit, create_ledger
 from inrun_megatron.report.documents import Documents, printable, shorten
 from inrun_megatron.report.domains import domain_figures
 from inrun_megatron.report.phases import (
@@ -243,3 +243,24 @@ def test_no_room_is_not_told_as_a_damaged_part(run: tuple[Path, np.ndarray]) -> 
             query.copy(
                 f"COPY (SELECT hash(range) AS b FROM range(9000000) ORDER BY b) TO '{run[0]}/x.parquet'"
             )
+
+
+def test_nan_is_left_out_where_statistics_do_not_show_it(tmp_path: Path) -> None:
+    """A part without infinities: by the statistics of its file every value is small."""
+    directory = tmp_path / "ledger"
+    with create_ledger(directory, description()):
+        writer = LedgerWriter(directory, 0)
+        for step, first in ((1, 1.0), (2, np.nan)):
+            writer.append(step, [0, 0], [3, 3 + step], [64, 64], [[first, 2.0], [-1.0, -1.0]])
+            writer.append_step(StepRecord(step, target_loss=[3.0 / first, 3.0]))
+        commit(directory, 2, writer.write_parts())
+        writer.close()
+    with Query(Ledger(directory)) as query:
+        code, prose = domain_figures(query, [whole_run(2)])
+        create_figures(query, Level.sample, whole_run(2))
+        best = [ranked(query, Level.sample, target)[0] for target in TARGETS]
+    assert (code.samples, code.sum, code.negative_share) == (3, -1.0, 2 / 3)
+    assert (prose.samples, prose.sum) == (4, 2.0)
+    assert best[0]["relative"] is None  # nor is a loss change that is not finite
+    # Although the first target has the sample in one step only.
+    assert [(row["sample"], row["samples"], row["value"]) for row in best] == [(3, 1, 1.0), (3, 2, 4.0)]

@@ -75,12 +75,6 @@ def build(
     ).double()
 
 
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Workers]:
-    with Workers(2) as workers:
-        yield workers
-
-
 @pytest.fixture
 def on_cpu() -> Iterator[None]:
     yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,6 @@ from tests.own_loop import (
     scored_steps,
     token_losses,
 )
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Workers]:
-    with Workers(2) as workers:
-        yield workers
 
 
 def _resume(rank: int, world: int, stage: int, directory: str) -> list[tuple[Any, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,12 +23,6 @@ from tests.own_loop import (
     scored_steps,
     token_losses,
 )
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Workers]:
-    with Workers(2) as workers:
-        yield workers
 
 
 @pytest.mark.parametrize(

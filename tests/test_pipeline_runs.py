@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,12 +22,6 @@ PIPELINES = {
     "pp 2, tp 2": "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",
     "pp 4": "--pipeline-model-parallel-size 4",
 }
-
-
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[Workers]:
-    with Workers(4) as workers:
-        yield workers
 
 
 Key = tuple[int, int, int, int]

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,6 @@ from tests.real_text import TARGETS, arguments, checkpoint_differences, ledger, 
 from tests.test_ledger_write import file_size_limit
 
 data = real_text.data  # a fixture
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Workers]:
-    with Workers(2) as workers:
-        yield workers
 
 
 # --- resumption ------------------------------------------------------------------------------------------------------

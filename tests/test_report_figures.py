@@ -1,37 +1,24 @@
-"""The report's figures against plain numpy on the same rows, and what the command writes."""
+"""The report's figures against plain numpy on the same rows, and its charts."""
 
 from __future__ import annotations
 
-import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from inrun_megatron import cli
 from inrun_megatron.ledger import Ledger
 from inrun_megatron.report.charts import all_charts
 from inrun_megatron.report.charts_explained import explained_chart
 from inrun_megatron.report.charts_theme import OTHER, TERMS, Palette, theme
 from inrun_megatron.report.charts_training import loss_chart, stacked
 from inrun_megatron.report.overview import describe_targets
-from inrun_megatron.report.page import render, write_page, write_png
+from inrun_megatron.report.page import render
 from inrun_megatron.report.page_figures import build_figures
-from inrun_megatron.report.page_series import (
-    POINTS,
-    explained,
-    explained_curve,
-    loss_curve,
-    target_series,
-    thinned,
-    timing,
-)
 from inrun_megatron.report.page_values import HISTOGRAM_WIDTH
-from inrun_megatron.report.phases import Phase
-from tests.report_runs import HOSTILE, record, short_ledger, terms, write_reported_run
+from tests.report_runs import write_reported_run
 from tests.synthetic_ledger import DOMAINS, TARGETS
 
 
@@ -209,220 +196,6 @@ def test_rows_stand_in_the_order_of_the_run_while_there_are_few(
     assert many[2] == ["prose", "code", "shuffled"]  # by value
 
 
-def test_stretches_without_a_prediction_have_no_explained_fraction(tmp_path: Path) -> None:
-    records = [record(1, 3.0, 0.1), record(2, 2.9, None, "unscored: no optimizer state"), record(3, 2.5, 0.2)]
-    series = target_series(ledger := short_ledger(tmp_path, records), ledger.steps(), "code")
-    assert [(stretch["first"], stretch["last"]) for stretch in explained_curve(series)] == [(1, 2)]
-    assert explained_curve(series)[0]["explained_fraction"] == pytest.approx((0.1 + 0.01 - 0.001) / 0.1)
-
-
-def test_a_scored_step_stands_for_its_interval(tmp_path: Path) -> None:
-    ledger = short_ledger(
-        tmp_path, [record(5, 3.0, 0.1), record(10, 2.4, 0.1), record(20, 1.0, 0.1)], interval=5
-    )
-    assert terms(ledger)["values"] == pytest.approx([0.5, 1.0])
-    assert terms(ledger)["momentum"] == pytest.approx([0.25, 1.0])
-    assert explained(target_series(ledger, ledger.steps(), "code"), [], 20)[0]["realised"] == pytest.approx(
-        2.0
-    )
-
-
-def test_at_the_drift_point_momentum_and_decay_are_those_of_the_later_step(tmp_path: Path) -> None:
-    records = [record(step, 3.0 - step, 0.1, base="drift") for step in (1, 2, 3)]
-    assert terms(short_ledger(tmp_path, records))["momentum"] == pytest.approx([0.02, 0.03])
-
-
-def test_trajectory_credit_is_taken_out_again(tmp_path: Path) -> None:
-    records = [record(step, 3.0 - step, 0.4, credit_factor=4.0) for step in (1, 2)]
-    assert terms(short_ledger(tmp_path, records, credit="trajectory"))["values"] == pytest.approx([0.1])
-
-
-def test_skipped_steps_change_nothing_and_unscored_ones_are_not_known(tmp_path: Path) -> None:
-    skipped = record(2, 2.9, None, "skipped: overflow")
-    unscored = record(3, 2.9, None, "unscored: no optimizer state")
-    ledger = short_ledger(
-        tmp_path, [record(1, 3.0, 0.1), skipped, unscored, record(4, 2.0, 0.1), record(5, 1.9, 0.1)]
-    )
-    series = target_series(ledger, ledger.steps(), "code")
-    assert np.array_equal(np.isnan(series.terms["values"]), [False, False, True, False])
-    assert series.terms["values"][1] == 0.0
-    curve = loss_curve(series, [Phase("all", 1, 5)])
-    assert [point["run"] for point in curve] == [0, 0, 0, 1, 1]
-    assert [curve[i]["predicted"] == curve[i]["loss"] for i in (0, 3)] == [True, True]
-    assert explained(series, [], 5)[0]["intervals"] == 3
-
-
-def test_directions_of_earlier_steps_took_no_validation_pass(tmp_path: Path) -> None:
-    seconds = {"seconds_total": 0.5, "seconds_scoring": 0.1, "samples": 10}
-    records = [record(step, 3.0, 0.1, direction_age=int(step == 2), **seconds) for step in (1, 2, 3, 4)]
-    ledger = short_ledger(tmp_path, records, refresh=2)
-    assert timing(ledger, ledger.steps())["validation"]["added_over_run"] == pytest.approx(1.2)
-
-
 def test_terms_and_times_have_no_colour_of_a_domain() -> None:
     domains = {colour for mode in ("light", "dark") for colour in theme(mode)["range"]["category"]}
     assert not domains & set(TERMS) and len(set(TERMS)) == 3
-
-
-def test_losses_that_are_not_finite_are_not_known(tmp_path: Path) -> None:
-    """A run that diverged for a step has a page all the same; the audit of efficiency fails."""
-    losses = [3.0, np.nan, 2.5, 2.4, np.inf, -np.inf]
-    ledger = short_ledger(tmp_path, [record(step, loss, 0.1) for step, loss in enumerate(losses, start=1)])
-    series = target_series(ledger, ledger.steps(), "code")
-    assert series.step.tolist() == [1, 3, 4] and np.isnan(series.terms["values"]).tolist() == [True, False]
-    assert explained(series, [], 6)[0]["realised"] == pytest.approx(0.1)
-    described = describe_targets(ledger, ledger.steps())[0]
-    assert (described["first_loss"], described["last_loss"]) == (3.0, 2.4)
-    assert described["realised"] == pytest.approx(0.1) and described["steps_judged"] == 1
-    figures = build_figures(tmp_path)
-    assert render(figures) and len(figures["targets"][0]["explained_curve"]) == 1
-    (efficiency,) = [check for check in figures["audits"]["checks"] if check["name"] == "efficiency"]
-    assert not efficiency["ok"] and "figures are not finite" in efficiency["detail"]
-
-
-def test_timing_is_spread_over_the_interval(tmp_path: Path) -> None:
-    seconds = {"seconds_total": 0.5, "seconds_scoring": 0.1, "samples": 10}
-    ledger = short_ledger(tmp_path, [record(step, 3.0, 0.1, **seconds) for step in (4, 8)], interval=4)
-    found = timing(ledger, ledger.steps())
-    assert found["added"] == pytest.approx(0.25) and found["added_over_run"] == pytest.approx(0.0625)
-    assert found["samples_per_second"] == pytest.approx(20.0) and len(found["curve"]) == 2
-    # two targets of 8 sequences to a batch of 10, in one step of four
-    assert found["validation"] == {"sequences": 16, "samples": 10.0, "added_over_run": pytest.approx(0.4)}
-    html = render(build_figures(tmp_path))
-    assert (
-        "+6%" in html
-        and "+40% by the size of the validation pass alone (16 target sequences to a batch of 10)" in html
-    )
-
-
-def test_the_share_of_the_validation_pass_is_that_of_first_order_alone(tmp_path: Path) -> None:
-    seconds = {"seconds_total": 0.5, "seconds_scoring": 0.1, "samples": 10}
-    ledger = short_ledger(
-        tmp_path, [record(step, 3.0, 0.1, **seconds) for step in (1, 2)], estimator="midpoint"
-    )
-    assert timing(ledger, ledger.steps())["validation"] is None
-    assert "of the validation pass alone" not in render(build_figures(tmp_path))
-
-
-def test_curves_are_thinned_and_keep_their_ends() -> None:
-    kept = thinned(100_000)
-    assert len(kept) == POINTS and kept[0] == 0 and kept[-1] == 99_999
-    assert thinned(3).tolist() == [0, 1, 2] and thinned(0).tolist() == []
-
-
-class _Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.loads: list[str] = []
-        self.scripts = 0
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.scripts += tag == "script"
-        for name, value in attributes:
-            if name in ("src", "srcset", "data", "poster") or (name == "href" and tag == "link"):
-                self.loads.append(value or "")
-
-
-def test_the_page_loads_nothing_and_keeps_text_as_text(
-    run: tuple[Path, np.ndarray, dict[str, Any]], tmp_path: Path
-) -> None:
-    figures = run[2]
-    assert any(d["text"].startswith(HOSTILE[:20]) for d in figures["documents"])
-    html = render(figures)
-    page = _Page()
-    page.feed(html)
-    assert page.loads == ["data:,"] and page.scripts == 3
-    assert "@import" not in html and not re.search(r"url\((?!['\"]?data:)", html.split("</style>")[0])
-    charts = json.loads(
-        re.findall(r'<script type="application/json" id="charts">(.*?)</script>', html, re.S)[0]
-    )
-    assert {chart["slot"] for chart in charts["charts"].values()} >= {"loss", "heat", "value", "composition"}
-
-
-def test_a_failed_audit_is_red_and_missing_data_are_said(
-    run: tuple[Path, np.ndarray, dict[str, Any]], tmp_path: Path
-) -> None:
-    directory, _, figures = run
-    bad = dict(
-        figures["audits"]["checks"][0], name="additivity", ok=False, detail="12 steps beyond the tolerance"
-    )
-    html = render(
-        figures | {"audits": {"full": False, "checks": [bad]}, "documents": None, "documents_error": "gone"}
-    )
-    assert html.count('<li class="bad">') == 2 and "✗ 1 failed" in html and "✗ failed" in html
-    assert f"inrun verify {directory}" in html and "Documents cannot be shown: gone" in html
-    noted = render(figures | {"audits": {"full": True, "checks": [bad | {"ok": True, "note": True}]}})
-    assert '<li class="bad">' not in noted and "! note" in noted and "with a note: additivity" in noted
-    assert "✓ ok" not in noted
-
-
-def test_short_and_bare_ledgers_make_a_page(tmp_path: Path) -> None:
-    short_ledger(tmp_path / "one", [record(1, 3.0, None, "unscored: no optimizer state")])
-    html = render(build_figures(tmp_path / "one"))
-    assert "No scored samples" in html and "No times recorded" in html
-
-
-def call(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(argument) for argument in arguments])
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code
-
-
-def test_command_writes_page_charts_and_json(
-    run: tuple[Path, np.ndarray, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory, _, figures = run
-    assert call("report", directory, "-n", 4, "--png", tmp_path / "png") == 0
-    assert "report.html" in capsys.readouterr().out and (directory / "report.html").stat().st_size > 500_000
-    images = {path.name: path.read_bytes() for path in (tmp_path / "png").iterdir()}
-    assert (
-        len(images) == 13
-        and "explained-code.png" in images
-        and "value-code-late-normalised.png" in images
-        and "loss-prose.png" in images
-    )
-    assert all(image.startswith(b"\x89PNG") and len(image) > 5000 for image in images.values())
-    assert call("report", directory, "-n", 4, "--json") == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert set(printed) == set(figures)
-    # DuckDB's threads add in no fixed order.
-    assert [row["sum"] for row in printed["domains"]] == pytest.approx(
-        [row["sum"] for row in figures["domains"]]
-    )
-    assert printed["audits"]["full"] is True
-    assert call("report", directory, "-n", 0, "--no-verify", "--json", "-o", tmp_path / "page.html") == 0
-    audits = json.loads(capsys.readouterr().out)["audits"]
-    assert [check["name"] for check in audits["checks"]] == ["coverage", "additivity", "efficiency"]
-    assert (tmp_path / "page.html").exists()
-
-
-def test_it_replaces_reports_only(
-    run: tuple[Path, np.ndarray, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    directory, _, figures = run
-    page, foreign = tmp_path / "page.html", tmp_path / "notes.html"
-    write_page(figures, page)
-    write_page(figures, page)
-    foreign.write_text("<p>notes")
-    for arguments, message in (
-        (("-o", foreign), "is no earlier report"),
-        (("-o", tmp_path), "is a directory"),
-        (("-o", tmp_path / "no" / "page.html"), "cannot write"),
-        (("--png", foreign), "cannot write to"),
-        (("-n", -1), "-n -1 is no number"),
-        (("--phases", "x"), "not a list of fractions"),
-    ):
-        assert call("report", directory, *arguments) == 1
-        assert message in capsys.readouterr().err
-    assert foreign.read_text() == "<p>notes" and sorted(path.name for path in tmp_path.iterdir()) == [
-        "notes.html", "page.html",
-    ]  # fmt: skip
-
-
-def test_png_names_are_file_names(run: tuple[Path, np.ndarray, dict[str, Any]], tmp_path: Path) -> None:
-    target = run[2]["targets"][0] | {"name": "a/b c"}
-    names = write_png(
-        run[2] | {"targets": [target], "distribution": [], "domains": [], "composition": []}, tmp_path
-    )
-    assert "loss-a_b_c.png" in names

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +69,6 @@ CIRCLES = {
     ),
 }
 FIXED = ("--num-layers", "4", "--attention-dropout", "0", "--hidden-dropout", "0")
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Workers]:
-    with Workers(2) as workers:
-        yield workers
-
-
-@pytest.fixture(scope="module")
-def four_ranks() -> Iterator[Workers]:
-    with Workers(4) as workers:
-        yield workers
 
 
 def _pass_on(rank: int, world: int, argv: list[str]) -> tuple[list[dict[str, Any]], float]:

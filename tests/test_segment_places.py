@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from typer.testing import CliRunner
 
-from inrun_megatron.cli import app
 from inrun_megatron.data.corpora import write_corpus
 from inrun_megatron.data.identity import SampleResolver
 from inrun_megatron.data.megatron import document_ids
@@ -26,6 +24,7 @@ from inrun_megatron.report.domains import domain_figures
 from inrun_megatron.report.phases import whole_run
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.ranking import Level, create_figures
+from tests.command_line import answer
 from tests.data_cases import build, write_pair
 from tests.synthetic_ledger import TARGETS, description
 
@@ -239,55 +238,42 @@ def test_figures_of_samples_and_domains_do_not_depend_on_how_they_are_cut(
 
 
 def test_commands(runs: dict[str, Path]) -> None:
-    def call(*arguments: str) -> dict[str, object]:
-        result = CliRunner().invoke(app, [*arguments, "--json"])
-        assert result.exit_code == 0, result.output
-        return json.loads(result.stdout)
-
     run, truth = str(runs["document"]), json.loads(runs["truth.json"].read_text())
-    best = call("top", run, "--target", "code", "-n", "1")["targets"]["code"][0]
+    best = answer("top", run, "--target", "code", "-n", "1", "--json")["targets"]["code"][0]
     key = max(truth["code"], key=truth["code"].get)
     assert f"{best['dataset']}:{best['document']}" == key and best["value"] == pytest.approx(
         truth["code"][key]
     )
-    rows = call("show", run, "--document", key)["values"]
+    rows = answer("show", run, "--document", key, "--json")["values"]
     assert sum(row["value"] for row in rows if row["target"] == "code") == pytest.approx(truth["code"][key])
-    sample = call("show", run, "--sample", "a:3")
+    sample = answer("show", run, "--sample", "a:3", "--json")
     parts = [part["values"]["prose"] for part in sample["documents"] if part["values"]]
     [whole] = [row["value"] for row in sample["values"] if row["target"] == "prose"]
     assert len(parts) > 1 and sum(parts) == pytest.approx(whole)
-    assert "Value: code" in CliRunner().invoke(app, ["show", run, "--sample", "a:3"]).stdout
+    assert "Value: code" in answer("show", run, "--sample", "a:3")
     exported = runs["document"] / "rows.jsonl"
-    written = call("export", run, "--output", str(exported))["rows"]
+    written = answer("export", run, "--output", str(exported), "--json")["rows"]
     lines = [json.loads(line) for line in exported.read_text().splitlines()]
     assert written == len(lines) > 80 and max(line["segment"] for line in lines) > 0
 
 
 def test_commands_on_whole_runs(runs: dict[str, Path], tmp_path: Path) -> None:
     """Page, summary, comparison and curation of a run by document: its own values, and in words where they come from."""
-
-    def call(*arguments: str) -> str:
-        result = CliRunner().invoke(app, [*arguments])
-        assert result.exit_code == 0, result.output or result.exception
-        return result.stdout
-
     run, truth = str(runs["document"]), json.loads(runs["truth.json"].read_text())
     page = tmp_path / "page.html"
-    figures = json.loads(call("report", run, "--output", str(page), "--json"))
+    figures = answer("report", run, "--output", str(page), "--json")
     rows = Ledger(run).values().count_rows()
     assert figures["rows"] == {"rows": rows, "not_finite": 0}
     words = "value is that of its own tokens"
-    assert words in page.read_text() and words in call("summary", run).replace("\n", " ")
-    same = json.loads(
-        call("compare", run, str(runs["token"]), "--measure", "value", "--per", "document", "--json")
-    )
+    assert words in page.read_text() and words in answer("summary", run).replace("\n", " ")
+    same = answer("compare", run, str(runs["token"]), "--measure", "value", "--per", "document", "--json")
     assert same["targets"]["code"]["spearman"] > 0.999  # equal values in other orders of sums
-    by_length = json.loads(
-        call("compare", run, str(runs["sample"]), "--measure", "value", "--per", "document", "--json")
+    by_length = answer(
+        "compare", run, str(runs["sample"]), "--measure", "value", "--per", "document", "--json"
     )
     assert by_length["targets"]["code"]["spearman"] < 0.99
     rule = ("--drop-negative", "--target", "code", "--measure", "value", "--per", "document")
-    curated = json.loads(call("curate", run, *rule, "--dry-run", "--json"))
+    curated = answer("curate", run, *rule, "--dry-run", "--json")
     dropped = sum(kind["documents"] for row in curated["datasets"] for kind in row["dropped"].values())
     values = truth["code"].values()
     assert 0 < sum(value < -1e-12 for value in values) <= dropped <= sum(value < 1e-12 for value in values)

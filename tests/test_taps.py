@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,12 +19,6 @@ from inrun_megatron.taps import Emission, Pass, attach_taps
 from inrun_megatron.taps.emission import Sharding, Site
 from tests.counting import standing_in
 from tests.distributed import Workers
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Workers]:
-    with Workers(2) as workers:
-        yield workers
 
 
 def _sites(tp_rank: int, tp_size: int, sharding: Sharding) -> list[Site]:

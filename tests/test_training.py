@@ -1,12 +1,7 @@
-"""The engine: the same training for every layout, schedule, batches, progress, agreement between ranks."""
+"""The engine trains alike in every layout and, nearly, in bf16."""
 
 from __future__ import annotations
 
-import io
-import math
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,21 +15,13 @@ from inrun_megatron.config import (
     ShapleyConfig,
     TrainingConfig,
 )
-from inrun_megatron.errors import UserError
-from inrun_megatron.training.batches import StepLoader, microbatch_loss, to_device
-from inrun_megatron.training.deepspeed_config import Batch, merge
-from inrun_megatron.training.optimizer import build_schedule, parameter_groups
-from inrun_megatron.training.progress import ProgressBar, StepFigures
-from tests.distributed import Workers, run_distributed
+from inrun_megatron.training.batches import StepLoader, microbatch_loss
+from inrun_megatron.training.deepspeed_config import merge
+from tests.distributed import Workers
+from tests.sequences import SEQUENCE, Sequences
 from tests.test_models import LLAMA, VOCABULARY
 
-SEQUENCE, STEPS = 16, 3
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Workers]:
-    with Workers(2) as workers:
-        yield workers
+STEPS = 3
 
 
 def settings(*, shape: str = "gpt2", tp: int = 1, sp: bool = False, zero: int = 0, **training: Any) -> Config:
@@ -58,24 +45,6 @@ def settings(*, shape: str = "gpt2", tp: int = 1, sp: bool = False, zero: int = 
         parallel=ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sp, zero_stage=zero),
         shapley=ShapleyConfig(enabled=False),
     )
-
-
-class Sequences:
-    """A dataset whose item k is a sequence that depends on k, with every third token without loss."""
-
-    def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
-        tokens = torch.randint(0, VOCABULARY, (SEQUENCE + 1,), generator=torch.Generator().manual_seed(k))
-        return {
-            "tokens": tokens[:-1],
-            "labels": tokens[1:],
-            "loss_mask": (torch.arange(SEQUENCE) % 3 != k % 3).float(),
-            "position_ids": torch.arange(SEQUENCE),
-            "dataset": torch.tensor(0),
-            "sample": torch.tensor(k),
-        }
-
-
-# --- the same training for every layout -------------------------------------------------------------------------------
 
 
 def _train(rank: int, world: int, config: Config, left_out: str | None = None) -> dict[str, Any]:
@@ -124,6 +93,8 @@ def _train(rank: int, world: int, config: Config, left_out: str | None = None) -
 
 
 SGD = {"optimizer": "sgd", "clip_grad": 0.5}
+
+
 LAYOUTS = [
     {"zero": 1},
     {"zero": 2},
@@ -134,6 +105,9 @@ LAYOUTS = [
     {"tp": 2, "sp": True, "zero": 1},
     {"tp": 2, "sp": True, "zero": 3},
 ]
+# What differs by shape is how layers are split; what a ZeRO stage holds is the same flat vector.
+LLAMA_LAYOUTS = [{"zero": 3}, {"tp": 2}, {"tp": 2, "sp": True}]
+CASES = [(layout, "gpt2") for layout in LAYOUTS] + [(layout, "llama") for layout in LLAMA_LAYOUTS]
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +115,7 @@ def baseline(two_ranks: Workers) -> dict[str, dict[str, Any]]:
     return {shape: two_ranks.run(_train, settings(shape=shape, **SGD))[0] for shape in ("gpt2", "llama")}
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("layout", "shape"), CASES, ids=str)
 def test_training_does_not_depend_on_the_layout(
     two_ranks: Workers, baseline: dict[str, dict[str, Any]], layout: dict[str, Any], shape: str
 ) -> None:
@@ -196,232 +169,3 @@ def test_bf16_takes_no_step_before_the_first(two_ranks: Workers, optimizer: str)
     at = [two_ranks.run(_train, settings(zero=stage, **rest))[0] for stage in (0, 1)]
     assert at[0]["losses"] == pytest.approx(at[1]["losses"], rel=1e-3)
     assert at[1]["losses"][2] != pytest.approx(at[1]["losses"][0], rel=5e-3)  # a step does more than that
-
-
-# --- optimizer and schedule ------------------------------------------------------------------------------------------
-
-
-def test_vectors_have_no_weight_decay() -> None:
-    module = torch.nn.Sequential(torch.nn.Embedding(4, 3), torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
-    decayed, plain = parameter_groups(module, 0.1)
-    assert [tuple(p.shape) for p in decayed["params"]] == [(4, 3), (3, 3)]
-    assert [tuple(p.shape) for p in plain["params"]] == [(3,), (3,), (3,)]
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
-
-
-@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
-def test_schedule_warms_up_decays_and_keeps_the_groups_weight_decay(style: str) -> None:
-    training = TrainingConfig(
-        micro_batch_size=1,
-        train_iters=10,
-        lr=1.0,
-        min_lr=0.1,
-        lr_decay_style=style,  # type: ignore[arg-type]
-        lr_warmup_iters=2,
-        weight_decay=0.1,
-    )
-    optimizer = torch.optim.AdamW(parameter_groups(torch.nn.Linear(2, 2), 0.1), lr=1.0)
-    schedule = build_schedule(optimizer, training, global_batch_size=8)
-    rates = []
-    for _ in range(12):
-        rates.append(optimizer.param_groups[0]["lr"])
-        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-        schedule.step(8)
-
-    def rate(step: int) -> float:
-        if step <= 2:
-            return step / 2
-        done = min((step - 2) / 8, 1.0)
-        falling = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[style]
-        return 0.1 + 0.9 * falling
-
-    assert rates == pytest.approx([rate(step) for step in range(12)])
-
-
-# --- batches and loss ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ahead", [True, False])
-def test_samples_are_consecutive_over_ranks_and_resume_where_they_stopped(ahead: bool) -> None:
-    batch = Batch(micro=2, accumulation=3, data_parallel=2)
-
-    def steps(consumed: int, count: int) -> list[list[list[int]]]:
-        loaders = [
-            StepLoader(Sequences(), batch, dp_rank=r, consumed_samples=consumed, ahead=ahead)
-            for r in range(2)
-        ]
-        read = [
-            [[m["sample"].tolist() for m in loader.next_step(more=i < count - 1)] for loader in loaders]
-            for i in range(count)
-        ]
-        for loader in loaders:
-            loader.close()
-        return [[k for step in range(3) for rank in ranks for k in rank[step]] for ranks in read]
-
-    assert steps(0, 3) == [list(range(12)), list(range(12, 24)), list(range(24, 36))]
-    assert steps(24, 1) == [list(range(24, 36))]
-
-
-def test_loss_is_the_mean_over_unmasked_tokens() -> None:
-    losses = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
-    mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    assert microbatch_loss(losses, mask).item() == pytest.approx((1 + 4 + 32) / 3)
-    assert microbatch_loss(losses, torch.zeros(2, 3)).item() == 0.0
-
-
-# --- progress --------------------------------------------------------------------------------------------------------
-
-
-def _figures(iteration: int) -> StepFigures:
-    return StepFigures(
-        iteration=iteration,
-        loss=5.0,
-        lr=1e-3,
-        tokens=1000,
-        seconds=0.5,
-        seconds_scoring=0.1,
-        gradient_norm=1.5,
-        targets={"code": 5.25},
-    )
-
-
-def test_progress_without_a_terminal_is_lines() -> None:
-    stream = io.StringIO()
-    bar = ProgressBar(4, 0, 2, stream=stream)
-    for iteration in range(1, 5):
-        bar.step(_figures(iteration))
-    bar.close()
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 2 and "\r" not in stream.getvalue()
-    assert lines[0].startswith("step 2/4 | loss 5.0000 | code 5.2500 | lr 1.00e-03 | grad norm 1.50")
-    assert lines[0].endswith("2,000 tokens/s | scoring 20%")
-
-
-def test_progress_on_a_terminal_is_a_bar() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    stream = Terminal()
-    bar = ProgressBar(4, 2, 10, stream=stream)
-    bar.step(_figures(3))
-    bar.write("a line")
-    bar.close()
-    assert "3/4" in stream.getvalue() and "code 5.2500" in stream.getvalue() and "a line" in stream.getvalue()
-    silent = Terminal()
-    ProgressBar(4, 0, 1, enabled=False, stream=silent).step(_figures(1))
-    assert silent.getvalue() == ""
-
-
-# --- ranks -----------------------------------------------------------------------------------------------------------
-
-
-def test_only_what_layers_read_goes_to_the_device() -> None:
-    """On a GPU the host would wait for the rest to come back."""
-    columns = ("tokens", "labels", "loss_mask", "position_ids", "documents", "dataset", "sample", "segments")
-    moved = to_device({name: torch.zeros(2) for name in columns}, torch.device("meta"))
-    assert {name for name, column in moved.items() if column.device.type == "cpu"} == {
-        "dataset",
-        "sample",
-        "segments",
-    }
-
-
-def _shared_memory(rank: int, world: int) -> tuple[int, int, float]:
-    """DeepSpeed's files in /dev/shm before and after they are released, and a sum through them."""
-    import deepspeed
-    import torch.distributed as dist
-
-    from inrun_megatron.training.distributed import release_shared_memory
-
-    def files() -> int:
-        dist.barrier()
-        return len(list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_*")))
-
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    before = files()
-    release_shared_memory()
-    after = files()
-    total = torch.full((64,), rank + 1.0)
-    deepspeed.comm.inference_all_reduce(total)
-    return before, after, float(total.mean())
-
-
-def test_shared_memory_goes_with_the_ranks() -> None:
-    here = {"LOCAL_SIZE": "2"}  # as the deepspeed launcher sets it, without which DeepSpeed shares none
-    assert run_distributed(_shared_memory, 2, initialise=False, env=here) == [(2, 0, 3.0)] * 2
-
-
-def _agree(rank: int, world: int) -> list[Any]:
-    from inrun_megatron.training.distributed import AgreedError, all_ranks, rank0_then_all
-
-    def fail(on: int) -> int:
-        if rank == on:
-            raise UserError(f"rank {rank} misses a file")
-        return rank
-
-    outcome: list[Any] = [all_ranks(lambda: fail(-1)), rank0_then_all(lambda: f"from {rank}")]
-    for check in (lambda: all_ranks(lambda: fail(1)), lambda: rank0_then_all(lambda: fail(0))):
-        try:
-            check()
-        except AgreedError as error:
-            outcome.append(str(error))
-    return outcome
-
-
-def test_an_error_of_one_rank_is_raised_by_all(two_ranks: Workers) -> None:
-    first, second = two_ranks.run(_agree)
-    assert first == [0, "from 0", "rank 1 misses a file", "rank 0 misses a file"]
-    assert second == [1, "from 0", "rank 1 misses a file", "rank 0 misses a file"]
-
-
-# --- threads ---------------------------------------------------------------------------------------------------------
-
-
-def threads_of_a_rank(rank: int, world: int, decided: bool) -> int:
-    from inrun_megatron.training.distributed import share_cores
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-            patch.delenv(name, raising=False)
-        if decided:
-            patch.setenv("OMP_NUM_THREADS", "64")
-        patch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
-        torch.set_num_threads(6)
-        try:
-            share_cores()
-            return torch.get_num_threads()
-        finally:
-            torch.set_num_threads(1)
-
-
-def test_ranks_of_a_host_share_its_cores(two_ranks: Workers) -> None:
-    assert two_ranks.run(threads_of_a_rank, False) == [3, 3]
-    assert two_ranks.run(threads_of_a_rank, True) == [6, 6], "somebody decided otherwise"
-
-
-def _open_files(rank: int, world: int) -> tuple[int, int]:
-    import resource
-
-    from inrun_megatron.config import ParallelConfig
-    from inrun_megatron.training.distributed import meet
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-    meet(ParallelConfig())
-    return resource.getrlimit(resource.RLIMIT_NOFILE)
-
-
-def test_a_rank_may_open_a_file_for_each_of_a_thousand_ranks(two_ranks: Workers) -> None:
-    for soft, hard in two_ranks.run(_open_files):
-        assert soft >= min(hard, 1 << 16) or (hard == -1 and soft >= 1 << 16)
-
-
-def test_an_audit_line_says_which_way_the_loss_went() -> None:
-    from inrun_megatron.training.loop import _audit_line
-
-    audits = {"audit/additivity/code": 1e-8, "audit/realised/code": -7.6e-6, "audit/predicted/code": 2.8e-2}
-    assert _audit_line(50, audits) == (
-        "step 50: audit | code: additivity off by 1.0e-08, loss fell by -7.6e-06 in one step (predicted +2.8e-02)"
-    )
-    assert _audit_line(50, {"audit/additivity/code": 1e-8}).endswith("additivity off by 1.0e-08")
