@@ -7,8 +7,8 @@ module, pipeline.py has the 1F1B form).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from .directions import Directions
 from .engines import ZeroAdapter
+from .engines.evaluating import evaluating
+from .losses import masked_mean, masked_sum
 from .row_watch import RowWatch
 from .taps import Consumer, Pass, Taps
 
@@ -68,18 +70,6 @@ class Passes(Protocol):
         ...
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off; every submodule's own flag is put back."""
-    training = [m for m in module.modules() if m.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
-
-
 class ModulePasses:
     """Passes through an engine's module, ZeRO 0-3."""
 
@@ -118,7 +108,7 @@ class ModulePasses:
             with evaluating(self._module), torch.no_grad():
                 for microbatch in microbatches:
                     losses = self._loss_fn(self._module, microbatch).float()
-                    total += (losses * microbatch["loss_mask"].to(losses.device)).sum()
+                    total += masked_sum(losses, microbatch["loss_mask"])
         finally:
             self._adapter.release_gathered_weights()
         return total
@@ -135,5 +125,4 @@ class ModulePasses:
 
 def mean_loss(losses: Tensor, microbatch: Microbatch) -> Tensor:
     """Mean over the microbatch's loss tokens (Megatron's convention); 0 where it has none."""
-    mask = microbatch["loss_mask"].to(losses)
-    return (losses * mask).sum() / mask.sum().clamp(min=1.0)
+    return masked_mean(losses, microbatch["loss_mask"])

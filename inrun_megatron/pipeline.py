@@ -36,6 +36,7 @@ from torch import Tensor
 from .consumers import DirectionFiller, RowScorer
 from .engines.pipeline import PipelineAdapter
 from .errors import UserError
+from .losses import masked_sum
 from .passes import Microbatch
 from .pipeline_passes import PipelinePasses, StageLoss
 from .result import ShapleyTarget
@@ -230,7 +231,7 @@ class ScoringStream:
 
         def share(outputs: Any, labels: Any) -> Tensor:
             losses = owner.loss.token_losses(outputs, labels).float()
-            total = (losses * microbatch["loss_mask"].to(losses.device)).sum() / owner.targets[k].num_tokens
+            total = masked_sum(losses, microbatch["loss_mask"]) / owner.targets[k].num_tokens
             self.losses[k] += total.detach()
             return total
 

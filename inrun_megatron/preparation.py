@@ -28,6 +28,7 @@ from .engines.shards import Piece
 from .engines.step_counters import StepCounters
 from .errors import UserError
 from .estimators import Estimator, Node
+from .losses import masked_sum
 from .optimizers import Step
 from .optimizers.jacobian import condition, write_point
 from .passes import Microbatch, Passes, Task, TrainingLoss
@@ -131,7 +132,7 @@ class Preparation:
 
         def loss(k: int, microbatch: Microbatch) -> Callable[[Tensor], Tensor]:
             def share(losses: Tensor) -> Tensor:
-                part = (losses * microbatch["loss_mask"].to(losses.device)).sum() / self.targets[k].num_tokens
+                part = masked_sum(losses, microbatch["loss_mask"]) / self.targets[k].num_tokens
                 sums[k] += part.detach()
                 return part * node.weight
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from inrun_megatron.config import TrainingConfig
-from inrun_megatron.training.batches import StepLoader, microbatch_loss, to_device
+from inrun_megatron.losses import masked_mean
+from inrun_megatron.training.batches import StepLoader, to_device
 from inrun_megatron.training.deepspeed_config import Batch
 from inrun_megatron.training.optimizer import build_schedule, parameter_groups
 from tests.sequences import Sequences
@@ -75,8 +76,8 @@ def test_samples_are_consecutive_over_ranks_and_resume_where_they_stopped(ahead:
 def test_loss_is_the_mean_over_unmasked_tokens() -> None:
     losses = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
     mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    assert microbatch_loss(losses, mask).item() == pytest.approx((1 + 4 + 32) / 3)
-    assert microbatch_loss(losses, torch.zeros(2, 3)).item() == 0.0
+    assert masked_mean(losses, mask).item() == pytest.approx((1 + 4 + 32) / 3)
+    assert masked_mean(losses, torch.zeros(2, 3)).item() == 0.0
 
 
 def test_only_what_layers_read_goes_to_the_device() -> None:

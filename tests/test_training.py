@@ -15,7 +15,8 @@ from inrun_megatron.config import (
     ShapleyConfig,
     TrainingConfig,
 )
-from inrun_megatron.training.batches import StepLoader, microbatch_loss
+from inrun_megatron.losses import masked_mean
+from inrun_megatron.training.batches import StepLoader
 from inrun_megatron.training.deepspeed_config import merge
 from tests.distributed import Workers
 from tests.sequences import SEQUENCE, Sequences
@@ -67,7 +68,7 @@ def _train(rank: int, world: int, config: Config, left_out: str | None = None) -
     for _ in range(STEPS):
         loss = torch.zeros(())
         for microbatch in loader.next_step():
-            one = microbatch_loss(token_losses(trainer.engine, microbatch), microbatch["loss_mask"])
+            one = masked_mean(token_losses(trainer.engine, microbatch), microbatch["loss_mask"])
             trainer.engine.backward(one)
             trainer.engine.step()
             loss += one.detach() / batch.accumulation / layout.dp_size

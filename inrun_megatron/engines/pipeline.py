@@ -13,7 +13,7 @@ when one of these names moves. Upstream (deepspeed 0.19): runtime/pipe/engine.py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..errors import UserError
+from .evaluating import evaluating
 
 if TYPE_CHECKING:
     from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -179,17 +180,13 @@ class PipelineAdapter:
         """
         engine, module = self.engine, self.engine.module
         own, total = module.loss_fn, engine.total_loss
-        dropping = [m for m in module.modules() if m.training]
-        if not training:
-            module.eval()
         steps = int(engine.gradient_accumulation_steps())
         module.loss_fn = lambda outputs, labels: loss(outputs, labels) * steps
         try:
-            yield
+            with nullcontext() if training else evaluating(module):
+                yield
         finally:
             module.loss_fn, engine.total_loss = own, total
-            for m in dropping:
-                m.training = True
 
     def tied(self) -> list[tuple[Parameter, dist.ProcessGroup]]:
         """Weights of this stage that another stage holds too, and the group of their replicas."""
@@ -235,18 +232,16 @@ def evaluate(
         fp64; zeros on all stages but the last.
     """
     module = engine.module
-    own, training = module.loss_fn, [m for m in module.modules() if m.training]
-    module.loss_fn = loss
+    own, module.loss_fn = module.loss_fn, loss
     _announce(engine, microbatches)
     engine.total_loss = None  # of the training losses; train_batch starts it anew
     try:
-        losses = engine.eval_batch(
-            iter(microbatches), reduce_output=None, bcast_loss=False, num_micro_batches=len(microbatches)
-        )
+        with evaluating(module):
+            losses = engine.eval_batch(
+                iter(microbatches), reduce_output=None, bcast_loss=False, num_micro_batches=len(microbatches)
+            )
     finally:
         module.loss_fn = own
-        for m in training:
-            m.training = True
     if not engine.is_last_stage():
         return torch.zeros(2, dtype=torch.float64, device=engine.device)
     return torch.stack(losses).double().sum(0)

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from inrun_megatron.losses import masked_mean, masked_sum
 from inrun_megatron.models.gpt import layer_spec, mask_padding
 from inrun_megatron.models.norm import Norm
 from inrun_megatron.models.recompute import Wrap, with_tracker_states
@@ -203,10 +204,10 @@ class PipelineLoss:
 
     def sums(self, logits: Tensor, labels: Labels) -> Tensor:
         """(sum of the losses, loss tokens), [2]."""
-        mask = labels[1].float()
-        return torch.stack([(self.token_losses(logits, labels) * mask).sum(), mask.sum()])
+        return torch.stack(
+            [masked_sum(self.token_losses(logits, labels), labels[1]), labels[1].float().sum()]
+        )
 
     def __call__(self, logits: Tensor, labels: Labels) -> Tensor:
         """Mean over the microbatch's loss tokens: Megatron's default convention."""
-        mask = labels[1].float()
-        return (self.token_losses(logits, labels) * mask).sum() / mask.sum().clamp(min=1.0)
+        return masked_mean(self.token_losses(logits, labels), labels[1])

@@ -75,15 +75,6 @@ class StepLoader:
             self._pool.shutdown(cancel_futures=True)
 
 
-def microbatch_loss(losses: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-    """Mean loss over the microbatch's unmasked tokens: Megatron's default convention.
-
-    losses, loss_mask [b, s] -> scalar. A microbatch without any loss token has loss 0.
-    """
-    mask = loss_mask.float()
-    return (losses.float() * mask).sum() / mask.sum().clamp(min=1.0)
-
-
 def evaluation_batches(dataset: Any, batch: Batch, iterations: int, dp_rank: int) -> Iterator[Microbatch]:
     """This rank's microbatches of the first `iterations` global batches of `dataset`."""
     loader = StepLoader(dataset, batch, dp_rank=dp_rank, consumed_samples=0, ahead=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -132,16 +131,3 @@ def _build_pipeline(config: Config, vocab_size: int) -> GPTPipeline:
         seed=config.training.seed,
         sequence_parallel=config.parallel.sequence_parallel,
     )
-
-
-@contextlib.contextmanager
-def evaluating(module: torch.nn.Module) -> Any:
-    """Evaluation mode without gradients; every module's own flag is put back."""
-    training = [submodule for submodule in module.modules() if submodule.training]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for submodule in training:
-            submodule.training = True

@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 
 from inrun_megatron.config import Config
+from inrun_megatron.engines.evaluating import evaluating
 from inrun_megatron.engines.pipeline import evaluate as evaluate_pipeline
 from inrun_megatron.engines.pipeline import train_batch as train_pipeline_batch
+from inrun_megatron.losses import masked_mean, masked_sum
 from inrun_megatron.models import token_losses
 from inrun_megatron.parallel import Layout
 from inrun_megatron.pipeline import PipelineStep
@@ -22,13 +24,12 @@ from inrun_megatron.training.batches import (
     Microbatch,
     StepLoader,
     evaluation_batches,
-    microbatch_loss,
     to_device,
 )
 from inrun_megatron.training.checkpoint import Progress
 from inrun_megatron.training.deepspeed_config import Batch
 from inrun_megatron.training.distributed import AgreedError
-from inrun_megatron.training.engine import Trainer, evaluating
+from inrun_megatron.training.engine import Trainer
 from inrun_megatron.training.health import Health
 from inrun_megatron.training.monitor import Monitor
 from inrun_megatron.training.progress import ProgressBar, StepFigures
@@ -132,7 +133,7 @@ class Run:
         losses: list[torch.Tensor] = []
         for microbatch in microbatches:
             with _samples(scored, microbatch):
-                loss = microbatch_loss(token_losses(engine, microbatch), microbatch["loss_mask"])
+                loss = masked_mean(token_losses(engine, microbatch), microbatch["loss_mask"])
                 engine.backward(loss)
                 engine.step()
             losses.append(loss.detach())
@@ -180,10 +181,10 @@ class Run:
             sums = self._pipeline_sums(microbatches)
         else:
             sums = torch.zeros(2, dtype=torch.float64, device=self.trainer.device)
-            with evaluating(self.trainer.model):
+            with evaluating(self.trainer.model), torch.no_grad():
                 for microbatch in microbatches:
                     losses, mask = token_losses(self.trainer.model, microbatch), microbatch["loss_mask"]
-                    sums += torch.stack([(losses * mask).sum().double(), mask.sum().double()])
+                    sums += torch.stack([masked_sum(losses, mask), mask.float().sum()])
             dist.all_reduce(sums, group=self.layout.dp_group)
         loss = float(sums[0] / sums[1].clamp(min=1.0))
         bar.write(f"step {iteration}: validation loss {loss:.4f}")
