@@ -37,7 +37,7 @@ from .consumers import DirectionFiller, RowScorer
 from .engines.pipeline import PipelineAdapter
 from .errors import UserError
 from .losses import masked_sum
-from .passes import Microbatch
+from .passes import Microbatch, Passes
 from .pipeline_passes import PipelinePasses, StageLoss
 from .result import ShapleyTarget
 from .scored_step import ScoredStep
@@ -71,11 +71,13 @@ class PipelineShapley(InRunShapley):
                         f"target {target.name} has a microbatch of {rows} rows, but the pipeline's are of {size}: "
                         f"stages exchange tensors of one shape; fill up with rows whose loss_mask is 0"
                     )
-        super().__init__(engine, targets, _no_module, **options)
         self.loss = loss
-        self.pipeline = PipelineAdapter(engine)
+        super().__init__(engine, targets, loss, **options)  # type: ignore[arg-type]  # for _make_passes
         self.preparation.hold([weight for weight, _ in self.pipeline.tied()])
-        self.passes = PipelinePasses(self.pipeline, self.layout, self.taps, loss)
+
+    def _make_passes(self, loss_fn: StageLoss) -> Passes:
+        self.pipeline = PipelineAdapter(self.engine)
+        return PipelinePasses(self.pipeline, self.layout, self.taps, loss_fn)
 
     @property
     def rides(self) -> bool:
@@ -102,10 +104,6 @@ class PipelineShapley(InRunShapley):
         """Take taps, hooks and the schedule out of the engine."""
         self.pipeline.remove()
         super().close()
-
-
-def _no_module(module: Any, microbatch: Any) -> Tensor:
-    raise AssertionError("under a pipeline no rank holds a module that computes losses")
 
 
 class PipelineStep(ScoredStep):

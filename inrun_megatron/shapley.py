@@ -117,8 +117,12 @@ class InRunShapley:
             proxy=proxy,
             training_loss=training_loss,
         )
-        self.passes: Passes = ModulePasses(engine, self.adapter, self.taps, loss_fn)
+        self.passes = self._make_passes(loss_fn)
         self.probe = AdditivityProbe(self.adapter, self.directions)
+
+    def _make_passes(self, loss_fn: Any) -> Passes:
+        """Once nothing is refused any more."""
+        return ModulePasses(self.engine, self.adapter, self.taps, loss_fn)
 
     @property
     def device(self) -> torch.device:

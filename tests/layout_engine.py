@@ -63,7 +63,7 @@ def build_engine(case: LayoutCase) -> Any:
     from megatron.core import parallel_state
 
     from inrun_megatron.config import ModelConfig
-    from inrun_megatron.engines.gradients import sum_sequence_parallel_gradients, watch_fp32_clipping
+    from inrun_megatron.engines.gradients import keep_fp32_norm, sum_sequence_parallel_gradients
     from inrun_megatron.models import build_gpt, cpu
     from inrun_megatron.models.pipeline import build_pipeline
     from inrun_megatron.training.distributed import Mpu
@@ -119,7 +119,7 @@ def build_engine(case: LayoutCase) -> Any:
         config=_configuration(case),
         mpu=Mpu() if case.pp == 1 else None,
     )[0]
-    watch_fp32_clipping(engine, lambda norm: None)
+    keep_fp32_norm(engine)
     if case.sp:
         sum_sequence_parallel_gradients(engine.module, parallel_state.get_tensor_model_parallel_group())
     if case.zero == 3 and shape.is_tied:

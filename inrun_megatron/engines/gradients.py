@@ -8,7 +8,6 @@ and the replicas would drift apart silently.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,10 +57,10 @@ def mark_tensor_parallel_gradients(module: torch.nn.Module) -> list[RemovableHan
     ]
 
 
-def watch_fp32_clipping(engine: Any, keep: Callable[[float], None]) -> None:
-    """Replace `engine.clip_fp32_gradients` (fp32 at ZeRO stage 0) by the same clipping whose norm goes to `keep`.
+def keep_fp32_norm(engine: Any) -> None:
+    """Let `engine.get_global_grad_norm()` answer in fp32 at ZeRO stage 0 too, where gradients are clipped.
 
-    DeepSpeed drops the norm there, and under a pipeline it is wrong: `clip_grad_norm_` (deepspeed/runtime/utils.py)
+    Replaces `engine.clip_fp32_gradients` by the same clipping. DeepSpeed drops the norm there, and under a pipeline it is wrong: `clip_grad_norm_` (deepspeed/runtime/utils.py)
     counts what is not tensor-parallel on model-parallel rank 0 alone, so that the norms and biases of all later stages
     are missing, and tied weights twice. Its ZeRO optimizers count them right.
     """
@@ -75,18 +74,9 @@ def watch_fp32_clipping(engine: Any, keep: Callable[[float], None]) -> None:
             norm = float(
                 clip_grad_norm_(parameters=engine.module.parameters(), max_norm=maximum, mpu=engine.mpu)
             )
-        keep(norm)
-
-    engine.clip_fp32_gradients = clip_fp32_gradients
-
-
-def keep_fp32_norm(engine: Any) -> None:
-    """Let `engine.get_global_grad_norm()` answer in fp32 at ZeRO stage 0 too."""
-
-    def keep(norm: float) -> None:
         engine._global_grad_norm = norm
 
-    watch_fp32_clipping(engine, keep)
+    engine.clip_fp32_gradients = clip_fp32_gradients
 
 
 def _clip_pipeline(engine: Any, maximum: float) -> float:

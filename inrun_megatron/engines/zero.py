@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..parallel import Layout
-from .gradients import mark_tensor_parallel_gradients, watch_fp32_clipping
+from .gradients import keep_fp32_norm, mark_tensor_parallel_gradients
 from .zero_groups import OptimizerState
 
 
@@ -28,9 +28,8 @@ class ZeroAdapter(OptimizerState):
         _refuse_unsupported(engine, layout)
         super().__init__(engine, layout)
         self._require_all_stepped()
-        self._fp32_norm: float | None = None
         if self.is_bare:
-            self._watch_fp32_clipping()
+            keep_fp32_norm(engine)
         elif hasattr(engine.optimizer, "fp32_groups") and layout.tp_size > 1:
             # FP16_UnfusedOptimizer's norm, and so c_t, would be of one rank's shards.
             mark_tensor_parallel_gradients(engine.module)
@@ -44,14 +43,6 @@ class ZeroAdapter(OptimizerState):
                 f"the optimizer does not step {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}, which need gradients: "
                 f"give it to the optimizer or freeze it (requires_grad=False)"
             )
-
-    def _watch_fp32_clipping(self) -> None:
-        """At stage 0 in fp32 DeepSpeed clips without keeping the norm: clip in the same way and keep it."""
-
-        def keep(norm: float) -> None:
-            self._fp32_norm = norm
-
-        watch_fp32_clipping(self.engine, keep)
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -90,7 +81,7 @@ class ZeroAdapter(OptimizerState):
         Args:
             received: loss scale of the step's backward over ``coming_unscale``, which stages 1 and 2 leave out of the norm.
         """
-        norm = self._fp32_norm if self._fp32_norm is not None else self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm()
         device = self.groups[0].device
         if norm is None:
             return None
@@ -100,8 +91,9 @@ class ZeroAdapter(OptimizerState):
         return norm if self.stage == 3 else norm * received
 
     def norm_on_host(self) -> float | None:
-        """The same where the host has it already: from fp32 clipping at stage 0, of which DeepSpeed keeps none."""
-        return self._fp32_norm
+        """The same where the host has it already: from fp32 clipping at stage 0."""
+        norm: float | None = self.engine.get_global_grad_norm() if self.is_bare else None
+        return norm
 
     @property
     def clip_threshold(self) -> float:
