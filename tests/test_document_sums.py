@@ -27,6 +27,8 @@ from tests.document_figures import (
 )
 from tests.synthetic_ledger import TARGETS
 
+ONE = document_sums.PIECE_PARTS  # all draws in one piece
+
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,9 +40,27 @@ def epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_epochs(tmp_path_factory.mktemp("epochs"))
 
 
-@pytest.mark.parametrize("spans", [5, 1 << 19], ids=["small pieces", "one piece"])
-@pytest.mark.parametrize("shape", ["once", "epochs"])
-@pytest.mark.parametrize("phase", [whole_run(60), LATE], ids=["whole run", "late"])
+@pytest.fixture(scope="module")
+def cut(once: Path, epochs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Ledger]:
+    """By granularity and shape: the data of `once` and `epochs` in runs whose samples are cut."""
+    return {
+        (granularity, shape): write_cut_run(
+            tmp_path_factory.mktemp("cut"), Ledger(source).datasets, granularity
+        )
+        for granularity in ("document", "token")
+        for shape, source in (("once", once), ("epochs", epochs))
+    }
+
+
+@pytest.mark.parametrize(
+    ("phase", "shape", "spans"),
+    [
+        pytest.param(whole_run(60), "once", ONE, id="whole run-once-one piece"),
+        pytest.param(whole_run(60), "epochs", 5, id="whole run-epochs-small pieces"),
+        pytest.param(LATE, "once", 5, id="late-once-small pieces"),
+        pytest.param(LATE, "epochs", ONE, id="late-epochs-one piece"),
+    ],
+)
 def test_documents(
     shape: str, phase: Phase, spans: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,28 +89,36 @@ def test_groups(
     assert_figures_are_defined(Ledger(request.getfixturevalue(shape)), LATE, "source")
 
 
-@pytest.mark.parametrize("parts", [40, 1 << 19], ids=["small pieces", "one piece"])
-@pytest.mark.parametrize("shape", ["once", "epochs"])
-@pytest.mark.parametrize("granularity", ["sample", "document", "token"])
+@pytest.mark.parametrize(
+    ("granularity", "shape", "parts"),
+    [
+        # Each granularity has its own way to documents, and a document that is read once ends at the edge of a piece or
+        # goes on in the next one.
+        pytest.param("sample", "once", 40, id="sample-once-small pieces"),
+        pytest.param("sample", "epochs", ONE, id="sample-epochs-one piece"),
+        pytest.param("document", "once", 40, id="document-once-small pieces"),
+        pytest.param("document", "once", ONE, id="document-once-one piece"),
+        pytest.param("document", "epochs", 40, id="document-epochs-small pieces"),
+        pytest.param("token", "once", 40, id="token-once-small pieces"),
+        pytest.param("token", "epochs", ONE, id="token-epochs-one piece"),
+    ],
+)
 def test_sql_gives_the_same(
     granularity: str,
     shape: str,
     parts: int,
+    cut: dict[tuple[str, str], Ledger],
     request: pytest.FixtureRequest,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for module in (document_sums, group_sums):
         monkeypatch.setattr(module, "PIECE_PARTS", parts)
-    ledger = Ledger(request.getfixturevalue(shape))
-    if granularity != "sample":
-        ledger = write_cut_run(tmp_path, ledger.datasets, granularity)
+    ledger = Ledger(request.getfixturevalue(shape)) if granularity == "sample" else cut[granularity, shape]
     assert_sql_gives_the_same(ledger, Phase("late", 11, 30))
 
 
-def test_ranges_of_steps_are_of_rows_where_samples_are_cut(once: Path, tmp_path: Path) -> None:
-    ledger = write_cut_run(tmp_path, Ledger(once).datasets, "token")
-    with Query(ledger) as query:
+def test_ranges_of_steps_are_of_rows_where_samples_are_cut(cut: dict[tuple[str, str], Ledger]) -> None:
+    with Query(cut["token", "once"]) as query:
         ranges = _ranges(query, Phase("late", 11, 30), 3 * 8 * 64 * len(TARGETS))
     assert ranges == [(11, 13), (14, 16), (17, 19), (20, 22), (23, 25), (26, 28), (29, 30)]
 

@@ -94,8 +94,6 @@ def _train(rank: int, world: int, config: Config, left_out: str | None = None) -
 
 
 SGD = {"optimizer": "sgd", "clip_grad": 0.5}
-
-
 LAYOUTS = [
     {"zero": 1},
     {"zero": 2},
