@@ -198,7 +198,7 @@ def gram(scene: Scene) -> Callable[[], Tensor]:
 
 def _scored(scene: Scene, scorer: Callable[[Any, Tensor], Any]) -> Callable[[], Tensor]:
     """A validation pass into directions, then the training pass with ``scorer(directions, dots)``."""
-    from inrun_megatron.consumers import DirectionFiller
+    from inrun_megatron.shapley.consumers import DirectionFiller
     from inrun_megatron.taps import Pass
 
     taps, directions = scene.tapped()
@@ -221,14 +221,14 @@ def _scored(scene: Scene, scorer: Callable[[Any, Tensor], Any]) -> Callable[[], 
 
 
 def ours(scene: Scene) -> Callable[[], Tensor]:
-    from inrun_megatron.consumers import RowScorer
+    from inrun_megatron.shapley.consumers import RowScorer
 
     return _scored(scene, RowScorer)
 
 
 def projection(scene: Scene) -> Callable[[], Tensor]:
-    from inrun_megatron.consumers import RowScorer
     from inrun_megatron.dots.projection import token_dots
+    from inrun_megatron.shapley.consumers import RowScorer
     from inrun_megatron.taps import Emission
 
     class Projector(RowScorer):

@@ -55,8 +55,8 @@ def measured(case: Case, pairs: int) -> dict[str, Any]:
 
 
 def _both_bases(case: Case, pairs: int) -> Pairs:
-    from inrun_megatron.estimators import Estimator
     from inrun_megatron.parallel import Layout
+    from inrun_megatron.shapley.estimators import Estimator
 
     shapley = scoring_of(build_engine(case, VOCABULARY), case, VOCABULARY)
     step, rows, replica = scored_step(shapley, case), case.train // case.dp, Layout.current().dp_rank

@@ -85,8 +85,8 @@ class Profile:
 
 
 def _instrument(phases: Phases, shapley: Any, case: Case) -> None:
-    from inrun_megatron import scoring
-    from inrun_megatron.pipeline import ScoringStream
+    from inrun_megatron.shapley import consumers
+    from inrun_megatron.shapley.pipeline import ScoringStream
 
     preparation, directions = shapley.preparation, shapley.directions
     phases.around(directions, "zero", "zero the sums")
@@ -95,11 +95,11 @@ def _instrument(phases: Phases, shapley: Any, case: Case) -> None:
     phases.around(preparation, "_multiply", "condition")
     phases.around(directions, "publish", "publish")
     phases.around(directions._flat, "wait", "wait for directions")
-    phases.around(shapley._probe, "_before_step", "audit")
-    shapley._probe._hook.remove()
-    shapley._probe._hook = shapley.adapter.inner.register_step_pre_hook(shapley._probe._before_step)
-    phases.around(scoring.DirectionFiller, "__call__", "validation: fill directions")
-    phases.around(scoring.RowScorer, "__call__", "dots with weight gradients")
+    phases.around(shapley.probe, "_before_step", "audit")
+    shapley.probe._hook.remove()
+    shapley.probe._hook = shapley.adapter.inner.register_step_pre_hook(shapley.probe._before_step)
+    phases.around(consumers.DirectionFiller, "__call__", "validation: fill directions")
+    phases.around(consumers.RowScorer, "__call__", "dots with weight gradients")
     if case.pp == 1:
         phases.around(shapley.passes, "run", "validation: forward and backward")
         return
@@ -125,7 +125,7 @@ def profile(case: Case, pairs: int, vocab: int) -> Profile:
     """Both kinds of steps on this rank, the scored ones with timers; a function for `on_ranks`."""
     from inrun_megatron.dots.products import weight_gradient
     from inrun_megatron.parallel import Layout
-    from inrun_megatron.scored_step import ScoredStep
+    from inrun_megatron.shapley.scored_step import ScoredStep
 
     plain, scored = build_engine(case, vocab), build_engine(case, vocab)
     shapley = scoring_of(scored, case, vocab)

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import UserError
     from .parallel import Layout
-    from .pipeline import PipelineShapley
-    from .result import ShapleyTarget, StepResult
-    from .shapley import InRunShapley
+    from .shapley.in_run import InRunShapley
+    from .shapley.pipeline import PipelineShapley
+    from .shapley.result import ShapleyTarget, StepResult
     from .taps import Consumer, Emission, Pass, Site, attach_taps
 
 _HOMES = {
     "Consumer": ".taps",
     "Emission": ".taps",
-    "InRunShapley": ".shapley",
+    "InRunShapley": ".shapley.in_run",
     "Layout": ".parallel",
     "Pass": ".taps",
-    "PipelineShapley": ".pipeline",
-    "ShapleyTarget": ".result",
+    "PipelineShapley": ".shapley.pipeline",
+    "ShapleyTarget": ".shapley.result",
     "Site": ".taps",
-    "StepResult": ".result",
+    "StepResult": ".shapley.result",
     "UserError": ".errors",
     "attach_taps": ".taps",
 }

@@ -152,16 +152,16 @@ def test_control_a_wrong_value_is_seen() -> None:
 
 
 def _without_output_layer(rank: int, world: int, case: LayoutCase) -> Ran:
-    from inrun_megatron import scoring
+    from inrun_megatron.shapley import consumers
 
-    scored = scoring.RowScorer.__call__
+    scored = consumers.RowScorer.__call__
 
-    def partial(self: scoring.RowScorer, emission: object) -> None:
+    def partial(self: consumers.RowScorer, emission: object) -> None:
         if emission.site.name != "output_layer":  # type: ignore[attr-defined]
             scored(self, emission)  # type: ignore[arg-type]
 
-    scoring.RowScorer.__call__ = partial  # type: ignore[method-assign]
+    consumers.RowScorer.__call__ = partial  # type: ignore[method-assign]
     try:
         return train(rank, world, case)
     finally:
-        scoring.RowScorer.__call__ = scored  # type: ignore[method-assign]
+        consumers.RowScorer.__call__ = scored  # type: ignore[method-assign]

@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 
-from inrun_megatron.credit import credit_factor
 from inrun_megatron.optimizers import SGDStep
+from inrun_megatron.shapley.credit import credit_factor
 from tests.distributed import assert_cases, run_cases
 from tests.layout_runs import Ran, by_sample, deviation, train
 from tests.layouts import LayoutCase

@@ -162,7 +162,7 @@ def _measure(rank: int, world: int, case: Case) -> Measured:
     from inrun_megatron import InRunShapley, Layout, ShapleyTarget
     from inrun_megatron.engines import stretches
     from inrun_megatron.models import token_losses
-    from inrun_megatron.passes import Task
+    from inrun_megatron.shapley.passes import Task
     from tests.layout_engine import forward_backward, share
 
     stretches.STRETCH = case.stretch

@@ -213,8 +213,8 @@ CASES = [
 
 def _short_stretches(rank: int, world: int, case: LayoutCase) -> tuple[Ran, list[tuple[int, int]]]:
     """A run whose stretches are shorter than a weight; sums that were running when each pass had ended, and that could be."""
-    from inrun_megatron import preparation
     from inrun_megatron.engines import stretches
+    from inrun_megatron.shapley import preparation
 
     stretches.STRETCH = 500
     running: list[tuple[int, int]] = []

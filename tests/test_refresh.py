@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from inrun_megatron.errors import UserError
-from inrun_megatron.refresh import RefreshSchedule, require_refresh
+from inrun_megatron.shapley.refresh import RefreshSchedule, require_refresh
 from tests.counting import Collectives
 from tests.distributed import assert_cases, run_cases
 from tests.layout_engine import build_engine

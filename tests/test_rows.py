@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from inrun_megatron import rows as rows_module
 from inrun_megatron.host import to_host
-from inrun_megatron.rows import StepRows
+from inrun_megatron.shapley import rows as rows_module
+from inrun_megatron.shapley.rows import StepRows
 from tests.counting import HostReads
 from tests.distributed import assert_cases, run_cases
 from tests.layout_engine import build_engine, share

@@ -12,7 +12,7 @@ from inrun_megatron.dots.linear import weight_gradient_and_dots
 from inrun_megatron.dots.products import weight_gradient
 from inrun_megatron.dots.segments import Segments
 from inrun_megatron.errors import UserError
-from inrun_megatron.rows import StepRows
+from inrun_megatron.shapley.rows import StepRows
 
 S, IN, OUT, TARGETS = 12, 10, 16, 2
 PARTS = torch.tensor(

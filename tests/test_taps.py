@@ -12,9 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inrun_megatron.consumers import RowScorer
 from inrun_megatron.dots.segments import Segments
 from inrun_megatron.errors import UserError
+from inrun_megatron.shapley.consumers import RowScorer
 from inrun_megatron.taps import Emission, Pass, attach_taps
 from inrun_megatron.taps.emission import Sharding, Site
 from tests.counting import standing_in

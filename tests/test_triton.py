@@ -17,9 +17,9 @@ import torch
 import triton
 from torch import Tensor
 
-from inrun_megatron.consumers import norm_gradients
 from inrun_megatron.dots import triton_blocks, triton_elementwise, triton_launch, triton_norms
 from inrun_megatron.dots.segments import Bounds, Segments
+from inrun_megatron.shapley.consumers import norm_gradients
 from inrun_megatron.taps import Emission, Pass, Sharding, Site
 from tests.distributed import run_distributed
 from tests.kernel_cases import (
@@ -151,9 +151,9 @@ def test_embedding(batch_dim: int, bounds: Bounds | None) -> None:
 def _score_a_model(rank: int, world: int) -> list[tuple[Tensor, Tensor]]:
     """Dots of every parameter of a small model: by torch's operations and by the kernels, whole rows and documents."""
     from inrun_megatron import Layout, attach_taps
-    from inrun_megatron.consumers import RowScorer
     from inrun_megatron.directions import Directions
     from inrun_megatron.engines.shards import FlatGroup, Residence, Span
+    from inrun_megatron.shapley.consumers import RowScorer
     from inrun_megatron.taps import Pass
 
     torch.manual_seed(0)

@@ -23,9 +23,9 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from benchmarks.fidelity_settings import Experiment, Setting
-from inrun_megatron.estimators import Estimator
 from inrun_megatron.optimizers import AdamStep, ProxyStep, SGDStep, Step
 from inrun_megatron.optimizers.jacobian import condition, write_point
+from inrun_megatron.shapley.estimators import Estimator
 from tests.montecarlo import MonteCarlo, OptimizerGame, compare, monte_carlo
 from tests.oracle import OptimizerSpec, OracleTrainer, target_gradient
 

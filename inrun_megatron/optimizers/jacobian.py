@@ -1,4 +1,4 @@
-"""The arithmetic of estimators.py on one optimizer tensor: points between Phi(0) and Phi(c G), and the Jacobian's product.
+"""The arithmetic of shapley/estimators.py on one optimizer tensor: points between Phi(0) and Phi(c G), and the Jacobian's product.
 
 On a GPU Adam's is in Triton (triton_adam.py), everything else is elementwise torch, in blocks.
 """

@@ -20,7 +20,7 @@ has five products where forward has two, because it forms the scores again."""
 
 @dataclass(frozen=True)
 class EstimatorCost:
-    """What an estimator needs on a scored step beside the training pass itself (estimators.py).
+    """What an estimator needs on a scored step beside the training pass itself (shapley/estimators.py).
 
     validation_passes: forwards and backwards of every target's sequences, one per node. loss_passes: forwards of them
     alone, where no node gives the loss at the base point. batch_passes: forwards and backwards of the batch, whose

@@ -18,7 +18,7 @@ from inrun_megatron.engines.pipeline import train_batch as train_pipeline_batch
 from inrun_megatron.losses import masked_mean, masked_sum
 from inrun_megatron.models import token_losses
 from inrun_megatron.parallel import Layout
-from inrun_megatron.pipeline import PipelineStep
+from inrun_megatron.shapley.pipeline import PipelineStep
 from inrun_megatron.training import checkpoint
 from inrun_megatron.training.batches import (
     Microbatch,
@@ -36,7 +36,7 @@ from inrun_megatron.training.progress import ProgressBar, StepFigures
 from inrun_megatron.training.signals import StopRequest, StopSignals
 
 if TYPE_CHECKING:
-    from inrun_megatron.scored_step import ScoredStep
+    from inrun_megatron.shapley.scored_step import ScoredStep
     from inrun_megatron.training.scoring import Scoring
 
 

@@ -22,10 +22,10 @@ from inrun_megatron.ledger.write import LedgerWriter, OpenLedger, create_ledger,
 from inrun_megatron.models import token_losses
 from inrun_megatron.models.pipeline import GPTPipeline
 from inrun_megatron.parallel import Layout
-from inrun_megatron.pipeline import PipelineShapley
-from inrun_megatron.result import ShapleyTarget, StepResult
-from inrun_megatron.scored_step import ScoredStep
-from inrun_megatron.shapley import InRunShapley
+from inrun_megatron.shapley.in_run import InRunShapley
+from inrun_megatron.shapley.pipeline import PipelineShapley
+from inrun_megatron.shapley.result import ShapleyTarget, StepResult
+from inrun_megatron.shapley.scored_step import ScoredStep
 from inrun_megatron.taps import Coverage, attach_taps
 from inrun_megatron.training import run_state
 from inrun_megatron.training.arguments import to_mapping

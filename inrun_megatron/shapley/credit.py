@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from .errors import UserError
-from .optimizers import Step
+from ..errors import UserError
+from ..optimizers import Step
 from .refresh import same
 
 

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..defaults import default_base
+from ..directions import Directions, stored_type
+from ..engines import ZeroAdapter
+from ..engines.inner import require_known
+from ..errors import UserError
+from ..parallel import Layout
+from ..taps import Consumer, Taps, attach_taps
 from .audit import AdditivityProbe
-from .defaults import default_base
-from .directions import Directions, stored_type
-from .engines import ZeroAdapter
-from .engines.inner import require_known
-from .errors import UserError
 from .estimators import CREDITS, Estimator
-from .parallel import Layout
 from .passes import Microbatch, ModulePasses, Passes, TokenLoss, TrainingLoss, mean_loss
 from .preparation import Preparation
 from .refresh import RefreshSchedule, require_refresh
 from .result import ShapleyTarget
 from .scored_step import ScoredStep
-from .taps import Consumer, Taps, attach_taps
 
 
 class InRunShapley:

@@ -22,18 +22,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import UserError
+from ..host import Stopwatch, to_host
+from ..ledger.schema import CURRENT, DRIFT, StepRecord
+from ..taps import Consumer, Pass
 from .consumers import RowScorer
 from .credit import credit_of_groups
-from .errors import UserError
-from .host import Stopwatch, to_host
-from .ledger.schema import CURRENT, DRIFT, StepRecord
 from .passes import Microbatch
 from .result import StepResult
 from .rows import StepRows
-from .taps import Consumer, Pass
 
 if TYPE_CHECKING:
-    from .shapley import InRunShapley
+    from .in_run import InRunShapley
 
 PATH_TOLERANCE = 0.1
 """Relative difference of the norms of the gradient that a path estimator integrated along and of the one that was stepped:

@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..directions import Directions
+from ..engines import ZeroAdapter, rng
+from ..engines.inner import coming_step, is_adam
+from ..engines.lookahead import Lookahead
+from ..engines.shards import Piece
+from ..engines.step_counters import StepCounters
+from ..errors import UserError
+from ..losses import masked_sum
+from ..optimizers import Step
+from ..optimizers.jacobian import condition, write_point
 from .consumers import DirectionFiller
-from .directions import Directions
-from .engines import ZeroAdapter, rng
-from .engines.inner import coming_step, is_adam
-from .engines.lookahead import Lookahead
-from .engines.shards import Piece
-from .engines.step_counters import StepCounters
-from .errors import UserError
 from .estimators import Estimator, Node
-from .losses import masked_sum
-from .optimizers import Step
-from .optimizers.jacobian import condition, write_point
 from .passes import Microbatch, Passes, Task, TrainingLoss
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dots.segments import Segments
-from .errors import UserError
+from ..dots.segments import Segments
+from ..errors import UserError
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .directions import Directions
-from .dots.backend import by_triton
-from .dots.elementwise import (
+from ..directions import Directions
+from ..dots.backend import by_triton
+from ..dots.elementwise import (
     embedding_dots,
     embedding_gradient,
     row_gradients,
@@ -20,14 +20,14 @@ from .dots.elementwise import (
     token_vector_dots,
     vector_dots,
 )
-from .dots.linear import weight_gradient_and_dots
-from .dots.parts import Parts
-from .dots.precision import wide
-from .dots.products import weight_gradient_fp32
-from .dots.projection import token_dots
-from .dots.segments import Bounds, Segments
-from .errors import UserError
-from .taps import Emission
+from ..dots.linear import weight_gradient_and_dots
+from ..dots.parts import Parts
+from ..dots.precision import wide
+from ..dots.products import weight_gradient_fp32
+from ..dots.projection import token_dots
+from ..dots.segments import Bounds, Segments
+from ..errors import UserError
+from ..taps import Emission
 
 
 class DirectionFiller:
@@ -75,7 +75,7 @@ class DirectionFiller:
 def norm_gradients(e: Emission, *, fused: bool) -> tuple[Tensor, Tensor]:
     """Of a norm's scale and shift over all tokens, each ``[h]`` in fp32 or wider; ``fused``: by the Triton kernel."""
     if fused and e.rstd is not None and e.rstd.dtype == torch.float32:
-        from .dots import triton_norms  # see backend.py
+        from ..dots import triton_norms  # see backend.py
 
         return triton_norms.gradients(e.output_grad, e.input, e.mean, e.rstd)
     return sum_of_tokens(e.output_grad * e.normalised()), sum_of_tokens(e.output_grad)
@@ -199,7 +199,7 @@ class RowScorer:
 
 
 def _kernels() -> Any:
-    from .dots import triton_elementwise  # see backend.py
+    from ..dots import triton_elementwise  # see backend.py
 
     return triton_elementwise
 

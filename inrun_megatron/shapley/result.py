@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .ledger.schema import CURRENT
+from ..ledger.schema import CURRENT
 from .passes import Microbatch
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import UserError
+from ..errors import UserError
 
 ESTIMATORS = ("first_order", "midpoint", "simpson")
 BASES = ("current", "drift")

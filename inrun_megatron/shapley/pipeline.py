@@ -1,4 +1,4 @@
-"""The step protocol of shapley.py through DeepSpeed's pipeline, where a step is one ``train_batch``.
+"""The step protocol of in_run.py through DeepSpeed's pipeline, where a step is one ``train_batch``.
 
 The validation microbatches of all targets run at the front of the 1F1B stream. Backwards run in order, so after its
 last validation backward a stage has its part of every grad L_k, and must have its part of every direction before its
@@ -33,16 +33,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..engines.pipeline import PipelineAdapter
+from ..errors import UserError
+from ..losses import masked_sum
+from ..taps import Pass
 from .consumers import DirectionFiller, RowScorer
-from .engines.pipeline import PipelineAdapter
-from .errors import UserError
-from .losses import masked_sum
+from .in_run import InRunShapley
 from .passes import Microbatch, Passes
 from .pipeline_passes import PipelinePasses, StageLoss
 from .result import ShapleyTarget
 from .scored_step import ScoredStep
-from .shapley import InRunShapley
-from .taps import Pass
 
 
 class PipelineShapley(InRunShapley):

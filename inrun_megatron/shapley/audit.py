@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .directions import Directions
-from .engines import ZeroAdapter
+from ..directions import Directions
+from ..engines import ZeroAdapter
 
 
 class AdditivityProbe:

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .directions import Directions
-from .engines import ZeroAdapter
-from .engines.evaluating import evaluating
-from .losses import masked_mean, masked_sum
+from ..directions import Directions
+from ..engines import ZeroAdapter
+from ..engines.evaluating import evaluating
+from ..losses import masked_mean, masked_sum
+from ..taps import Consumer, Pass, Taps
 from .row_watch import RowWatch
-from .taps import Consumer, Pass, Taps
 
 Microbatch = Mapping[str, Tensor]
 TokenLoss = Callable[[nn.Module, Microbatch], Tensor]

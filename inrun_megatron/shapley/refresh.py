@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import UserError
+from ..errors import UserError
 
 SAME = 1e-6
 """Relative difference up to which two parameter groups' factors are the same: they are one number but for rounding."""

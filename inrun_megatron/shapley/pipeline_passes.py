@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .directions import Directions
-from .engines.pipeline import PipelineAdapter, evaluate
-from .parallel import Layout
+from ..directions import Directions
+from ..engines.pipeline import PipelineAdapter, evaluate
+from ..parallel import Layout
+from ..taps import Pass, Taps
 from .passes import Arriving, Microbatch, Task
-from .taps import Pass, Taps
 
 
 class StageLoss(Protocol):

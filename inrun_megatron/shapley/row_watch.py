@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UserError
-from .taps import Emission
+from ..errors import UserError
+from ..taps import Emission
 
 
 class RowWatch:
