@@ -28,6 +28,7 @@ def _run(rank: int, world: int, argv: list[str], full: bool) -> list[tuple[int, 
     from inrun_megatron.ledger import files
     from inrun_megatron.training.arguments import parse
     from inrun_megatron.training.loop import Run
+    from inrun_megatron.training.progress import StepFigures
     from inrun_megatron.training.run import prepare, run
 
     synced: list[tuple[int, str]] = []
@@ -40,10 +41,10 @@ def _run(rank: int, world: int, argv: list[str], full: bool) -> list[tuple[int, 
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
-    def stepped(self: Run, number: int, *rest: object) -> None:
+    def stepped(self: Run, number: int, *rest: object) -> StepFigures:
         nonlocal iteration
         iteration = number
-        step(self, number, *rest)  # type: ignore[arg-type]
+        return step(self, number, *rest)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files.os, "fsync", counted)
