@@ -19,8 +19,20 @@ from inrun_megatron.report.attribution import IN_WORDS
 from inrun_megatron.report.charts import MEASURES, all_charts, default_charts
 from inrun_megatron.report.charts_theme import theme
 from inrun_megatron.report.documents import printable, shorten
-from inrun_megatron.report.page_words import CHECKS
 from inrun_megatron.report.tables import decimals_of, figure, json_ready, scale_near, scale_of
+
+CHECKS = {
+    "commits": "Every commit record can be read.",
+    "files": "Every committed file is there, with the bytes that were committed.",
+    "uncommitted": "Files that no commit names; readers pass over them.",
+    "rows": "Every value is finite and belongs to a known target, dataset, sample and step.",
+    "duplicates": "No row is there twice.",
+    "steps": "Rows add up to what each step recorded.",
+    "datasets": "The training data are still those of the run.",
+    "coverage": "Every trainable parameter took part in the scores.",
+    "additivity": "The samples' values add up to what the optimizer's own gradient gives, step by step.",
+    "efficiency": "The predicted loss change beside the measured one: its sign, and its scale to a factor of 2.",
+}
 
 GENERATOR = '<meta name="generator" content="inrun report">'
 """Marks our pages, so that --output replaces those and no other file."""

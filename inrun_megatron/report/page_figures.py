@@ -12,6 +12,7 @@ from inrun_megatron.ledger.checks import setting
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.report.documents import Documents, parse_moved
 from inrun_megatron.report.domains import domain_figures
+from inrun_megatron.report.findings import finding
 from inrun_megatron.report.overview import describe_run, describe_steps
 from inrun_megatron.report.page_series import (
     explained,
@@ -22,7 +23,6 @@ from inrun_megatron.report.page_series import (
     training_curve,
 )
 from inrun_megatron.report.page_values import composition, distribution, documents_of
-from inrun_megatron.report.page_words import findings
 from inrun_megatron.report.phases import DEFAULT_CUTS, Phase, phases_of, whole_run
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.summary import audits_of, largest_samples
@@ -79,7 +79,7 @@ def build_figures(
         full = rows <= VERIFY_ROWS if verify is None else verify
         checks = ledger.verify() if full else audits_of(query, steps)
     figures["audits"] = {"full": full, "checks": [check.to_dict() for check in checks]}
-    figures["findings"] = findings(figures)
+    figures["findings"] = [finding(figures, target["name"]) for target in figures["targets"]]
     return figures
 
 

@@ -13,10 +13,8 @@ from inrun_megatron.ledger.checks import Check
 from inrun_megatron.ledger.schema import SCORED
 from inrun_megatron.report.attribution import IN_WORDS
 from inrun_megatron.report.documents import shorten
+from inrun_megatron.report.findings import finding
 from inrun_megatron.report.tables import decimals_of, in_nats, scale_near, scale_of, signed, table, with_error
-
-LARGE_SHARE = 0.05
-"""A sample with more than this share of a phase's sum of |values| is named."""
 
 
 def render(summary: dict[str, Any], audits: Sequence[Check], out: Console) -> None:
@@ -155,30 +153,19 @@ def _scale(summary: dict[str, Any]) -> tuple[float, str]:
 
 
 def _in_words(summary: dict[str, Any], target: str) -> str:
-    """The last phase in a sentence, by normalised means: no single sample can rule those."""
-    phase = summary["phases"][-1]
-    rows = [
-        row
-        for row in summary["domains"]
-        if row["target"] == target
-        and row["first_step"] == phase["first"]
-        and row["last_step"] == phase["last"]
-    ]
-    if not rows:
+    """The last phase in a sentence."""
+    phase, found = summary["phases"][-1], finding(summary, target)
+    best, largest = found["best"], found["largest"]
+    if best is None:
         return f"Steps {phase['first']}-{phase['last']}: no scored samples."
-    best = max(rows, key=lambda row: row["normalised_mean"])
     harmful = [
-        f"{row['name']} ({row['negative_share']:.0%} of its samples negative)"
-        for row in rows
-        if row["normalised_standard_error"] is not None
-        and row["normalised_mean"] + 2 * row["normalised_standard_error"] < 0
+        f"{row['name']} ({row['negative_share']:.0%} of its samples negative)" for row in found["harmful"]
     ]
     text = f"Steps {phase['first']}-{phase['last']}: {best['name']} has the highest normalised mean"
     if best["normalised_mean"] <= 0:
         text += ", and even that is not positive"
     text += f"; below zero by more than two standard errors: {', '.join(harmful) or 'none'}."
-    largest = summary["largest"].get(target)
-    if largest is not None and largest["share"] > LARGE_SHARE:
+    if largest is not None:
         text += (
             f" One sample, {largest['dataset_name']}:{largest['sample']} in step {largest['step']}, has "
             f"{largest['value']:+.3g}: {largest['share']:.0%} of the sum of |values| of these steps. Mind it when you "
