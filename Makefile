@@ -38,9 +38,10 @@ demo-pipeline: $(READY) ## the demo on two pipeline stages
 	$(BIN)/python launch/build_ops.py
 	bash launch/demo.sh pipeline
 
+# Files go to two workers, in order: many of their tests wait more than they compute. Slow ones want the machine to themselves.
 test: $(READY)  ## the default tests
 	$(BIN)/python launch/build_ops.py
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) ## faults, miniatures and further layouts: what CI runs beside the default tests
 	$(BIN)/python launch/build_ops.py

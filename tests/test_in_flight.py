@@ -183,7 +183,7 @@ class Connecting:
 
 
 def _train_connecting(rank: int, world: int, case: LayoutCase) -> Ran:
-    with standing_in(Connecting(), ["pipeline"]):
+    with standing_in(Connecting(), ["shapley.pipeline"]):
         return train(rank, world, case)
 
 

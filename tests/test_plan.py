@@ -30,8 +30,8 @@ COLLECTIVE_MODULES = (
     "directions.reductions",
     "directions.gathers",
     "engines.stretches",
-    "scored_step",
-    "passes",
+    "shapley.scored_step",
+    "shapley.passes",
 )
 
 
