@@ -158,68 +158,106 @@ def activation_bytes(job: Job) -> int:
 def collectives(job: Job) -> list[Collective]:
     """Collectives of one scored step with its own directions that scoring itself issues; those inside its model passes are as many as training's
     own for as many microbatches."""
-    cost, d, t, k = job.cost, job.data_parallel, job.tensor_parallel, job.targets
-    vectors = k + (1 if cost.batch_passes else 0)
-    whole = SUM_BYTES * count(job.parameters)
-    found: list[Collective] = []
-
-    def add(kind: str, group: str, purpose: str, number: int, size: float) -> None:
-        if number:
-            found.append(Collective(kind, group, purpose, number, int(size)))
-
     if job.zero_stage == 3:
-        uses = [(parameter.numel, parameter.uses) for parameter in job.parameters]
-        each = sum(number for _, number in uses)
-        padded = sum(SUM_BYTES * d * ceil(n / d) * number for n, number in uses)
-        passes = cost.validation_passes * job.validation_microbatches + cost.batch_passes * job.microbatches
-        add("reduce_scatter", "dp", FILL, each * passes, padded * passes)
-        read = k * padded * job.direction_bytes / SUM_BYTES
-        add("all_gather", "dp", READ, each * job.microbatches, read * job.microbatches)
-    elif d > 1 and job.zero_stage == 0:
-        add("all_reduce", "dp", SUM, sum(stretches(job)) * vectors, vectors * whole)
-    elif d > 1:
-        add("reduce_scatter", "dp", SUM, sum(stretches(job)) * vectors, vectors * whole)
-        cut = [n for n, calls in zip(flat_groups(job), stretches(job), strict=True) if calls > 1]
-        add("all_to_all", "dp", "sums to owners", len(cut) * vectors, vectors * SUM_BYTES * sum(cut) / d)
-        published = k * job.direction_bytes * count(job.parameters)
-        add("all_to_all", "dp", "shards to stretches", len(cut) * k, k * job.direction_bytes * sum(cut) / d)
-        add("all_gather", "dp", PUBLISH, sum(stretches(job)) * k, published)
-        moved = job.parameter_bytes * count(job.parameters) * cost.gathers
-        add(
-            "all_to_all",
-            "dp",
-            "moved shards to stretches",
-            len(cut) * cost.gathers,
-            job.parameter_bytes * sum(cut) * cost.gathers / d,
-        )
-        add("all_gather", "dp", MOVE, sum(stretches(job)) * cost.gathers, moved)
+        directions = _layer_by_layer(job)
+    elif job.data_parallel > 1:
+        directions = _summed(job) if job.zero_stage == 0 else [*_summed_by_owner(job), *_gathered(job)]
+    else:
+        directions = []
+    return [each for each in (*directions, *_beside_data_parallel(job), *_figures(job)) if each.count]
+
+
+def _vectors(job: Job) -> int:
+    """Gradients that are summed: the targets', and for a path estimator the batch's."""
+    return job.targets + (1 if job.cost.batch_passes else 0)
+
+
+def _layer_by_layer(job: Job) -> list[Collective]:
+    """ZeRO stage 3."""
+    cost, d = job.cost, job.data_parallel
+    uses = [(parameter.numel, parameter.uses) for parameter in job.parameters]
+    each = sum(number for _, number in uses)
+    padded = sum(SUM_BYTES * d * ceil(n / d) * number for n, number in uses)
+    passes = cost.validation_passes * job.validation_microbatches + cost.batch_passes * job.microbatches
+    read = job.targets * padded * job.direction_bytes / SUM_BYTES
+    return [
+        Collective("reduce_scatter", "dp", FILL, each * passes, int(padded * passes)),
+        Collective("all_gather", "dp", READ, each * job.microbatches, int(read * job.microbatches)),
+    ]
+
+
+def _summed(job: Job) -> list[Collective]:
+    """Stage 0: every rank needs every sum."""
+    size = SUM_BYTES * count(job.parameters)
+    return [Collective("all_reduce", "dp", SUM, sum(stretches(job)) * _vectors(job), _vectors(job) * size)]
+
+
+def _cut_groups(job: Job) -> list[int]:
+    """Elements of the flat groups that travel in more than one stretch, so that parts have to change places."""
+    return [n for n, calls in zip(flat_groups(job), stretches(job), strict=True) if calls > 1]
+
+
+def _summed_by_owner(job: Job) -> list[Collective]:
+    """Stages 1 and 2: sums go to the owners of the optimizer's shards."""
+    vectors, cut, d = _vectors(job), _cut_groups(job), job.data_parallel
+    size = SUM_BYTES * count(job.parameters)
+    return [
+        Collective("reduce_scatter", "dp", SUM, sum(stretches(job)) * vectors, vectors * size),
+        Collective(
+            "all_to_all", "dp", "sums to owners", len(cut) * vectors, int(vectors * SUM_BYTES * sum(cut) / d)
+        ),
+    ]
+
+
+def _gathered(job: Job) -> list[Collective]:
+    """Stages 1 and 2: directions, and moved weights, come back from the owners."""
+    cut, d, gathers = _cut_groups(job), job.data_parallel, job.cost.gathers
+    found = []
+    for purpose, places, vectors, size in (
+        (PUBLISH, "shards to stretches", job.targets, job.direction_bytes),
+        (MOVE, "moved shards to stretches", gathers, job.parameter_bytes),
+    ):
+        bytes_cut = int(vectors * size * sum(cut) / d)
+        found.append(Collective("all_to_all", "dp", places, len(cut) * vectors, bytes_cut))
+        whole = vectors * size * count(job.parameters)
+        found.append(Collective("all_gather", "dp", purpose, sum(stretches(job)) * vectors, whole))
+    return found
+
+
+def _beside_data_parallel(job: Job) -> list[Collective]:
+    """Of gradients, over tensor-parallel ranks and pipeline stages."""
+    cost, t, vectors = job.cost, job.tensor_parallel, _vectors(job)
+    found = []
     if t > 1 and any(parameter.sequence for parameter in job.parameters):
         own = sum(parameter.numel for parameter in job.parameters if parameter.sequence)
-        share = own / d if job.zero_stage else own
+        share = own / job.data_parallel if job.zero_stage else own
         calls = 2 if cost.batch_passes else 1
-        add("all_reduce", "tp", "sequence shards", calls, vectors * SUM_BYTES * share)
+        size = int(vectors * SUM_BYTES * share)
+        found.append(Collective("all_reduce", "tp", "sequence shards", calls, size))
     if job.pipeline_parallel > 1 and not job.model.untie_embeddings_and_output_weights:
         tied = SUM_BYTES * job.vocab_size // t * job.model.hidden_size
-        calls = k + 1 if cost.batch_passes else k if cost.moves else 1
-        add("all_reduce", "tied", "tied embeddings", calls, vectors * tied)
+        calls = job.targets + 1 if cost.batch_passes else job.targets if cost.moves else 1
+        found.append(Collective("all_reduce", "tied", "tied embeddings", calls, vectors * tied))
+    return found
+
+
+def _figures(job: Job) -> list[Collective]:
+    """Dots, and a few numbers of each target."""
+    cost, d, p, k = job.cost, job.data_parallel, job.pipeline_parallel, job.targets
+    found = []
     if cost.batch_passes:
-        add("all_reduce", "world", "norm of the batch gradient", 1, DOT_BYTES)
+        found.append(Collective("all_reduce", "world", "norm of the batch gradient", 1, DOT_BYTES))
     if job.adam and job.clips:
-        calls = 1 if job.pipeline_parallel == 1 or cost.moves else 1 + (d > 1)
-        add("all_reduce", "world", "norms", calls, calls * k * DOT_BYTES)
-    losses = cost.validation_passes + cost.loss_passes
-    if d > 1 or job.pipeline_parallel > 1:
-        add(
-            "all_reduce",
-            "dp" if job.pipeline_parallel == 1 else "world",
-            "target losses",
-            losses,
-            losses * k * DOT_BYTES,
-        )
-    rows = job.microbatches * job.micro_batch_size * job.segments
-    if t * job.pipeline_parallel > 1:
-        add("all_reduce", "mp", DOTS, 1, rows * k * DOT_BYTES)
-    add("all_reduce", "world", AUDITS, 1, 4 * k * DOT_BYTES)
+        calls = 1 if p == 1 or cost.moves else 1 + (d > 1)
+        found.append(Collective("all_reduce", "world", "norms", calls, calls * k * DOT_BYTES))
+    if d > 1 or p > 1:
+        losses = cost.validation_passes + cost.loss_passes
+        group = "dp" if p == 1 else "world"
+        found.append(Collective("all_reduce", group, "target losses", losses, losses * k * DOT_BYTES))
+    if job.tensor_parallel * p > 1:
+        rows = job.microbatches * job.micro_batch_size * job.segments
+        found.append(Collective("all_reduce", "mp", DOTS, 1, int(rows * k * DOT_BYTES)))
+    found.append(Collective("all_reduce", "world", AUDITS, 1, 4 * k * DOT_BYTES))
     return found
 
 
