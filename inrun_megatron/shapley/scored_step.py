@@ -128,7 +128,7 @@ class ScoredStep:
             scorer.flush()
 
     def scorer(self, dataset: Any, sample: Any, tokens: Any, segments: Any = None) -> RowScorer:
-        """What takes the dots of a further microbatch (arguments as of ``samples``); settled after its backward."""
+        """What takes the dots of a further microbatch (arguments as of ``samples``); to be flushed after its backward."""
         self.owner.directions.rewind()
         rows = self._rows.add(dataset, sample, tokens, segments)
         self._scorers.append(RowScorer(self.owner.directions, rows.dots, rows.segments))
