@@ -57,6 +57,27 @@ def test_ranks_must_have_equally_many_validation_microbatches(two_ranks: Workers
         assert "target held_out has 1 microbatches on one rank and 2 on another" in refusal
 
 
+def _own_tokens(rank: int, world: int) -> str:
+    """num_tokens of this rank's sequences alone, and on rank 0 only."""
+    from inrun_megatron import InRunShapley, ShapleyTarget
+
+    model = Tiny()
+    engine = make_engine(model, torch.optim.AdamW(model.parameters()), {"stage": 1})
+    counts = ROWS * LENGTH * (1 if rank == 0 else world)
+    with pytest.raises(UserError) as refusal:
+        InRunShapley(engine, [ShapleyTarget("held_out", [make_batch(50 + rank)], counts)], token_losses)
+    return str(refusal.value)
+
+
+def test_a_wrong_number_of_tokens_is_refused(two_ranks: Workers) -> None:
+    """All values of the target would be scaled, and the audits with them."""
+    for refusal in two_ranks.run(_own_tokens):
+        assert refusal.startswith(
+            "target held_out has 30 loss tokens in its loss masks over all ranks, but num_tokens is"
+        )
+        assert refusal.endswith("give num_tokens=30")
+
+
 class _Flipped(Tiny):
     """Its hidden layers see the rows in another order."""
 
@@ -80,7 +101,7 @@ def _rows_elsewhere(rank: int, world: int, kind: type[Tiny]) -> str:
     model = kind()
     engine = make_engine(model, torch.optim.AdamW(model.parameters()), {"stage": 3})
     held_out = {name: tensor[: 1 if rank == 0 else None, :ROWS] for name, tensor in make_batch(50).items()}
-    shapley = InRunShapley(engine, [ShapleyTarget("held_out", [held_out], ROWS)], token_losses)
+    shapley = InRunShapley(engine, [ShapleyTarget("held_out", [held_out], ROWS * (ROWS + 1))], token_losses)
     with pytest.raises(UserError) as refusal, shapley.step(1):
         pass
     return str(refusal.value)

@@ -51,8 +51,9 @@ class InRunShapley:
         taps: taps that are in the model already; default: attach them.
 
     Raises:
-        UserError: no target, another number of its microbatches on another rank, an optimizer without a known Jacobian,
-            a trainable parameter without a tap, an estimator, base or credit that does not exist.
+        UserError: no target, another number of its microbatches on another rank, a num_tokens that is not its loss masks',
+            an optimizer without a known Jacobian, a trainable parameter without a tap, an estimator, base or credit that
+            does not exist.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class InRunShapley:
         self.ledger = ledger
         self.consumers = tuple(consumers)
         self.adapter = ZeroAdapter(engine, self.layout)
+        _require_token_counts(targets, self.layout, engine.device)
         if not proxy:
             require_known(self.adapter.inner)
         self.taps = taps or attach_taps(engine.module)
@@ -163,4 +165,24 @@ def _require_equal_shares(targets: Sequence[ShapleyTarget], device: torch.device
             raise UserError(
                 f"target {target.name} has {least} microbatches on one rank and {most} on another: give every rank the same "
                 f"number (fill up with rows whose loss_mask is 0)"
+            )
+
+
+def _require_token_counts(targets: Sequence[ShapleyTarget], layout: Layout, device: torch.device) -> None:
+    """Another denominator would scale all values of a target, and every audit with them."""
+    own = [
+        sum(microbatch["loss_mask"].double().sum().to(device) for microbatch in t.microbatches)
+        for t in targets
+    ]
+    sums = torch.stack([torch.as_tensor(tokens, dtype=torch.float64, device=device) for tokens in own])
+    if layout.dp_size > 1:
+        dist.all_reduce(sums, group=layout.dp_group)
+    given = torch.tensor([float(target.num_tokens) for target in targets], dtype=torch.float64, device=device)
+    off = ((sums - given).abs() > 0.5).to(torch.int32)
+    dist.all_reduce(off, op=dist.ReduceOp.MAX)  # all ranks refuse, or none
+    for target, wrong, tokens in zip(targets, off.tolist(), sums.tolist(), strict=True):
+        if wrong:
+            raise UserError(
+                f"target {target.name} has {tokens:g} loss tokens in its loss masks over all ranks, but num_tokens is "
+                f"{target.num_tokens:g} (here or on another rank): its values would be scaled by that; give num_tokens={tokens:g}"
             )
