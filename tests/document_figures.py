@@ -24,8 +24,10 @@ from tests.synthetic_ledger import Shape, description, prepared_datasets, step_r
 LATE = Phase("late", 21, 60)
 
 
-def write_once(directory: Path) -> Path:
-    """One epoch: each document has one place in the stream, and some are in several samples."""
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch: each document has one place in the stream, and some are in several samples."""
+    directory = tmp_path_factory.mktemp("once")
     table = prepared_datasets(directory / "data", samples=480, documents=160)
     write_run(directory / "shapley", Shape(), description(table))
     resolver = Documents(Ledger(directory)).resolver
@@ -33,8 +35,10 @@ def write_once(directory: Path) -> Path:
     return directory
 
 
-def write_epochs(directory: Path) -> Path:
-    """Several epochs of few documents: a document is read again and again, at times twice in one sample."""
+@pytest.fixture(scope="module")
+def epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of several epochs of few documents: one is read again and again, at times twice in one sample."""
+    directory = tmp_path_factory.mktemp("epochs")
     table = prepared_datasets(directory / "data", samples=700, documents=12)
     write_run(directory / "shapley", Shape(), description(table))
     resolver = Documents(Ledger(directory)).resolver

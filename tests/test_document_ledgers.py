@@ -17,25 +17,16 @@ from inrun_megatron.ledger import Ledger, LedgerWriter, commit, open_ledger, rol
 from inrun_megatron.report.draws import read_draws
 from inrun_megatron.report.phases import Phase, whole_run
 from inrun_megatron.report.query import Query
+from tests import document_figures
 from tests.document_figures import (
     LATE,
     assert_figures_are_defined,
     assert_sql_gives_the_same,
     write_cut_run,
-    write_epochs,
-    write_once,
 )
 from tests.synthetic_ledger import TARGETS, Shape, description, step_record, values_of, write_run
 
-
-@pytest.fixture(scope="module")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_once(tmp_path_factory.mktemp("once"))
-
-
-@pytest.fixture(scope="module")
-def epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_epochs(tmp_path_factory.mktemp("epochs"))
+once, epochs = document_figures.once, document_figures.epochs  # fixtures
 
 
 def test_a_resumed_run(once: Path, tmp_path: Path) -> None:

@@ -17,27 +17,18 @@ from inrun_megatron.report.moments import _ranges
 from inrun_megatron.report.phases import Phase, whole_run
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.ranking import Level, Measure, create_figures, ranked
+from tests import document_figures
 from tests.document_figures import (
     LATE,
     assert_figures_are_defined,
     assert_sql_gives_the_same,
     write_cut_run,
-    write_epochs,
-    write_once,
 )
 from tests.synthetic_ledger import TARGETS
 
+once, epochs = document_figures.once, document_figures.epochs  # fixtures
+
 ONE = document_sums.PIECE_PARTS  # all draws in one piece
-
-
-@pytest.fixture(scope="module")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_once(tmp_path_factory.mktemp("once"))
-
-
-@pytest.fixture(scope="module")
-def epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_epochs(tmp_path_factory.mktemp("epochs"))
 
 
 @pytest.fixture(scope="module")

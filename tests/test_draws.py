@@ -15,13 +15,11 @@ from inrun_megatron.report.draws import in_order
 from inrun_megatron.report.phases import whole_run
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.ranking import Level, create_figures
-from tests.document_figures import assert_figures_are_defined, write_once
+from tests import document_figures
+from tests.document_figures import assert_figures_are_defined
 from tests.synthetic_ledger import description, step_record
 
-
-@pytest.fixture(scope="module")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_once(tmp_path_factory.mktemp("once"))
+once = document_figures.once  # a fixture
 
 
 def test_a_sample_of_two_steps_is_two_draws(once: Path, tmp_path: Path) -> None:

@@ -60,9 +60,9 @@ def mark_tensor_parallel_gradients(module: torch.nn.Module) -> list[RemovableHan
 def keep_fp32_norm(engine: Any) -> None:
     """Let `engine.get_global_grad_norm()` answer in fp32 at ZeRO stage 0 too, where gradients are clipped.
 
-    Replaces `engine.clip_fp32_gradients` by the same clipping. DeepSpeed drops the norm there, and under a pipeline it is wrong: `clip_grad_norm_` (deepspeed/runtime/utils.py)
-    counts what is not tensor-parallel on model-parallel rank 0 alone, so that the norms and biases of all later stages
-    are missing, and tied weights twice. Its ZeRO optimizers count them right.
+    Replaces `engine.clip_fp32_gradients` by the same clipping. DeepSpeed drops the norm there, and under a pipeline it is
+    wrong: `clip_grad_norm_` (deepspeed/runtime/utils.py) counts what is not tensor-parallel on model-parallel rank 0 alone,
+    so that the norms and biases of all later stages are missing, and tied weights twice. Its ZeRO optimizers count them right.
     """
     from deepspeed.runtime.utils import clip_grad_norm_
 

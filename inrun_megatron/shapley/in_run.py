@@ -170,19 +170,18 @@ def _require_equal_shares(targets: Sequence[ShapleyTarget], device: torch.device
 
 def _require_token_counts(targets: Sequence[ShapleyTarget], layout: Layout, device: torch.device) -> None:
     """Another denominator would scale all values of a target, and every audit with them."""
-    own = [
-        sum(microbatch["loss_mask"].double().sum().to(device) for microbatch in t.microbatches)
-        for t in targets
-    ]
-    sums = torch.stack([torch.as_tensor(tokens, dtype=torch.float64, device=device) for tokens in own])
+    sums = torch.zeros(len(targets), dtype=torch.float64, device=device)
+    for k, target in enumerate(targets):
+        for microbatch in target.microbatches:
+            sums[k] += microbatch["loss_mask"].sum(dtype=torch.float64).to(device)
     if layout.dp_size > 1:
         dist.all_reduce(sums, group=layout.dp_group)
     given = torch.tensor([float(target.num_tokens) for target in targets], dtype=torch.float64, device=device)
-    off = ((sums - given).abs() > 0.5).to(torch.int32)
+    off = (~((sums - given).abs() <= 0.5)).to(torch.int32)  # NaN is off, too
     dist.all_reduce(off, op=dist.ReduceOp.MAX)  # all ranks refuse, or none
     for target, wrong, tokens in zip(targets, off.tolist(), sums.tolist(), strict=True):
         if wrong:
             raise UserError(
-                f"target {target.name} has {tokens:g} loss tokens in its loss masks over all ranks, but num_tokens is "
-                f"{target.num_tokens:g} (here or on another rank): its values would be scaled by that; give num_tokens={tokens:g}"
+                f"target {target.name} has {tokens:.12g} loss tokens in its loss masks over all ranks, but num_tokens is "
+                f"{target.num_tokens:.12g} (here or on another rank): its values would be scaled by that; give num_tokens={tokens:.12g}"
             )

@@ -153,7 +153,7 @@ class Run:
         return float(mean) / self.layout.dp_size
 
     def _gradient_norm(self, scored: ScoredStep | None) -> float | None:
-        """Before clipping. DeepSpeed keeps none in fp32 at stage 0; scoring does."""
+        """Before clipping; None where nothing needed it."""
         if scored is not None and scored.result.gradient_norm is not None:
             return scored.result.gradient_norm
         norm = self.trainer.engine.get_global_grad_norm()
