@@ -271,7 +271,7 @@ def _job(model: dict[str, Any], job: dict[str, Any], remedy: str) -> Job:
         if field.default is dataclasses.MISSING and field.name not in values
     ]
     if missing:
-        flags = ", ".join(f"{flag_of(name)}" for name in missing)
+        flags = ", ".join(map(flag_of, missing))
         raise UserError(f"the plan needs {flags}{remedy}")
     return Job(model=ModelConfig(**model), **job)
 

@@ -15,7 +15,6 @@ from inrun_megatron.ledger.checks import setting
 from inrun_megatron.ledger.columns import integers, is_known, numbers, texts
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.ledger.step_table import loss_changes
-from inrun_megatron.wording import counted
 
 LINES = ("model", "training", "layout", "scoring")
 
@@ -138,7 +137,8 @@ def _named(name: str, value: Any) -> str | None:
 
 
 def _count(number: Any, noun: str) -> str | None:
-    return None if number is None else counted(number, noun)
+    # Not `counted`: a run of one's own may describe itself with other things than integers.
+    return None if number is None else f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _refreshed(refresh: Any) -> str | None:
