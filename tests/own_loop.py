@@ -61,9 +61,17 @@ def make_engine(
 
 
 def scored_steps(
-    engine: Any, steps: int = 2, factor: float = 1.0, shares: tuple[int, ...] = (1, 1), **options: Any
+    engine: Any,
+    steps: int = 2,
+    factor: float = 1.0,
+    shares: tuple[int, ...] = (1, 1),
+    announced: Any = None,
+    **options: Any,
 ) -> list[Any]:
-    """The results of some steps; the first one's loss times ``factor``, ``shares`` validation microbatches per rank."""
+    """The results of some steps; the first one's loss times ``factor``, ``shares`` validation microbatches per rank.
+
+    ``announced``: the microbatch that ``step()`` is given, if it is not the one that is trained on.
+    """
     from inrun_megatron import InRunShapley, ShapleyTarget
 
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -72,7 +80,7 @@ def scored_steps(
     shapley, results = InRunShapley(engine, [target], token_losses, **options), []
     for iteration in range(1, steps + 1):
         micro = make_batch(10 * iteration + rank)
-        with shapley.step(iteration, [micro]) as step:
+        with shapley.step(iteration, [micro if announced is None else announced]) as step:
             with step.samples(torch.zeros(ROWS), torch.arange(ROWS), micro["loss_mask"]):
                 engine.backward(token_losses(engine, micro).mean() * (factor if iteration == 1 else 1.0))
                 engine.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -278,3 +279,21 @@ def test_a_path_along_another_gradient_is_refused(two_ranks: Workers, stage: int
     """``engine.backward`` gets half of what ``training_loss`` says. Additivity holds along any path."""
     for refusal in two_ranks.run(_along_another_gradient, stage):
         assert refusal.startswith("estimator midpoint integrated along a gradient of norm")
+
+
+def _along_other_microbatches(rank: int, world: int, zero: int, clip: float) -> tuple[str, float]:
+    torch.manual_seed(0)
+    model = Tiny()
+    engine = make_engine(model, torch.optim.AdamW(model.parameters(), lr=1e-3), {"stage": zero}, clip)
+    with pytest.raises(UserError) as refusal:
+        scored_steps(engine, 1, announced=make_batch(38 + rank), estimator="midpoint")
+    integrated, stepped, share = re.findall(r"norm ([\d.]+)|([\d.]+) times", str(refusal.value))
+    return str(refusal.value), float(integrated[0]) / float(stepped[0]), float(share[1])
+
+
+@pytest.mark.parametrize(("zero", "clip"), [(1, 0.1), (3, 1e9)])
+def test_a_path_along_other_microbatches_is_refused(two_ranks: Workers, zero: int, clip: float) -> None:
+    """Whose gradient is as long as that of those trained on."""
+    for refusal, lengths, share in two_ranks.run(_along_other_microbatches, zero, clip):
+        assert abs(lengths - 1.0) < 0.1, "this test wants gradients of about the same norm"
+        assert share < 0.5 and "give step() the microbatches that are trained on" in refusal

@@ -19,14 +19,14 @@ from ..engines import ZeroAdapter
 
 
 class AdditivityProbe:
-    """Sums ``<d_k, c_t G_t>`` over what this rank's inner optimizer steps.
+    """Sums ``<v, c_t G_t>`` over what this rank's inner optimizer steps, of every vector v of ``watched``.
 
     Uses ``torch.optim.Optimizer.register_step_pre_hook``, which sees the tensors of a ZeRO shard just as
     those of plain training, so no gradient buffer of DeepSpeed's is touched.
     """
 
-    def __init__(self, adapter: ZeroAdapter, directions: Directions) -> None:
-        self._directions = directions
+    def __init__(self, adapter: ZeroAdapter, *watched: Directions) -> None:
+        self._watched = watched
         self._where = {
             id(piece.tensor): (index, piece.start)
             for index, group in enumerate(adapter.groups)
@@ -37,15 +37,14 @@ class AdditivityProbe:
 
     def arm(self) -> None:
         """Watch the next optimizer step."""
-        self._total = torch.zeros(
-            self._directions.targets, dtype=torch.float64, device=self._directions.groups[0].device
-        )
+        vectors = sum(directions.targets for directions in self._watched)
+        self._total = torch.zeros(vectors, dtype=torch.float64, device=self._watched[0].device)
 
     def disarm(self) -> None:
         self._total = None
 
     def collect(self) -> Tensor:
-        """This rank's part of ``<d_k, c_t G_t>``, ``[K]``; stops watching."""
+        """This rank's part of ``<v, c_t G_t>``, one for each vector; stops watching."""
         assert self._total is not None, "collect() without arm()"
         total, self._total = self._total, None
         return total
@@ -62,4 +61,5 @@ class AdditivityProbe:
             for tensor in group["params"]:
                 if tensor.grad is not None and id(tensor) in self._where:
                     index, start = self._where[id(tensor)]
-                    self._total += self._directions.inner_products(index, start, tensor.grad)
+                    found = [each.inner_products(index, start, tensor.grad) for each in self._watched]
+                    self._total += found[0] if len(found) == 1 else torch.cat(found)

@@ -121,7 +121,8 @@ class InRunShapley:
             training_loss=training_loss,
         )
         self.passes = self._make_passes(loss_fn)
-        self.probe = AdditivityProbe(self.adapter, self.directions)
+        along = () if self.preparation.batch is None else (self.preparation.batch,)
+        self.probe = AdditivityProbe(self.adapter, self.directions, *along)
         self._rows_are_apart = False
 
     def _make_passes(self, loss_fn: Any) -> Passes:

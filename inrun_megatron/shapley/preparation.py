@@ -65,6 +65,9 @@ class Preparation:
         estimator: nodes and Jacobian.
         proxy: the paper's SGD proxy under any optimizer.
         training_loss: of a microbatch, for the batch's gradient.
+
+    Attributes:
+        batch: of path estimators, ``c G`` that the coming step was integrated along, on the shards; else None.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class Preparation:
     ) -> None:
         self.adapter, self.directions, self.targets = adapter, directions, targets
         self.estimator, self.proxy, self.training_loss = estimator, proxy, training_loss
-        self._batch = directions.like(1) if estimator.follows_batch else None
+        self.batch = directions.like(1) if estimator.follows_batch else None
         self._lookahead = Lookahead(adapter)
         self.counters = StepCounters(adapter.inner)
 
@@ -89,7 +92,7 @@ class Preparation:
 
     def hold(self, parameters: Sequence[Parameter]) -> None:
         """Do not send the sums of these early: ``passes.join`` still adds to them."""
-        for vectors in (self.directions, self._batch):
+        for vectors in (self.directions, self.batch):
             if vectors is not None:
                 vectors.hold(parameters)
 
@@ -158,7 +161,7 @@ class Preparation:
 
     def _path(self, passes: Passes, microbatches: Sequence[Microbatch] | None) -> tuple[Directions, Tensor]:
         """``c G`` of the coming step in the layout of a direction, from a pass of its own over the batch; and ``|G|``."""
-        expected, batch = self.adapter.gradient_accumulation_steps, self._batch
+        expected, batch = self.adapter.gradient_accumulation_steps, self.batch
         assert batch is not None
         if microbatches is None or len(microbatches) != expected:
             given = "none" if microbatches is None else str(len(microbatches))

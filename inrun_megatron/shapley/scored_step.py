@@ -151,9 +151,9 @@ class ScoredStep:
             clip = owner.adapter.clip_coefficients(
                 torch.zeros((), device=owner.device) if norm is None else norm
             )
-            scores = figures = tokens = None
+            scores = figures = along = tokens = None
             if result.scored:
-                scores, figures = self._sum_scores(clip)
+                scores, figures, along = self._sum_scores(clip)
                 tokens = self._rows.unread()
             else:
                 owner.probe.disarm()
@@ -165,6 +165,7 @@ class ScoredStep:
             losses=self._target_losses,
             scores=scores,
             figures=figures,
+            along=along,
             tokens=tokens,
         )
         started = time.perf_counter()
@@ -180,8 +181,8 @@ class ScoredStep:
         result.target_losses = read["losses"].tolist() if "losses" in read else None
         if not result.scored:
             return
-        if "norm" in read and "path_norm" in read:
-            self._require_the_path(float(read["path_norm"]), float(read["norm"]))
+        if "path_norm" in read:
+            self._require_the_path(float(read["path_norm"]), float(read["along"]))
         self._rows.read(read["tokens"])
         self._fill_values(torch.from_numpy(read["scores"]), read["figures"].tolist())
         if not result.scored:  # what spoiled this step's values may be in its directions
@@ -198,18 +199,23 @@ class ScoredStep:
                 f"accumulates {expected}; put all microbatches of one optimizer step inside one `with shapley.step(...)`"
             )
 
-    def _require_the_path(self, integrated: float, stepped: float) -> None:
+    def _require_the_path(self, integrated: float, along: float) -> None:
         """Raise UserError where a path estimator integrated along another gradient than was stepped: the additivity audit
-        holds along any."""
-        if abs(integrated - stepped) > PATH_TOLERANCE * max(integrated, stepped):
+        holds along any. ``along``: of ``_sum_scores``."""
+        norm = self.result.gradient_norm
+        stepped = integrated if norm is None else norm
+        close = abs(integrated - stepped) <= PATH_TOLERANCE * max(integrated, stepped)
+        if not close or abs(along - 1.0) > PATH_TOLERANCE:
+            found = "one" if norm is None else f"one of norm {stepped:.3g}"
             raise UserError(
-                f"estimator {self.owner.estimator.name} integrated along a gradient of norm {integrated:.3g}, but one of norm "
-                f"{stepped:.3g} was stepped in step {self.iteration}: give step() the microbatches that are trained on, and "
-                f"InRunShapley as training_loss what engine.backward gets"
+                f"estimator {self.owner.estimator.name} integrated along a gradient of norm {integrated:.3g}, but {found} that "
+                f"goes {along:.2f} times as far along it was stepped in step {self.iteration}: give step() the microbatches that "
+                f"are trained on, and InRunShapley as training_loss what engine.backward gets"
             )
 
-    def _sum_scores(self, clip: Tensor) -> tuple[Tensor, Tensor]:
-        """Values of all parts ``[parts, K]``; and over all ranks ``[4, K]``: sums, ``<d, c_t G_t>``, the drift terms."""
+    def _sum_scores(self, clip: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values of all parts ``[parts, K]``; over all ranks ``[4, K]``: sums, ``<d, c_t G_t>``, the drift terms; and, of
+        path estimators, ``<p, c_t G_t> / |p|^2`` with the p that was integrated along: 1 if it is what is stepped."""
         owner, layout = self.owner, self.owner.layout
         for scorer in self._scorers:  # of backwards that ran outside their ``samples`` block
             scorer.flush()
@@ -219,16 +225,22 @@ class ScoredStep:
             dist.all_reduce(scores, group=layout.mp_group)
         # DeepSpeed averages gradients over data-parallel ranks (or adds them up): g_i carries the 1/DP.
         scores *= clip * self._factor / (owner.adapter.gradient_divisor * self._unscale)
-        # Additivity and the drift terms need sums over all ranks; one small all-reduce for both.
+        # Additivity, the path and the drift terms need sums over all ranks; one small all-reduce for all.
+        products, targets = owner.probe.collect(), len(owner.targets)
         figures = torch.stack(
             [
                 scores.sum(0) if layout.writes_ledger else torch.zeros_like(scores[0]),
-                owner.probe.collect() * self._factor,
+                products[:targets] * self._factor,
                 *terms,
             ]
         )
-        dist.all_reduce(figures)
-        return scores, figures
+        both = torch.cat([figures.flatten(), products[targets:]])
+        dist.all_reduce(both)
+        figures = both[: figures.numel()].view_as(figures)
+        if self._path_norm is None:
+            return scores, figures, None
+        path = self._path_norm * owner.adapter.clip_coefficients(self._path_norm)
+        return scores, figures, both[-1] / path.square()
 
     def _fill_values(self, scores: Tensor, figures: list[list[float]]) -> None:
         """What ``_sum_scores`` made, on the host."""
