@@ -80,13 +80,13 @@ def _pass_on(rank: int, world: int, argv: list[str]) -> tuple[list[dict[str, Any
     from inrun_megatron.training.engine import build_trainer
     from inrun_megatron.training.run import prepare
 
-    settled = prepare(parse(argv), world)
-    config = settled.config
+    resolved = prepare(parse(argv), world)
+    config = resolved.config
     distributed.initialise(config.parallel)
     vocabulary = datasets.vocabulary(config)
     resume = run_state.to_resume(config)
     assert resume is not None
-    trainer = build_trainer(config, settled.deepspeed, settled.batch, vocabulary.vocab_size)
+    trainer = build_trainer(config, resolved.deepspeed, resolved.batch, vocabulary.vocab_size)
     checkpoint.save(config, trainer, checkpoint.load(config, trainer, resume)[0])
     settings = [{k: group[k] for k in group if k != "params"} for group in trainer.optimizer.param_groups]
     return settings, ZeroAdapter(trainer.engine, Layout.current()).clip_threshold
@@ -248,7 +248,7 @@ def test_buffers_in_another_order_are_another_layout(two_ranks: Workers, data: P
     for name, about in json.loads(notes[0])["parameters"].items():
         for field in ("weight", "exp_avg"):
             whole = [
-                saved._stretch(name, field, 0, 0, math.prod(about["shape"])) for saved in (before, after)
+                saved._fragment(name, field, 0, 0, math.prod(about["shape"])) for saved in (before, after)
             ]
             assert torch.equal(*whole), (name, field)
 
@@ -304,7 +304,7 @@ def test_shards_join_to_what_they_were_cut_from(dim: int, stride: int) -> None:
 
 
 def test_the_note_says_what_lies_in_a_file(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
-    """Every element of every parameter is in exactly one stretch."""
+    """Every element of every parameter is in exactly one fragment."""
     flags = [*FIXED, "--no-shapley", "--train-iters", "2", "--zero-stage", "2", "--save", str(tmp_path)]
     two_ranks.run(run_here, arguments(data, *flags))
     notes = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("checkpoints/*/shards_*.json"))]
@@ -312,7 +312,7 @@ def test_the_note_says_what_lies_in_a_file(two_ranks: Workers, data: Path, tmp_p
     found: dict[str, list[tuple[int, int]]] = {}
     for note in notes:
         for piece in note["pieces"]:
-            for name, start, _, numel in piece["stretches"]:
+            for name, start, _, numel in piece["fragments"]:
                 found.setdefault(name, []).append((start, start + numel))
     for name, about in notes[0]["parameters"].items():
         ends = sorted(found[name])

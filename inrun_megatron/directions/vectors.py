@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..dots.copy_engine import ALIGNMENT
+from ..engines.buckets import Buckets, FlatGathers
 from ..engines.shards import FlatGroup, Residence, merged
-from ..engines.stretches import Cut, FlatGathers
 from ..errors import UserError
 from ..parallel import Layout
 from ..taps import Sharding
@@ -88,13 +88,13 @@ class Directions:
             for span in group.spans:
                 shape = _full_shape(span.parameter)
                 self._places[id(span.parameter)] = _Place(index, span.start, span.numel, shape)
-        cuts = {
-            index: Cut(group, layout)
+        buckets = {
+            index: Buckets(group, layout)
             for index, group in enumerate(groups)
             if group.residence is not Residence.PARTITIONED and layout.dp_size > 1
         }
-        self._reductions = Reductions(groups, cuts, layout, targets)
-        flat = {index: cut for index, cut in cuts.items() if groups[index].residence is Residence.FLAT}
+        self._reductions = Reductions(groups, buckets, layout, targets)
+        flat = {index: own for index, own in buckets.items() if groups[index].residence is Residence.FLAT}
         self._flat = FlatGathers(groups, flat, layout)
         self._layers = LayerGathers(
             layout.dp_group, layout.dp_size, lambda key: self._own(self._places[key]).reshape(-1)

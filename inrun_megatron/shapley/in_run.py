@@ -142,7 +142,7 @@ class InRunShapley:
         if iteration % self.interval == 0:
             step.prepare(microbatches)
         yield step
-        step.settle()
+        step.finish()
 
     def expire_direction(self) -> None:
         """Let the next scored step take its own directions; on all ranks, when a checkpoint is written or loaded."""

@@ -98,7 +98,7 @@ class PipelineShapley(InRunShapley):
         if iteration % self.interval == 0:
             step.prepare(microbatches)
         yield step
-        step.settle()
+        step.finish()
 
     def close(self) -> None:
         """Take taps, hooks and the schedule out of the engine."""

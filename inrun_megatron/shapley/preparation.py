@@ -271,7 +271,7 @@ class Preparation:
                     self._step(piece),
                     [_part(row, piece) for row in shard],
                     clips,
-                    directions.counting.stretches(index, piece.start, piece.numel),
+                    directions.counting.ranges(index, piece.start, piece.numel),
                     None if along is None else _part(along[index][0], piece),
                     None if out is None else [_part(row, piece) for row in out],
                 )

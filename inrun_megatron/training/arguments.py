@@ -198,7 +198,7 @@ def flags_markdown() -> str:
         "Written by `python -m inrun_megatron.training.arguments`; do not edit. Underscores and hyphens are the same; "
         "a switch `--name` has an opposite `--no-name`. `--config FILE.yaml` is read first, flags override it.",
         "",
-        "A run writes its settled flags to RUN/config.yaml, all but `--load`: `--config RUN/config.yaml --save NEW` repeats "
+        "A run writes its resolved flags to RUN/config.yaml, all but `--load`: `--config RUN/config.yaml --save NEW` repeats "
         "it from the beginning, `--config RUN/config.yaml --load RUN` goes on from its last checkpoint.",
         "",
     ]

@@ -265,7 +265,7 @@ def _load_reshaped(config: Config, trainer: Trainer, path: Path) -> Progress:
 
     # Gathering the weights afterwards is a collective: nobody may have failed before it.
     saved = all_ranks(read)
-    Lookahead(state).settle()
+    Lookahead(state).copy_from_masters()
     zero_files.restore_counters(trainer.engine, saved)
     progress = Progress(**saved["progress"])
     seed_streams(config.training.seed + progress.iteration)

@@ -49,13 +49,13 @@ def read_json(path: str | None) -> dict[str, Any]:
 
 
 class _Merge:
-    """Settles one setting after the other between flags and JSON."""
+    """Resolves one setting after the other between flags and JSON."""
 
     def __init__(self, path: str | None, content: dict[str, Any]) -> None:
         self.path = path
         self.merged: dict[str, Any] = json.loads(json.dumps(content))
 
-    def settle(self, key: str, flag: str, given: Any, default: Any = None) -> Any:
+    def resolve(self, key: str, flag: str, given: Any, default: Any = None) -> Any:
         """The value of the dotted `key`, written into the result. given: the flag's value, None where not given."""
         section = self.merged
         *parents, last = key.split(".")
@@ -88,7 +88,7 @@ class _Merge:
 
 
 def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], Batch]:
-    """Settle flags and JSON.
+    """Resolve flags and JSON.
 
     Returns the configuration with nothing left to the JSON or the layout, the complete DeepSpeed configuration, and the batch.
     UserError: contradictions, a global batch that the ranks cannot share equally, sections this program owns.
@@ -103,12 +103,12 @@ def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], B
     _refuse_unread(content, path)
     merge_ = _Merge(path, content)
     batch = _batch(merge_, config, data_parallel)
-    clip = merge_.settle("gradient_clipping", "--clip-grad", training.clip_grad, 1.0)
-    bf16 = merge_.settle("bf16.enabled", "--bf16", training.bf16 or None, False)
-    fp16 = merge_.settle("fp16.enabled", "--fp16", training.fp16 or None, False)
+    clip = merge_.resolve("gradient_clipping", "--clip-grad", training.clip_grad, 1.0)
+    bf16 = merge_.resolve("bf16.enabled", "--bf16", training.bf16 or None, False)
+    fp16 = merge_.resolve("fp16.enabled", "--fp16", training.fp16 or None, False)
     if bf16 and fp16:
         raise UserError("both bf16 and fp16 are on (flags and DeepSpeed JSON together): choose one")
-    stage = merge_.settle("zero_optimization.stage", "--zero-stage", config.parallel.zero_stage, 0)
+    stage = merge_.resolve("zero_optimization.stage", "--zero-stage", config.parallel.zero_stage, 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"ZeRO stage {stage} does not exist: --zero-stage takes 0, 1, 2 or 3")
     _refuse_lost_predivision(content, path, stage, data_parallel)
@@ -119,19 +119,19 @@ def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], B
     # torch's SGD and AdamW are right under ZeRO but not on DeepSpeed's list of tested ones.
     merge_.merged.setdefault("zero_allow_untested_optimizer", True)
     _no_auto_left(merge_.merged, path)
-    settled = dataclasses.replace(
+    resolved = dataclasses.replace(
         config,
         training=dataclasses.replace(
             training, global_batch_size=batch.size, clip_grad=float(clip), bf16=bf16, fp16=fp16, **scaling
         ),
         parallel=dataclasses.replace(config.parallel, zero_stage=stage),
-        # Settled here, so that a replay on another number of stages keeps the base point.
+        # Resolved here, so that a replay on another number of stages keeps the base point.
         shapley=dataclasses.replace(
             config.shapley,
             base=config.shapley.base or default_base(config.parallel.pipeline_model_parallel_size),
         ),
     )
-    return settled, merge_.merged, batch
+    return resolved, merge_.merged, batch
 
 
 def _refuse_other_writers(content: Mapping[str, Any], path: str | None) -> None:
@@ -217,10 +217,10 @@ def _batch(merge_: _Merge, config: Config, data_parallel: int) -> Batch:
             f"data-parallel ranks = {per_pass}"
         )
     accumulation = size // per_pass
-    merge_.settle("train_micro_batch_size_per_gpu", "--micro-batch-size", micro)
+    merge_.resolve("train_micro_batch_size_per_gpu", "--micro-batch-size", micro)
     steps = f"--global-batch-size {size} / (--micro-batch-size {micro} x {data_parallel} data-parallel ranks)"
-    merge_.settle("gradient_accumulation_steps", steps, accumulation)
-    merge_.settle("train_batch_size", "--global-batch-size", size)
+    merge_.resolve("gradient_accumulation_steps", steps, accumulation)
+    merge_.resolve("train_batch_size", "--global-batch-size", size)
     return Batch(micro=micro, accumulation=accumulation, data_parallel=data_parallel)
 
 
@@ -233,16 +233,16 @@ def _loss_scaling(merge_: _Merge, config: Config) -> dict[str, Any]:
             raise UserError(f"--initial-loss-scale {training.initial_loss_scale} is no power of 2")
         power = int(power)
     scaling = {
-        "loss_scale": float(merge_.settle("fp16.loss_scale", "--loss-scale", training.loss_scale, 0)),
+        "loss_scale": float(merge_.resolve("fp16.loss_scale", "--loss-scale", training.loss_scale, 0)),
         "initial_loss_scale": 2.0
-        ** merge_.settle("fp16.initial_scale_power", "log2 of --initial-loss-scale", power, 16),
+        ** merge_.resolve("fp16.initial_scale_power", "log2 of --initial-loss-scale", power, 16),
         "min_loss_scale": float(
-            merge_.settle("fp16.min_loss_scale", "--min-loss-scale", training.min_loss_scale, 1)
+            merge_.resolve("fp16.min_loss_scale", "--min-loss-scale", training.min_loss_scale, 1)
         ),
-        "loss_scale_window": merge_.settle(
+        "loss_scale_window": merge_.resolve(
             "fp16.loss_scale_window", "--loss-scale-window", training.loss_scale_window, 1000
         ),
-        "hysteresis": merge_.settle("fp16.hysteresis", "--hysteresis", training.hysteresis, 2),
+        "hysteresis": merge_.resolve("fp16.hysteresis", "--hysteresis", training.hysteresis, 2),
     }
     for name, value in scaling.items():
         if (
@@ -269,7 +269,7 @@ def _monitors(merge_: _Merge, config: Config) -> None:
     ):
         if given is None:
             continue
-        merge_.settle(f"{section}.{key}", flag, given)
+        merge_.resolve(f"{section}.{key}", flag, given)
         monitor = merge_.merged[section]
         if monitor.get("enabled") in (None, "auto"):
             monitor["enabled"] = True
@@ -283,7 +283,7 @@ def _monitors(merge_: _Merge, config: Config) -> None:
     if logging.wandb_exp_name is not None:
         if not (merge_.merged.get("wandb") or {}).get("enabled"):
             raise UserError(f"--wandb-exp-name {logging.wandb_exp_name} needs --wandb-project")
-        merge_.settle("wandb.group", "--wandb-exp-name", logging.wandb_exp_name)
+        merge_.resolve("wandb.group", "--wandb-exp-name", logging.wandb_exp_name)
 
 
 def _no_auto_left(content: Mapping[str, Any], path: str | None, prefix: str = "") -> None:

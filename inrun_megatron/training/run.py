@@ -1,4 +1,4 @@
-"""One run: settle the configuration, set everything up, train."""
+"""One run: resolve the configuration, set everything up, train."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from inrun_megatron.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
-class Settled:
+class Resolved:
     """A checked configuration: flags and DeepSpeed JSON agree, and the ranks can share the work."""
 
     config: Config
@@ -38,16 +38,16 @@ class Settled:
     batch: Batch
 
 
-def prepare(config: Config, world_size: int) -> Settled:
+def prepare(config: Config, world_size: int) -> Resolved:
     """Everything that can be found wrong without other ranks, data or a model. UserError."""
     data_parallel = validate(config, world_size)
-    settled, deepspeed, batch = merge(config, data_parallel)
+    resolved, deepspeed, batch = merge(config, data_parallel)
     check_available(deepspeed)
-    check_fp16(settled)
-    check_pipeline(settled)
+    check_fp16(resolved)
+    check_pipeline(resolved)
     datasets.check_arguments(config)
-    _check_precision(settled)
-    return Settled(config=settled, deepspeed=deepspeed, batch=batch)
+    _check_precision(resolved)
+    return Resolved(config=resolved, deepspeed=deepspeed, batch=batch)
 
 
 def _check_precision(config: Config) -> None:
@@ -65,22 +65,22 @@ def _check_precision(config: Config) -> None:
             )
 
 
-def run(settled: Settled, signals: StopSignals | None = None) -> int:
+def run(resolved: Resolved, signals: StopSignals | None = None) -> int:
     """Train as configured, from a checkpoint where there is one; returns the exit code. Collective over the world.
 
     signals: may have been listening for a while.
     """
-    parallel = settled.config.parallel
+    parallel = resolved.config.parallel
     distributed.meet(parallel)
     distributed.share_cores()
     # Its own limit comes first: the collective's error would name no rank.
     stall = 0.9 * 60 * parallel.distributed_timeout_minutes
     with Watchdog(parallel.heartbeat_timeout, stall) as watchdog:
-        return _run(settled, watchdog, signals or StopSignals())
+        return _run(resolved, watchdog, signals or StopSignals())
 
 
-def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
-    config, batch = settled.config, settled.batch
+def _run(resolved: Resolved, watchdog: Watchdog, signals: StopSignals) -> int:
+    config, batch = resolved.config, resolved.batch
     # Whatever may be wrong with the input comes before DeepSpeed, which may compile for a minute.
     vocabulary = all_ranks(lambda: datasets.vocabulary(config))
     targets = all_ranks(lambda: datasets.targets(config, vocabulary))
@@ -91,7 +91,7 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
     data = datasets.build(config, batch, vocabulary, **done)
     distributed.initialise(config.parallel)
     layout = Layout.from_megatron()
-    trainer = build_trainer(config, settled.deepspeed, batch, vocabulary.vocab_size)
+    trainer = build_trainer(config, resolved.deepspeed, batch, vocabulary.vocab_size)
 
     progress = Progress()
     if resume is not None:
@@ -132,7 +132,7 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
         layout=layout,
         train_data=data.train,
         validation_data=data.validation,
-        monitor=Monitor(settled.deepspeed),
+        monitor=Monitor(resolved.deepspeed),
         progress=progress,
         scoring=scoring,
     )

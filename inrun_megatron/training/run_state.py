@@ -137,14 +137,14 @@ def layout_of(config: Config) -> dict[str, int | str]:
 
 
 def model_of(config: Config) -> dict[str, Any]:
-    """What the weights are of, with defaults settled: weights of equal shapes may belong to different models."""
+    """What the weights are of, with defaults resolved: weights of equal shapes may belong to different models."""
     model = config.model
-    settled = asdict(model) | {
+    resolved = asdict(model) | {
         "ffn_hidden_size": model.resolved_ffn_hidden_size,
         "kv_channels": model.resolved_kv_channels,
         "num_query_groups": model.query_groups,
     }
-    return {name: value for name, value in settled.items() if name not in _NOT_THE_MODEL}
+    return {name: value for name, value in resolved.items() if name not in _NOT_THE_MODEL}
 
 
 def description(config: Config, ledger: str | None, data: str | None) -> dict[str, Any]:

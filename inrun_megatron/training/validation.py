@@ -69,7 +69,7 @@ def _parallel(config: Config) -> None:
 
 
 def check_fp16(config: Config) -> None:
-    """fp16 has a loss scale at every ZeRO stage but 0; `config` is settled with its DeepSpeed JSON."""
+    """fp16 has a loss scale at every ZeRO stage but 0; `config` is resolved with its DeepSpeed JSON."""
     if config.training.fp16 and config.parallel.zero_stage == 0:
         # deepspeed 0.19, DeepSpeedEngine.backward: only ZeRO's optimizers scale the loss, all divide by the scale.
         raise UserError(
@@ -79,7 +79,7 @@ def check_fp16(config: Config) -> None:
 
 
 def check_pipeline(config: Config) -> None:
-    """What a pipeline cannot do; `config` is settled with its DeepSpeed JSON."""
+    """What a pipeline cannot do; `config` is resolved with its DeepSpeed JSON."""
     stages = config.parallel.pipeline_model_parallel_size
     if stages == 1:
         return

@@ -265,16 +265,16 @@ class Watchdog:
 
     def _end(self, text: str, lost: list[int]) -> None:
         """End the job; the first to say so in the store prints it. The store may not answer: rank 0 is lost then too."""
-        own, settled = Verdict(text, RANK_LOST, self._rank, lost), queue.SimpleQueue[Verdict]()
+        own, claimed = Verdict(text, RANK_LOST, self._rank, lost), queue.SimpleQueue[Verdict]()
 
         def claim() -> None:
             with contextlib.suppress(RuntimeError):
-                settled.put(self._claim(own))
+                claimed.put(self._claim(own))
 
         if 0 not in lost:
             threading.Thread(target=claim, name="claim", daemon=True).start()
             try:
-                self._leave(settled.get(timeout=2 * self._interval))
+                self._leave(claimed.get(timeout=2 * self._interval))
             except queue.Empty:
                 self._store_lost("it does not answer")
         self._without_store(text, lost)
