@@ -211,17 +211,22 @@ def test_a_resume_on_another_number_of_ranks(two_ranks: Workers, data: Path, tmp
     again[-2] = str(tmp_path / "elsewhere")
     heads = "was written with --num-attention-heads 4, this run has 2: give the flags of the model"
     assert heads in refused(two_ranks, [*again, "--num-attention-heads", "2"])
-    # An older checkpoint does not say what model it is of, but its notes have names and shapes.
+    # What run_state.json says of the model is not all: the notes have names and shapes.
     checkpoint = resumed / "checkpoints" / (resumed / "checkpoints" / "latest").read_text()
-    state = json.loads((checkpoint / "run_state.json").read_text())
+    written = (checkpoint / "run_state.json").read_text()
+    state = json.loads(written)
+    for changed, words in (
+        ({"hidden_size": 64, "ffn_hidden_size": 256, "kv_channels": 16}, "word_embeddings.weight of shape"),
+        ({"num_layers": 6}, "this run has a parameter decoder.layers.4"),
+        ({"num_layers": 2}, "the checkpoint has a parameter decoder.layers.2"),
+    ):
+        (checkpoint / "run_state.json").write_text(json.dumps(state | {"model": state["model"] | changed}))
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in changed.items()]
+        assert words in refused(two_ranks, [*again, *flags])
     del state["model"]
     (checkpoint / "run_state.json").write_text(json.dumps(state))
-    assert "word_embeddings.weight of shape" in refused(two_ranks, [*again, "--hidden-size", "64"])
-    for layers, words in (
-        ("6", "this run has a parameter decoder.layers.4"),
-        ("2", "the checkpoint has a parameter decoder.layers.2"),
-    ):
-        assert words in refused(two_ranks, [*again, "--num-layers", layers])
+    assert "no complete checkpoint of this program: run_state.json has no model" in refused(two_ranks, again)
+    (checkpoint / "run_state.json").write_text(written)
     (checkpoint / "shards_00000.json").unlink()
     assert "has no shards_*.json" in refused(two_ranks, again)
 

@@ -122,8 +122,7 @@ class Saved:
         notes = [json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("shards_*.json"))]
         if not notes:
             raise UserError(
-                f"{directory} has no shards_*.json, which a resume in another layout needs: resume in the layout it "
-                "was written in and save once"
+                f"{directory} has no shards_*.json, which say what lies where in its files: restore them from a copy"
             )
         # A tied weight lies on the first and on the last stage: the first one's is taken.
         stage: dict[str, int] = {}

@@ -51,7 +51,7 @@ _FAILED_WRITES = ("PytorchStreamWriter", "inline_container", "iostream error")
 @dataclass
 class Progress:
     """How far a run is: optimizer steps done, training samples consumed, last step that the ledger has committed; that
-    ledger's run_id (UNKNOWN from an older checkpoint, None where no step was scored); the order of its data (datasets.py)."""
+    ledger's run_id (None where no step was scored); the order of its data (datasets.py)."""
 
     iteration: int = 0
     consumed_samples: int = 0
@@ -222,12 +222,9 @@ def _lies_the_same(trainer: Trainer, path: Path) -> bool:
     (round_robin_gradients, say) would put weights into each other's places.
     """
     note, file = _note(trainer, path), _note_file(path)
-    if not any(path.glob("shards_*.json")):
-        return True  # of an older version; same sizes have to do
     if note is None or not file.is_file():
         return note is None and not file.is_file()
-    now, saved = json.loads(note), read_json(file)
-    return {**now, **saved} == now  # an older note may say less
+    return bool(read_json(file) == json.loads(note))
 
 
 def _load(trainer: Trainer, path: Path) -> Progress:

@@ -98,9 +98,9 @@ def _run(resolved: Resolved, watchdog: Watchdog, signals: StopSignals) -> int:
         progress, as_it_is = checkpoint.load(config, trainer, resume)
         other = "" if as_it_is else ", written in another layout"
         _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
-        if resume.global_batch_size not in (None, batch.size):
+        if resume.global_batch_size != batch.size:
             _say(f"steps have {batch.size} samples from here on, {resume.global_batch_size} before")
-        if resume.data not in (None, data.order):
+        if resume.data != data.order:
             _say(
                 "the training data is another one or in another order than the checkpoint's (files, weights, --split, --seed, "
                 "--seq-length, or more epochs for more --train-iters): some samples come again, some never"

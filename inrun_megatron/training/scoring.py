@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from inrun_megatron.config import Config
 from inrun_megatron.data.megatron import document_ids
-from inrun_megatron.ledger.belongs import Origin, require_none_lost, require_own
+from inrun_megatron.ledger.belongs import ResumePoint, require_none_lost, require_own
 from inrun_megatron.ledger.description import Starts
 from inrun_megatron.ledger.run import step_of
 from inrun_megatron.ledger.schema import COMMITS, DEFAULT_SUBDIRECTORY, DRIFT, RUN_FILE, RunDescription
@@ -159,13 +159,13 @@ class Scoring:
         if dist.get_rank() != 0:
             return None
         config = self.config
-        origin = Origin(progress.iteration, progress.ledger, progress.ledger_step)
+        point = ResumePoint(progress.iteration, progress.ledger, progress.ledger_step)
         if (
             not (self.directory / RUN_FILE).exists()
             and run_state.in_place(config)
             and config.shapley.dir is None
         ):
-            require_none_lost(self.directory, origin)
+            require_none_lost(self.directory, point)
         if config.checkpoint.load is None or not (self.directory / RUN_FILE).exists():
             return create_ledger(self.directory, description)
         ledger = open_ledger(self.directory, description)
@@ -174,11 +174,11 @@ class Scoring:
             require_own(
                 ledger,
                 starts,
-                origin,
+                point,
                 save=None if config.shapley.dir is None else config.checkpoint.save,
                 train_iters=config.training.train_iters,
             )
-            kept = origin.rows_up_to(ledger.run_id)
+            kept = point.rows_up_to(ledger.run_id)
             _say_what_is_repeated(rollback(self.directory, kept), kept, progress.iteration)
             starts.append(progress.iteration, description, progress.ledger_step)
         except BaseException:
