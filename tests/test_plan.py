@@ -31,7 +31,7 @@ COLLECTIVE_MODULES = (
     "directions.gathers",
     "engines.buckets",
     "shapley.scored_step",
-    "shapley.passes",
+    "engines.evaluating",
 )
 
 

@@ -24,6 +24,7 @@ from inrun_megatron.training.engine import build_trainer
 from inrun_megatron.training.exit_codes import FINISHED, STOPPED
 from inrun_megatron.training.loop import Run
 from inrun_megatron.training.monitor import Monitor, check_available
+from inrun_megatron.training.scoring import Scoring
 from inrun_megatron.training.signals import StopSignals
 from inrun_megatron.training.validation import check_fp16, check_pipeline, validate
 from inrun_megatron.training.watchdog import Watchdog
@@ -111,9 +112,6 @@ def _run(resolved: Resolved, watchdog: Watchdog, signals: StopSignals) -> int:
     progress.data = data.order
     scoring = None
     if config.shapley.enabled:
-        # Imported here so that training without scoring does not depend on it.
-        from inrun_megatron.training.scoring import Scoring
-
         scoring = Scoring(
             config,
             trainer,
