@@ -95,6 +95,15 @@ class Job:
                 f"--target-micro-batch-size is {self.target_micro_batch_size}: it must be positive; leave it out for "
                 "--micro-batch-size"
             )
+        self._require_layout()
+        if self.refresh > 1 and self.estimator != "first_order":
+            raise UserError(
+                f"--refresh {self.refresh} with --estimator {self.estimator}: only first_order's direction serves "
+                f"another step; leave --refresh out"
+            )
+
+    def _require_layout(self) -> None:
+        """The GPUs can share the model and the batch."""
         t, p = self.tensor_parallel, self.pipeline_parallel
         check_widths(self.model, t)
         if self.world_size % (t * p):
@@ -112,11 +121,6 @@ class Job:
         if p > 1 and self.zero_stage > 1:
             raise UserError(
                 f"ZeRO stage {self.zero_stage} does not work with {p} pipeline stages: use --zero-stage 0 or 1"
-            )
-        if self.refresh > 1 and self.estimator != "first_order":
-            raise UserError(
-                f"--refresh {self.refresh} with --estimator {self.estimator}: only first_order's direction serves "
-                f"another step; leave --refresh out"
             )
         if p > self.model.num_layers:
             raise UserError(f"{self.model.num_layers} layers cannot be cut into {p} pipeline stages")

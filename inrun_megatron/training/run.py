@@ -20,10 +20,11 @@ from inrun_megatron.training.arguments import write_yaml
 from inrun_megatron.training.checkpoint import Progress
 from inrun_megatron.training.deepspeed_config import Batch, merge
 from inrun_megatron.training.distributed import all_ranks
-from inrun_megatron.training.engine import build_trainer
+from inrun_megatron.training.engine import Trainer, build_trainer
 from inrun_megatron.training.exit_codes import FINISHED, STOPPED
 from inrun_megatron.training.loop import Run
 from inrun_megatron.training.monitor import Monitor, check_available
+from inrun_megatron.training.run_state import Resume
 from inrun_megatron.training.scoring import Scoring
 from inrun_megatron.training.signals import StopSignals
 from inrun_megatron.training.validation import check_fp16, check_pipeline, validate
@@ -94,22 +95,7 @@ def _run(resolved: Resolved, watchdog: Watchdog, signals: StopSignals) -> int:
     layout = Layout.from_megatron()
     trainer = build_trainer(config, resolved.deepspeed, batch, vocabulary.vocab_size)
 
-    progress = Progress()
-    if resume is not None:
-        progress, as_it_is = checkpoint.load(config, trainer, resume)
-        other = "" if as_it_is else ", written in another layout"
-        _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
-        if resume.global_batch_size != batch.size:
-            _say(f"steps have {batch.size} samples from here on, {resume.global_batch_size} before")
-        if resume.data != data.order:
-            _say(
-                "the training data is another one or in another order than the checkpoint's (files, weights, --split, --seed, "
-                "--seq-length, or more epochs for more --train-iters): some samples come again, some never"
-            )
-    elif config.checkpoint.load is not None:
-        why = " (--save-interval 0 writes none)" if config.checkpoint.save_interval == 0 else ""
-        _say(f"--load {config.checkpoint.load} holds no checkpoint{why}: starting from the beginning")
-    progress.data = data.order
+    progress = _load(config, trainer, resume, batch, data.order)
     scoring = None
     if config.shapley.enabled:
         scoring = Scoring(
@@ -147,6 +133,27 @@ def _run(resolved: Resolved, watchdog: Watchdog, signals: StopSignals) -> int:
     saved = f"saved {checkpoint.tag_of(progress.iteration)}" if loop.saves else "no checkpoint is configured"
     _say(f"stopped by {stop} after step {progress.iteration}: {saved}; exit code {STOPPED}")
     return STOPPED
+
+
+def _load(config: Config, trainer: Trainer, resume: Resume | None, batch: Batch, order: str) -> Progress:
+    """The progress of the checkpoint, once it is loaded, or of a beginning; order: of this start's data."""
+    progress = Progress()
+    if resume is not None:
+        progress, as_it_is = checkpoint.load(config, trainer, resume)
+        other = "" if as_it_is else ", written in another layout"
+        _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
+        if resume.global_batch_size != batch.size:
+            _say(f"steps have {batch.size} samples from here on, {resume.global_batch_size} before")
+        if resume.data != order:
+            _say(
+                "the training data is another one or in another order than the checkpoint's (files, weights, --split, --seed, "
+                "--seq-length, or more epochs for more --train-iters): some samples come again, some never"
+            )
+    elif config.checkpoint.load is not None:
+        why = " (--save-interval 0 writes none)" if config.checkpoint.save_interval == 0 else ""
+        _say(f"--load {config.checkpoint.load} holds no checkpoint{why}: starting from the beginning")
+    progress.data = order
+    return progress
 
 
 def _own_checkpoints(loop: Run) -> AbstractContextManager[object]:
