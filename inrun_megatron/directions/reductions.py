@@ -1,4 +1,4 @@
-"""Sums of directions over data-parallel ranks, started while the validation backward still runs.
+"""Sums of directions over ranks: over data-parallel ones, started while the validation backward still runs.
 
 A backward completes a flat group from its end. In a target's last validation backward every bucket of it is sent as
 soon as all that lies in it has been added, so that the network works while the layers before are computed, and a
@@ -171,3 +171,11 @@ class Reductions:
         work, part, own, _ = self._layers.popleft()
         work.wait()
         own.add_(part)
+
+
+def sum_together(pieces: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Sum views ``[K, n]`` over the group's ranks, in place and in one all-reduce."""
+    packed = torch.cat(list(pieces), dim=1)
+    dist.all_reduce(packed, group=group)
+    for piece, summed in zip(pieces, packed.split([p.shape[1] for p in pieces], dim=1), strict=True):
+        piece.copy_(summed)
