@@ -46,6 +46,7 @@ class ZeroAdapter(OptimizerState):
 
     @property
     def gradient_accumulation_steps(self) -> int:
+        """Microbatches of one optimizer step on this rank."""
         return int(self.engine.gradient_accumulation_steps())
 
     @property
@@ -111,6 +112,7 @@ class ZeroAdapter(OptimizerState):
         return int(self.engine.global_steps)
 
     def step_applied(self) -> bool:
+        """Did the last step move the weights? Not where gradients overflowed."""
         return bool(self.engine.was_step_applied())
 
 

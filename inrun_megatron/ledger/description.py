@@ -65,6 +65,7 @@ class Starts:
         return list(self._later)
 
     def last(self) -> Mapping[str, Any]:
+        """What the newest start said of itself."""
         return self._later[-1] if self._later else self._first
 
     def without_scoring(self, step: int) -> bool:

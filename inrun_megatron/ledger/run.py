@@ -52,6 +52,7 @@ class OpenLedger:
 
     @property
     def run_id(self) -> str:
+        """As the run's checkpoints name it."""
         return str(self.run["run_id"])
 
     def close(self) -> None:

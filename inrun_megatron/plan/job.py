@@ -50,6 +50,7 @@ class Parameter:
 
     @property
     def numel(self) -> int:
+        """Elements of this rank's part."""
         return prod(self.shape)
 
 
@@ -127,6 +128,7 @@ class Job:
 
     @property
     def data_parallel(self) -> int:
+        """Replicas of the model."""
         return self.world_size // (self.tensor_parallel * self.pipeline_parallel)
 
     @property
@@ -154,14 +156,17 @@ class Job:
 
     @property
     def direction_bytes(self) -> int:
+        """Of one element of a direction, as layers read it."""
         return DIRECTION_BYTES[self.direction_dtype]
 
     @property
     def resolved_base(self) -> str:
+        """The base point, the layout's own where none is given."""
         return self.base or default_base(self.pipeline_parallel)
 
     @property
     def cost(self) -> EstimatorCost:
+        """Passes and gathers of the estimator at this base point."""
         return estimator_cost(self.estimator, self.resolved_base)
 
     @cached_property

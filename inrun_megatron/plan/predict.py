@@ -50,6 +50,7 @@ class Memory:
 
     @property
     def held(self) -> int:
+        """Through the whole run."""
         return self.directions + self.batch_gradient
 
     @property
@@ -84,6 +85,7 @@ class Operations:
 
     @property
     def extra(self) -> float:
+        """Beside training's own."""
         return self.validation + self.batch + self.dots + self.terms
 
 
@@ -112,6 +114,7 @@ def buckets(job: Job) -> list[int]:
 
 
 def memory(job: Job) -> Memory:
+    """Of the fullest rank; docs/scaling.md derives it."""
     held, k = parameters_held(job), job.targets
     largest = max(parameter.numel for parameter in job.parameters)
     # One row's weight gradient in fp32, and the sum of the rows'.

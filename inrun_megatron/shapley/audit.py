@@ -42,6 +42,7 @@ class AdditivityProbe:
         )
 
     def disarm(self) -> None:
+        """Stop watching; what was seen is dropped."""
         self._total = None
 
     def collect(self) -> Tensor:
@@ -51,6 +52,7 @@ class AdditivityProbe:
         return total
 
     def remove(self) -> None:
+        """Take the hook out of the optimizer."""
         self._hook.remove()
 
     @torch.no_grad()

@@ -128,6 +128,7 @@ class InRunShapley:
 
     @property
     def device(self) -> torch.device:
+        """Where directions and dots lie."""
         return self.directions.device
 
     @contextmanager

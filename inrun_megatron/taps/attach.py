@@ -58,6 +58,7 @@ class Coverage:
         )
 
     def to_dict(self) -> dict[str, object]:
+        """As run.json holds it."""
         return asdict(self) | {"missing": list(self.missing)}
 
 
