@@ -48,7 +48,7 @@ def read_json(path: str | None) -> dict[str, Any]:
     return content
 
 
-class _Merge:
+class _Resolver:
     """Resolves one setting after the other between flags and JSON."""
 
     def __init__(self, path: str | None, content: dict[str, Any]) -> None:
@@ -101,24 +101,24 @@ def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], B
     _refuse_other_writers(content, path)
     _refuse_other_recomputation(content, path)
     _refuse_unread(content, path)
-    merge_ = _Merge(path, content)
-    batch = _batch(merge_, config, data_parallel)
-    clip = merge_.resolve("gradient_clipping", "--clip-grad", training.clip_grad, 1.0)
-    bf16 = merge_.resolve("bf16.enabled", "--bf16", training.bf16 or None, False)
-    fp16 = merge_.resolve("fp16.enabled", "--fp16", training.fp16 or None, False)
+    resolver = _Resolver(path, content)
+    batch = _batch(resolver, config, data_parallel)
+    clip = resolver.resolve("gradient_clipping", "--clip-grad", training.clip_grad, 1.0)
+    bf16 = resolver.resolve("bf16.enabled", "--bf16", training.bf16 or None, False)
+    fp16 = resolver.resolve("fp16.enabled", "--fp16", training.fp16 or None, False)
     if bf16 and fp16:
         raise UserError("both bf16 and fp16 are on (flags and DeepSpeed JSON together): choose one")
-    stage = merge_.resolve("zero_optimization.stage", "--zero-stage", config.parallel.zero_stage, 0)
+    stage = resolver.resolve("zero_optimization.stage", "--zero-stage", config.parallel.zero_stage, 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"ZeRO stage {stage} does not exist: --zero-stage takes 0, 1, 2 or 3")
     _refuse_lost_predivision(content, path, stage, data_parallel)
-    scaling = _loss_scaling(merge_, config) if fp16 else _no_loss_scaling(config)
-    _monitors(merge_, config)
+    scaling = _loss_scaling(resolver, config) if fp16 else _no_loss_scaling(config)
+    _monitors(resolver, config)
     # DeepSpeed's own progress lines would break the progress bar.
-    merge_.merged.setdefault("steps_per_print", 10**9)
+    resolver.merged.setdefault("steps_per_print", 10**9)
     # torch's SGD and AdamW are right under ZeRO but not on DeepSpeed's list of tested ones.
-    merge_.merged.setdefault("zero_allow_untested_optimizer", True)
-    _no_auto_left(merge_.merged, path)
+    resolver.merged.setdefault("zero_allow_untested_optimizer", True)
+    _no_auto_left(resolver.merged, path)
     resolved = dataclasses.replace(
         config,
         training=dataclasses.replace(
@@ -131,7 +131,7 @@ def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], B
             base=config.shapley.base or default_base(config.parallel.pipeline_model_parallel_size),
         ),
     )
-    return resolved, merge_.merged, batch
+    return resolved, resolver.merged, batch
 
 
 def _refuse_other_writers(content: Mapping[str, Any], path: str | None) -> None:
@@ -206,7 +206,7 @@ def _refuse_lost_predivision(
         )
 
 
-def _batch(merge_: _Merge, config: Config, data_parallel: int) -> Batch:
+def _batch(resolver: _Resolver, config: Config, data_parallel: int) -> Batch:
     training = config.training
     micro = training.micro_batch_size
     per_pass = micro * data_parallel
@@ -217,14 +217,14 @@ def _batch(merge_: _Merge, config: Config, data_parallel: int) -> Batch:
             f"data-parallel ranks = {per_pass}"
         )
     accumulation = size // per_pass
-    merge_.resolve("train_micro_batch_size_per_gpu", "--micro-batch-size", micro)
+    resolver.resolve("train_micro_batch_size_per_gpu", "--micro-batch-size", micro)
     steps = f"--global-batch-size {size} / (--micro-batch-size {micro} x {data_parallel} data-parallel ranks)"
-    merge_.resolve("gradient_accumulation_steps", steps, accumulation)
-    merge_.resolve("train_batch_size", "--global-batch-size", size)
+    resolver.resolve("gradient_accumulation_steps", steps, accumulation)
+    resolver.resolve("train_batch_size", "--global-batch-size", size)
     return Batch(micro=micro, accumulation=accumulation, data_parallel=data_parallel)
 
 
-def _loss_scaling(merge_: _Merge, config: Config) -> dict[str, Any]:
+def _loss_scaling(resolver: _Resolver, config: Config) -> dict[str, Any]:
     training = config.training
     power = None
     if training.initial_loss_scale is not None:
@@ -233,16 +233,16 @@ def _loss_scaling(merge_: _Merge, config: Config) -> dict[str, Any]:
             raise UserError(f"--initial-loss-scale {training.initial_loss_scale} is no power of 2")
         power = int(power)
     scaling = {
-        "loss_scale": float(merge_.resolve("fp16.loss_scale", "--loss-scale", training.loss_scale, 0)),
+        "loss_scale": float(resolver.resolve("fp16.loss_scale", "--loss-scale", training.loss_scale, 0)),
         "initial_loss_scale": 2.0
-        ** merge_.resolve("fp16.initial_scale_power", "log2 of --initial-loss-scale", power, 16),
+        ** resolver.resolve("fp16.initial_scale_power", "log2 of --initial-loss-scale", power, 16),
         "min_loss_scale": float(
-            merge_.resolve("fp16.min_loss_scale", "--min-loss-scale", training.min_loss_scale, 1)
+            resolver.resolve("fp16.min_loss_scale", "--min-loss-scale", training.min_loss_scale, 1)
         ),
-        "loss_scale_window": merge_.resolve(
+        "loss_scale_window": resolver.resolve(
             "fp16.loss_scale_window", "--loss-scale-window", training.loss_scale_window, 1000
         ),
-        "hysteresis": merge_.resolve("fp16.hysteresis", "--hysteresis", training.hysteresis, 2),
+        "hysteresis": resolver.resolve("fp16.hysteresis", "--hysteresis", training.hysteresis, 2),
     }
     for name, value in scaling.items():
         if (
@@ -260,7 +260,7 @@ def _no_loss_scaling(config: Config) -> dict[str, Any]:
     return {}
 
 
-def _monitors(merge_: _Merge, config: Config) -> None:
+def _monitors(resolver: _Resolver, config: Config) -> None:
     logging = config.logging
     for section, key, flag, given in (
         ("tensorboard", "output_path", "--tensorboard-dir", logging.tensorboard_dir),
@@ -269,21 +269,21 @@ def _monitors(merge_: _Merge, config: Config) -> None:
     ):
         if given is None:
             continue
-        merge_.resolve(f"{section}.{key}", flag, given)
-        monitor = merge_.merged[section]
+        resolver.resolve(f"{section}.{key}", flag, given)
+        monitor = resolver.merged[section]
         if monitor.get("enabled") in (None, "auto"):
             monitor["enabled"] = True
         if monitor["enabled"] is not True:
             raise UserError(
-                f'{flag} is {given} but "{section}.enabled" in {merge_.path} is {json.dumps(monitor["enabled"])}: '
+                f'{flag} is {given} but "{section}.enabled" in {resolver.path} is {json.dumps(monitor["enabled"])}: '
                 f"write true, or leave {flag} out"
             )
         if section != "wandb":
             monitor.setdefault("job_name", "train")
     if logging.wandb_exp_name is not None:
-        if not (merge_.merged.get("wandb") or {}).get("enabled"):
+        if not (resolver.merged.get("wandb") or {}).get("enabled"):
             raise UserError(f"--wandb-exp-name {logging.wandb_exp_name} needs --wandb-project")
-        merge_.resolve("wandb.group", "--wandb-exp-name", logging.wandb_exp_name)
+        resolver.resolve("wandb.group", "--wandb-exp-name", logging.wandb_exp_name)
 
 
 def _no_auto_left(content: Mapping[str, Any], path: str | None, prefix: str = "") -> None:
