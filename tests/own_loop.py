@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,14 +94,20 @@ class Loss:
         return self.token_losses(outputs, labels).mean()
 
 
-def make_pipeline(stages: int) -> tuple[Any, Tiny]:
-    """An engine around a PipelineModule that knows nothing of Megatron, and the model that its layers are of."""
+def make_pipeline(
+    stages: int, around_hidden: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> tuple[Any, Tiny]:
+    """An engine around a PipelineModule that knows nothing of Megatron, and the model that its layers are of.
+
+    ``around_hidden`` is applied before the hidden layer and after its activation.
+    """
     import deepspeed
     from deepspeed.pipe import PipelineModule
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     torch.manual_seed(0)
     model = Tiny()
-    layers = [model.embedding, model.norm, model.hidden, F.gelu, model.output]
+    other = [] if around_hidden is None else [around_hidden]
+    layers = [model.embedding, model.norm, *other, model.hidden, F.gelu, *other, model.output]
     module = PipelineModule(layers, num_stages=stages, loss_fn=Loss(), partition_method="uniform")
     return make_engine(module, torch.optim.AdamW(module.parameters()), {"stage": 0}), model

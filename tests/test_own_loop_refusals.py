@@ -115,6 +115,31 @@ def test_rows_in_other_places_are_refused(two_ranks: Workers, kind: type[Tiny]) 
     assert other.startswith("a layer on another rank does not have")
 
 
+def _rows_elsewhere_in_a_stage(rank: int, world: int, base: str) -> str:
+    from megatron.core import parallel_state
+
+    from inrun_megatron import PipelineShapley, ShapleyTarget
+
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=world)
+    try:
+        engine, _ = make_pipeline(world, around_hidden=lambda x: x.flip(0))
+        target = ShapleyTarget("held_out", [make_batch(50)], ROWS * LENGTH)
+        shapley = PipelineShapley(engine, [target], Loss(), base=base)
+        with pytest.raises(UserError) as refusal, shapley.step(1):
+            pass
+    finally:
+        parallel_state.destroy_model_parallel()
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("base", ["current", "drift"])
+def test_rows_in_other_places_are_refused_in_a_stage(two_ranks: Workers, base: str) -> None:
+    """Whether validation rides in front of the training microbatches or has passes of its own."""
+    own, other = two_ranks.run(_rows_elsewhere_in_a_stage, base)
+    assert own.endswith("sequence_first=True))") and "does not have the microbatch's rows apart" in own
+    assert other.startswith("a layer on another rank does not have")
+
+
 def _split_sequences(rank: int, world: int) -> str:
     model = Tiny()
     engine = make_engine(model, torch.optim.AdamW(model.parameters()), {"stage": 0}, mesh_param=(1, 2))

@@ -22,6 +22,7 @@ from .passes import Microbatch, ModulePasses, Passes, TokenLoss, TrainingLoss, m
 from .preparation import Preparation
 from .refresh import RefreshSchedule, require_refresh
 from .result import ShapleyTarget
+from .row_watch import require_rows_apart
 from .scored_step import ScoredStep
 
 
@@ -121,6 +122,7 @@ class InRunShapley:
         )
         self.passes = self._make_passes(loss_fn)
         self.probe = AdditivityProbe(self.adapter, self.directions)
+        self._rows_are_apart = False
 
     def _make_passes(self, loss_fn: Any) -> Passes:
         """Once nothing is refused any more."""
@@ -144,6 +146,12 @@ class InRunShapley:
             step.prepare(microbatches)
         yield step
         step.finish()
+
+    def require_rows_apart(self) -> None:
+        """At the first scored step: see row_watch.py."""
+        if not self._rows_are_apart:
+            require_rows_apart(self.passes, self.targets[0].microbatches[0], self.device)
+            self._rows_are_apart = True
 
     def expire_direction(self) -> None:
         """Let the next scored step take its own directions; on all ranks, when a checkpoint is written or loaded."""

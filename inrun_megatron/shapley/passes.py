@@ -19,7 +19,6 @@ from ..engines import ZeroAdapter
 from ..engines.evaluating import evaluating, loss_sums
 from ..losses import masked_mean
 from ..taps import Consumer, Pass, Taps
-from .row_watch import RowWatch
 
 Microbatch = Mapping[str, Tensor]
 TokenLoss = Callable[[nn.Module, Microbatch], Tensor]
@@ -70,31 +69,22 @@ class ModulePasses:
     def __init__(self, engine: Any, adapter: ZeroAdapter, taps: Taps, loss_fn: TokenLoss) -> None:
         self._module: nn.Module = engine.module
         self._adapter, self._taps, self._loss_fn = adapter, taps, loss_fn
-        self._rows_watched = False
 
     def run(self, tasks: Sequence[Task], *, training: bool, arriving: Arriving | None = None) -> None:
         try:
             with nullcontext() if training else evaluating(self._module):
-                if not training and not self._rows_watched:
-                    self._watch_rows(tasks[0].microbatch, arriving)
-                self._run(tasks, arriving)
+                for task in tasks:
+                    self._run(task, arriving)
         finally:
             self._adapter.release_gathered_weights()
 
-    def _run(self, tasks: Sequence[Task], arriving: Arriving | None) -> None:
+    def _run(self, task: Task, arriving: Arriving | None) -> None:
         scale = self._adapter.loss_scale()
-        for task in tasks:
-            with self._taps.during(Pass(consumers=(task.consumer,), detached=True, arriving=arriving)):
-                losses = self._loss_fn(self._module, task.microbatch).float()
-                loss = task.loss(losses)
-                with self._taps.untouched():
-                    (loss if scale == 1.0 else loss * scale).backward()
-
-    def _watch_rows(self, microbatch: Microbatch, arriving: Arriving | None) -> None:
-        watch = RowWatch(len(microbatch["loss_mask"]))
-        self._run([Task(microbatch, watch, watch.loss)], arriving)
-        watch.require_apart(self._adapter.groups[0].device)
-        self._rows_watched = True
+        with self._taps.during(Pass(consumers=(task.consumer,), detached=True, arriving=arriving)):
+            losses = self._loss_fn(self._module, task.microbatch).float()
+            loss = task.loss(losses)
+            with self._taps.untouched():
+                (loss if scale == 1.0 else loss * scale).backward()
 
     def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
         try:

@@ -13,8 +13,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..engines import rng
 from ..errors import UserError
 from ..taps import Emission
+from .passes import Microbatch, Passes, Task
+
+
+def require_rows_apart(passes: Passes, microbatch: Microbatch, device: torch.device) -> None:
+    """Run a validation microbatch once, to see whether layers keep its rows apart. Collective over the world.
+
+    Raises:
+        UserError: on all ranks; see RowWatch.
+    """
+    watch = RowWatch(len(microbatch["loss_mask"]))
+    with rng.kept(device):  # training must not notice
+        passes.run([Task(microbatch, watch, watch.loss)], training=False)
+    watch.require_apart(device)
 
 
 class RowWatch:

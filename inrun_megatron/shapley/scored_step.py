@@ -83,6 +83,7 @@ class ScoredStep:
         """What must be read before the step; the additivity probe watches it."""
         owner, result = self.owner, self.result
         owner.taps.require_unchanged()
+        owner.require_rows_apart()
         result.status = "scored"
         start = owner.estimator.start
         result.base = CURRENT if start is None or start.share is None else DRIFT
