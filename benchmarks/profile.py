@@ -132,7 +132,7 @@ def profile(case: Case, pairs: int, vocab: int) -> Profile:
     phases, found, products = Phases(), [], []
     buffers: list[tuple[Any, Any]] = []
     _instrument(phases, shapley, case)
-    phases.around(ScoredStep, "settle", "settle")
+    phases.around(ScoredStep, "finish", "finish")
     shapley.consumers = (
         lambda e: (
             buffers.append((e.activation, e.output_grad))

@@ -17,7 +17,7 @@ def default_base(stages: int) -> Literal["current", "drift"]:
 CUDA_BLOCK = 1 << 26
 """Elements that elementwise work on a GPU takes at a time: its one vector to compute in is 256 MiB in fp32 at most."""
 
-STRETCH = 1 << 25
+BUCKET_SIZE = 1 << 25
 """Elements that one collective sums or gathers over data-parallel ranks, at most: 128 MiB of fp32. Chosen, not measured."""
 
 

@@ -11,7 +11,7 @@ import yaml
 from tyro._docstrings import get_field_docstring
 
 from inrun_megatron.errors import UserError
-from inrun_megatron.training.arguments import _groups, flags_markdown, parse, to_mapping, write_yaml
+from inrun_megatron.training.arguments import flags_markdown, groups, parse, to_mapping, write_yaml
 from tests.flags import BASE, config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +116,7 @@ def test_help_states_defaults_in_words_or_as_values(capsys: pytest.CaptureFixtur
 
 
 def test_help_breaks_lines_only_where_they_are_full() -> None:
-    for kind in _groups().values():
+    for kind in groups().values():
         for field in dataclasses.fields(kind):
             assert "\n" not in (get_field_docstring(kind, field.name, ()) or ""), field.name
 

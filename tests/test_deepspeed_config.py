@@ -47,7 +47,7 @@ def test_auto_values_are_filled_from_the_flags(tmp_path: Path) -> None:
     assert merged["bf16"]["enabled"] is True and merged["fp16"]["enabled"] is False
     assert merged["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
     assert run.training.global_batch_size == 16 and run.training.clip_grad == 1.0
-    # What is settled settles to itself: a replayed run means the same.
+    # What is resolved resolves to itself: a replayed run means the same.
     again, merged_again, _ = merge(run, 2)
     assert again == run and merged_again == merged
 
@@ -153,7 +153,7 @@ def test_a_broken_json_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
-def test_shipped_deepspeed_configurations_settle(path: Path) -> None:
+def test_shipped_deepspeed_configurations_resolve(path: Path) -> None:
     run, merged, _ = merge(config("--deepspeed_config", str(path)), 2)
     stage = int(path.stem[-1]) if path.stem.startswith("zero") else {"offload": 2}.get(path.stem, 0)
     assert merged["zero_optimization"]["stage"] == run.parallel.zero_stage == stage
@@ -172,10 +172,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _train(rank: int, world: int, argv: list[str]) -> None:
     from inrun_megatron.training.arguments import parse
-    from inrun_megatron.training.run import prepare as settle
-    from inrun_megatron.training.run import run
+    from inrun_megatron.training.run import prepare, run
 
-    run(settle(parse(argv), world))
+    run(prepare(parse(argv), world))
 
 
 def _values(two_ranks: Workers, data: Path, run: Path, *flags: str) -> np.ndarray:

@@ -20,7 +20,7 @@ from tests.layout_runs import Ran, deviation, train
 from tests.layouts import LayoutCase
 from tests.test_exactness import TOLERANCE
 
-MODULES = ("directions.gathers", "directions.reductions", "directions.vectors", "engines.stretches")
+MODULES = ("directions.gathers", "directions.reductions", "directions.vectors", "engines.buckets")
 
 
 class LateWork:
@@ -86,9 +86,9 @@ CASES = [
 
 
 def _train_late(rank: int, world: int, case: LayoutCase) -> tuple[Ran, int]:
-    from inrun_megatron.engines import stretches
+    from inrun_megatron.engines import buckets
 
-    stretches.STRETCH = 500
+    buckets.BUCKET_SIZE = 500
     stand_in = Late()
     with standing_in(stand_in, MODULES):
         return train(rank, world, case), stand_in.started

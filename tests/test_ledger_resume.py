@@ -18,7 +18,7 @@ from inrun_megatron.ledger import (
     open_ledger,
     rollback,
 )
-from inrun_megatron.ledger.belongs import UNKNOWN, Origin, require_own
+from inrun_megatron.ledger.belongs import ResumePoint, require_own
 from inrun_megatron.ledger.description import Starts
 from tests.data_cases import build, write_pair
 from tests.synthetic_ledger import description
@@ -103,42 +103,43 @@ def test_a_resume_needs_the_same_kind_of_values(tmp_path: Path, flag: str, befor
     open_ledger(tmp_path, description(shapley={flag: before})).close()
 
 
-def require(directory: Path, origin: Origin, *, save: str | None = None, train_iters: int = 100) -> None:
+def require(directory: Path, point: ResumePoint, *, save: str | None = None, train_iters: int = 100) -> None:
     with open_ledger(directory) as ledger:
         starts = Starts(directory, ledger.run)
-        require_own(ledger, starts, origin, save=save, train_iters=train_iters)
+        require_own(ledger, starts, point, save=save, train_iters=train_iters)
 
 
 def test_only_the_checkpoints_own_ledger_is_taken_back(tmp_path: Path) -> None:
     run_or_resume(tmp_path)  # commits of checkpoints 2, 4 and 6
     own = Ledger(tmp_path).run_id
-    require(tmp_path, Origin(4, own, 4))
-    require(tmp_path, Origin(8, own, 6))  # steps 7 and 8 were not scored
-    require(tmp_path, Origin(4, UNKNOWN, 4))  # of an older version
-    for origin, message in (
-        (Origin(8, own, 8), "ends at step 6, but the checkpoint of step 8 follows its commit of step 8"),
-        (Origin(4, "another", 4), "with rows up to step 4, but the checkpoint of step 4 is not its own"),
-        (Origin(1, "another", 1), "that has saved iter_4, but the checkpoint of step 1 is not its own"),
-        (Origin(1, None), "that has saved iter_4"),
-        (Origin(), "that has saved iter_4, but no checkpoint is loaded, so that its commits up to step 6"),
+    require(tmp_path, ResumePoint(4, own, 4))
+    require(tmp_path, ResumePoint(8, own, 6))  # steps 7 and 8 were not scored
+    for point, message in (
+        (ResumePoint(8, own, 8), "ends at step 6, but the checkpoint of step 8 follows its commit of step 8"),
+        (ResumePoint(4, "another", 4), "with rows up to step 4, but the checkpoint of step 4 is not its own"),
+        (ResumePoint(1, "another", 1), "that has saved iter_4, but the checkpoint of step 1 is not its own"),
+        (ResumePoint(1, None), "that has saved iter_4"),
+        (
+            ResumePoint(),
+            "that has saved iter_4, but no checkpoint is loaded, so that its commits up to step 6",
+        ),
     ):
         with pytest.raises(UserError, match=message):
-            require(tmp_path, origin)
+            require(tmp_path, point)
     with pytest.raises(UserError, match="finished after step 6, but no checkpoint is loaded"):
-        require(tmp_path, Origin(), train_iters=6)
+        require(tmp_path, ResumePoint(), train_iters=6)
 
 
 def test_rows_of_steps_that_were_trained_again_without_scoring_are_taken_back(tmp_path: Path) -> None:
     """Checkpoint and commit of step 4; a commit of step 6, then a crash; --no-shapley from 4 to its checkpoint of 8."""
     run_or_resume(tmp_path)
     with open_ledger(tmp_path, description()) as ledger:
-        origin = Origin(8, ledger.run_id, 4)
-        kept = origin.rows_up_to(ledger.run_id)
+        point = ResumePoint(8, ledger.run_id, 4)
+        kept = point.rows_up_to(ledger.run_id)
         rollback(tmp_path, kept)
-        Starts(tmp_path, ledger.run).append(8, description(), origin.ledger_step)
+        Starts(tmp_path, ledger.run).append(8, description(), point.ledger_step)
     found = Ledger(tmp_path)
     assert kept == found.last_step == 4 and found.starts.stretches_without_scoring() == [(5, 8)]
-    assert Origin(8, UNKNOWN).rows_up_to(found.run_id) == 8  # an older checkpoint does not say
 
 
 def test_what_a_crash_before_the_first_checkpoint_left_is_taken_back(tmp_path: Path) -> None:
@@ -148,15 +149,15 @@ def test_what_a_crash_before_the_first_checkpoint_left_is_taken_back(tmp_path: P
         for step in (2, 3):  # the run began after step 1; its first checkpoint is not complete
             writer.append(step, [0], [step], [64], np.ones((1, 2)))
             commit(tmp_path, step, writer.write_parts(), "iter_3" if step == 3 else None)
-    for origin in (Origin(), Origin(1, "another", 1), Origin(1, UNKNOWN, 1)):
-        require(tmp_path, origin, save=str(tmp_path / "run"))
+    for point in (ResumePoint(), ResumePoint(1, "another", 1)):
+        require(tmp_path, point, save=str(tmp_path / "run"))
         with pytest.raises(UserError, match=f"of --save {tmp_path}/run"):
-            require(tmp_path, origin, save=str(tmp_path / "other"))
+            require(tmp_path, point, save=str(tmp_path / "other"))
     with pytest.raises(UserError, match="with rows up to step 2"):
-        require(tmp_path, Origin(2, "another", 2))
+        require(tmp_path, ResumePoint(2, "another", 2))
     with open_ledger(tmp_path):
         writer = LedgerWriter(tmp_path, 0)
         writer.append(4, [0], [4], [64], np.ones((1, 2)))
         commit(tmp_path, 4, writer.write_parts())
     with pytest.raises(UserError, match="finished after step 4"):  # more steps were asked for since
-        require(tmp_path, Origin(), save=str(tmp_path / "run"), train_iters=8)
+        require(tmp_path, ResumePoint(), save=str(tmp_path / "run"), train_iters=8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from inrun_megatron.engines.zero import _refuse_offload
+from inrun_megatron.engines.zero import refuse_offload
 from inrun_megatron.errors import UserError
 from tests.distributed import Workers
 from tests.own_loop import (
@@ -42,7 +42,7 @@ def test_an_optimizer_in_two_places_is_refused(settings: dict[str, Any], refusal
 
     config = DeepSpeedZeroOffloadOptimizerConfig(**settings)
     with nullcontext() if refusal is None else pytest.raises(UserError, match=refusal):
-        _refuse_offload(config)
+        refuse_offload(config)
 
 
 def _share(rank: int, world: int, stage: int) -> str:

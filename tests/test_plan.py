@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from inrun_megatron.config import ModelConfig
-from inrun_megatron.defaults import STRETCH
+from inrun_megatron.defaults import BUCKET_SIZE
 from inrun_megatron.ledger import LedgerWriter, RunDescription, create_ledger
 from inrun_megatron.plan import predict
 from inrun_megatron.plan.job import Job, count
@@ -29,9 +29,9 @@ COLLECTIVE_MODULES = (
     "directions.vectors",
     "directions.reductions",
     "directions.gathers",
-    "engines.stretches",
+    "engines.buckets",
     "shapley.scored_step",
-    "shapley.passes",
+    "engines.evaluating",
 )
 
 
@@ -41,7 +41,7 @@ class Case:
     estimator: str = "first_order"
     base: str = "current"
     direction_dtype: str = "fp32"
-    stretch: int = STRETCH
+    bucket_size: int = BUCKET_SIZE
 
     def job(self) -> Job:
         """The plan's description of the run that `_measure` makes."""
@@ -160,12 +160,12 @@ def _saved(run: Callable[[], Any]) -> int:
 
 def _measure(rank: int, world: int, case: Case) -> Measured:
     from inrun_megatron import InRunShapley, Layout, ShapleyTarget
-    from inrun_megatron.engines import stretches
+    from inrun_megatron.engines import buckets
     from inrun_megatron.models import token_losses
     from inrun_megatron.shapley.passes import Task
     from tests.layout_engine import forward_backward, share
 
-    stretches.STRETCH = case.stretch
+    buckets.BUCKET_SIZE = case.bucket_size
     layout_case = case.layout
     engine = build_engine(layout_case)
     layout = Layout.current()
@@ -242,8 +242,8 @@ CASES = {
         _case(2, 1, "llama", direction_dtype="bf16"),
         _case(2, 2, estimator="simpson"),
         _case(2, 1, base="drift"),
-        _case(2, 2, stretch=3000, direction_dtype="bf16"),
-        _case(2, 0, stretch=3000),
+        _case(2, 2, bucket_size=3000, direction_dtype="bf16"),
+        _case(2, 0, bucket_size=3000),
         _case(2, 3),
         _case(2, 3, "llama", estimator="midpoint", direction_dtype="bf16"),
         _case(2, 1, tp=2),
@@ -261,7 +261,7 @@ def test_predictions_are_what_real_steps_hold_send_and_compute(
     cases = CASES[world]
     for case, ranks in zip(cases, assert_cases(run_cases(_measure, world, cases)), strict=True):
         job = case.job()
-        monkeypatch.setattr(predict, "STRETCH", case.stretch)
+        monkeypatch.setattr(predict, "BUCKET_SIZE", case.bucket_size)
         found: Measured = ranks[0]  # tensor-parallel rank 0 counts replicated parameters
         name = f"{case.layout.shape}, ZeRO-{job.zero_stage}, TP {job.tensor_parallel}, {case.estimator} {case.base}"
         memory, work = predict.memory(job), predict.operations(job)

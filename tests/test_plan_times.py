@@ -25,12 +25,12 @@ def test_what_passes_hide_at_best() -> None:
 
     sums = seconds(job, predict.SUM)
     rest = seconds(job, predict.PUBLISH, predict.MOVE)
-    # One stretch a target: only the last target's has no pass left to hide behind.
+    # One bucket a target: only the last target's has no pass left to hide behind.
     assert times.time(job, slow).hidden == pytest.approx(rest + 3 / 4 * sums)
     assert times.time(job, fast).hidden == pytest.approx(0.0, abs=1e-30)
     single = replace(job, targets=1)
     assert times.time(single, slow).hidden == pytest.approx(seconds(single, predict.PUBLISH, predict.MOVE)), (
-        "one target, one stretch: its sum hides behind nothing"
+        "one target, one bucket: its sum hides behind nothing"
     )
     sharded = replace(job, zero_stage=3)
     assert times.time(sharded, slow).hidden == pytest.approx(seconds(sharded, predict.READ, predict.FILL))

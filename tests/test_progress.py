@@ -49,10 +49,10 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
 
 
 def test_an_audit_line_says_which_way_the_loss_went() -> None:
-    from inrun_megatron.training.loop import _audit_line
+    from inrun_megatron.training.reporting import audit_line
 
     audits = {"audit/additivity/code": 1e-8, "audit/realised/code": -7.6e-6, "audit/predicted/code": 2.8e-2}
-    assert _audit_line(50, audits) == (
+    assert audit_line(50, audits) == (
         "step 50: audit | code: additivity off by 1.0e-08, loss fell by -7.6e-06 in one step (predicted +2.8e-02)"
     )
-    assert _audit_line(50, {"audit/additivity/code": 1e-8}).endswith("additivity off by 1.0e-08")
+    assert audit_line(50, {"audit/additivity/code": 1e-8}).endswith("additivity off by 1.0e-08")

@@ -57,14 +57,14 @@ def publish_sums(directions: Any) -> None:
     directions.publish(leaving)
 
 
-def _sums(rank: int, world: int, residence: Residence, stretch: int) -> list[Any]:
+def _sums(rank: int, world: int, residence: Residence, size: int) -> list[Any]:
     """Three steps of two targets, whose last weight is used twice: (collectives at the end of each backward, whether all
-    shards and what layers read is right, stretches waited for after each read) per step."""
+    shards and what layers read is right, buckets waited for after each read) per step."""
     from inrun_megatron.directions import Directions
-    from inrun_megatron.engines import stretches
+    from inrun_megatron.engines import buckets
     from inrun_megatron.parallel import Layout
 
-    stretches.STRETCH = stretch
+    buckets.BUCKET_SIZE = size
     groups, weights = _groups(residence, world, rank)
     directions = Directions(groups, {}, Layout.data_parallel(), 2)
     uses = [
@@ -109,17 +109,17 @@ def _sums(rank: int, world: int, residence: Residence, stretch: int) -> list[Any
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("residence", [Residence.REPLICATED, Residence.FLAT])
 def test_sums_are_whole_and_on_their_way_early(world: int, residence: Residence) -> None:
-    """From the second step on every stretch is sent before the target's backward ends, whatever their length."""
+    """From the second step on every bucket is sent before the target's backward ends, whatever their length."""
     padded = [-(-numel // world) * world for numel in (7 * 3 + 4 * 6 + 2 * 2, 5 + 9)]
-    for stretch, stretches in ((8, sum(-(-numel // 8) for numel in padded)), (1000, 2)):
-        for first, *later in run_distributed(_sums, world, residence, stretch):
+    for size, count in ((8, sum(-(-numel // 8) for numel in padded)), (1000, 2)):
+        for first, *later in run_distributed(_sums, world, residence, size):
             assert first[:2] == ([0, 0], True), "uses are not known yet"
-            assert [own[:2] for own in later] == [([stretches, 2 * stretches], True)] * 2
+            assert [own[:2] for own in later] == [([count, 2 * count], True)] * 2
             for *_, waiting in (first, *later):
                 if residence is Residence.REPLICATED:
                     assert set(waiting) == {0}
-                elif stretch == 8:  # a layer waits for its own stretches, not for those before it
-                    assert 0 < waiting[0] < waiting[2] < waiting[4] == stretches
+                elif size == 8:  # a layer waits for its own buckets, not for those before it
+                    assert 0 < waiting[0] < waiting[2] < waiting[4] == count
 
 
 def _used_more_often(rank: int, world: int) -> None:
@@ -211,12 +211,12 @@ CASES = [
 ]
 
 
-def _short_stretches(rank: int, world: int, case: LayoutCase) -> tuple[Ran, list[tuple[int, int]]]:
-    """A run whose stretches are shorter than a weight; sums that were running when each pass had ended, and that could be."""
-    from inrun_megatron.engines import stretches
+def _small_buckets(rank: int, world: int, case: LayoutCase) -> tuple[Ran, list[tuple[int, int]]]:
+    """A run whose buckets are smaller than a weight; sums that were running when each pass had ended, and that could be."""
+    from inrun_megatron.engines import buckets
     from inrun_megatron.shapley import preparation
 
-    stretches.STRETCH = 500
+    buckets.BUCKET_SIZE = 500
     running: list[tuple[int, int]] = []
     original = preparation.Preparation.reduce
 
@@ -232,10 +232,10 @@ def _short_stretches(rank: int, world: int, case: LayoutCase) -> tuple[Ran, list
         preparation.Preparation.reduce = original  # type: ignore[method-assign]
 
 
-def test_values_through_short_stretches_are_those_of_the_oracle() -> None:
+def test_values_through_small_buckets_are_those_of_the_oracle() -> None:
     """Real models, embeddings tied and not, with everything but the first step's sums sent before the pass ended."""
     for case, ranks in zip(
-        CASES, assert_cases(run_cases(_short_stretches, 4, CASES, timeout=180)), strict=True
+        CASES, assert_cases(run_cases(_small_buckets, 4, CASES, timeout=180)), strict=True
     ):
         oracle = case.oracle()
         for step in range(case.steps):

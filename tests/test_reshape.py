@@ -80,13 +80,13 @@ def _pass_on(rank: int, world: int, argv: list[str]) -> tuple[list[dict[str, Any
     from inrun_megatron.training.engine import build_trainer
     from inrun_megatron.training.run import prepare
 
-    settled = prepare(parse(argv), world)
-    config = settled.config
+    resolved = prepare(parse(argv), world)
+    config = resolved.config
     distributed.initialise(config.parallel)
     vocabulary = datasets.vocabulary(config)
     resume = run_state.to_resume(config)
     assert resume is not None
-    trainer = build_trainer(config, settled.deepspeed, settled.batch, vocabulary.vocab_size)
+    trainer = build_trainer(config, resolved.deepspeed, resolved.batch, vocabulary.vocab_size)
     checkpoint.save(config, trainer, checkpoint.load(config, trainer, resume)[0])
     settings = [{k: group[k] for k in group if k != "params"} for group in trainer.optimizer.param_groups]
     return settings, ZeroAdapter(trainer.engine, Layout.current()).clip_threshold
@@ -211,17 +211,22 @@ def test_a_resume_on_another_number_of_ranks(two_ranks: Workers, data: Path, tmp
     again[-2] = str(tmp_path / "elsewhere")
     heads = "was written with --num-attention-heads 4, this run has 2: give the flags of the model"
     assert heads in refused(two_ranks, [*again, "--num-attention-heads", "2"])
-    # An older checkpoint does not say what model it is of, but its notes have names and shapes.
+    # What run_state.json says of the model is not all: the notes have names and shapes.
     checkpoint = resumed / "checkpoints" / (resumed / "checkpoints" / "latest").read_text()
-    state = json.loads((checkpoint / "run_state.json").read_text())
+    written = (checkpoint / "run_state.json").read_text()
+    state = json.loads(written)
+    for changed, words in (
+        ({"hidden_size": 64, "ffn_hidden_size": 256, "kv_channels": 16}, "word_embeddings.weight of shape"),
+        ({"num_layers": 6}, "this run has a parameter decoder.layers.4"),
+        ({"num_layers": 2}, "the checkpoint has a parameter decoder.layers.2"),
+    ):
+        (checkpoint / "run_state.json").write_text(json.dumps(state | {"model": state["model"] | changed}))
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in changed.items()]
+        assert words in refused(two_ranks, [*again, *flags])
     del state["model"]
     (checkpoint / "run_state.json").write_text(json.dumps(state))
-    assert "word_embeddings.weight of shape" in refused(two_ranks, [*again, "--hidden-size", "64"])
-    for layers, words in (
-        ("6", "this run has a parameter decoder.layers.4"),
-        ("2", "the checkpoint has a parameter decoder.layers.2"),
-    ):
-        assert words in refused(two_ranks, [*again, "--num-layers", layers])
+    assert "no complete checkpoint of this program: run_state.json has no model" in refused(two_ranks, again)
+    (checkpoint / "run_state.json").write_text(written)
     (checkpoint / "shards_00000.json").unlink()
     assert "has no shards_*.json" in refused(two_ranks, again)
 
@@ -248,7 +253,7 @@ def test_buffers_in_another_order_are_another_layout(two_ranks: Workers, data: P
     for name, about in json.loads(notes[0])["parameters"].items():
         for field in ("weight", "exp_avg"):
             whole = [
-                saved._stretch(name, field, 0, 0, math.prod(about["shape"])) for saved in (before, after)
+                saved._fragment(name, field, 0, 0, math.prod(about["shape"])) for saved in (before, after)
             ]
             assert torch.equal(*whole), (name, field)
 
@@ -304,7 +309,7 @@ def test_shards_join_to_what_they_were_cut_from(dim: int, stride: int) -> None:
 
 
 def test_the_note_says_what_lies_in_a_file(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
-    """Every element of every parameter is in exactly one stretch."""
+    """Every element of every parameter is in exactly one fragment."""
     flags = [*FIXED, "--no-shapley", "--train-iters", "2", "--zero-stage", "2", "--save", str(tmp_path)]
     two_ranks.run(run_here, arguments(data, *flags))
     notes = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("checkpoints/*/shards_*.json"))]
@@ -312,7 +317,7 @@ def test_the_note_says_what_lies_in_a_file(two_ranks: Workers, data: Path, tmp_p
     found: dict[str, list[tuple[int, int]]] = {}
     for note in notes:
         for piece in note["pieces"]:
-            for name, start, _, numel in piece["stretches"]:
+            for name, start, _, numel in piece["fragments"]:
                 found.setdefault(name, []).append((start, start + numel))
     for name, about in notes[0]["parameters"].items():
         ends = sorted(found[name])

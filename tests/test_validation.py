@@ -80,9 +80,9 @@ def test_bad_numbers_are_refused_with_values_and_remedy(flags: str, message: str
     ],
 )
 def test_what_a_pipeline_cannot_do_is_refused(flags: str, message: str) -> None:
-    settled, _, _ = merge(config("--pipeline-model-parallel-size", "2", *flags.split()), 2)
+    resolved, _, _ = merge(config("--pipeline-model-parallel-size", "2", *flags.split()), 2)
     with pytest.raises(UserError, match=message):
-        check_pipeline(settled)
+        check_pipeline(resolved)
 
 
 def test_gradients_that_stay_divided_are_refused(tmp_path: Path) -> None:
@@ -109,13 +109,13 @@ def test_fp16_without_a_loss_scale_is_refused(tmp_path: Path, stages: int) -> No
 
 
 def test_the_base_point_is_the_drift_where_that_costs_no_flush() -> None:
-    def settled(*flags: str) -> str | None:
+    def resolved(*flags: str) -> str | None:
         return merge(config(*flags), 1)[0].shapley.base
 
     stages = ("--pipeline-model-parallel-size", "2")
-    assert (settled(), settled(*stages)) == ("drift", "current")
-    assert settled(*stages, "--shapley-base", "drift") == "drift"
-    assert settled("--shapley-base", "current") == "current"
+    assert (resolved(), resolved(*stages)) == ("drift", "current")
+    assert resolved(*stages, "--shapley-base", "drift") == "drift"
+    assert resolved("--shapley-base", "current") == "current"
 
 
 @pytest.mark.parametrize("flag", ["--save", "--shapley-dir"])

@@ -29,6 +29,8 @@ from inrun_megatron.report.tables import print_json
 
 
 class Format(StrEnum):
+    """Of the file that is written."""
+
     csv = "csv"
     jsonl = "jsonl"
     parquet = "parquet"

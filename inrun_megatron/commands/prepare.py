@@ -8,9 +8,9 @@ from typing import Annotated, cast
 
 import typer
 
+from inrun_megatron.data.inputs import Format
 from inrun_megatron.data.prepare import PrepareSummary
 from inrun_megatron.data.prepare import prepare as prepare_dataset
-from inrun_megatron.data.readers import Format
 from inrun_megatron.wording import counted
 
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from inrun_megatron.data.documents import FIXED_COLUMNS, DocumentTable, documents_path, summary_path
 from inrun_megatron.data.indexed import normalise_prefix
-from inrun_megatron.data.readers import FORMATS, Format, ReadOptions, find_inputs, kind_of, pieces
+from inrun_megatron.data.inputs import FORMATS, Format, find_inputs, kind_of
+from inrun_megatron.data.readers import ReadOptions, pieces
 from inrun_megatron.data.tokenization import TokenizedPiece, TokenizeJob, tokenized
 from inrun_megatron.data.tokenizers import build_tokenizer
 from inrun_megatron.errors import UserError

@@ -1,4 +1,4 @@
-"""From input paths to documents: discovery, pieces of work, and the reading of one piece.
+"""From input files to documents: pieces of work, and the reading of one piece.
 
 A *piece* is what one worker process tokenizes at a time: a whole text file, some lines of a JSONL or text file, or one row
 group of a Parquet file. Pieces come in the order of the inputs, so the result does not depend on the number of workers.
@@ -6,7 +6,6 @@ group of a Parquet file. Pieces come in the order of the inputs, so the result d
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
 import os
@@ -14,18 +13,12 @@ import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
+from inrun_megatron.data.inputs import Format, kind_of
 from inrun_megatron.errors import UserError
 from inrun_megatron.wording import one_line
 
-Format = Literal["auto", "text", "lines", "jsonl", "parquet"]
-FORMATS: tuple[Format, ...] = ("auto", "text", "lines", "jsonl", "parquet")
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
-PARQUET_SUFFIXES = (".parquet", ".pq")
-DIRECTORY_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl", ".ndjson", *PARQUET_SUFFIXES)
-"""What is taken from a directory (also with .gz, except Parquet). Anything else is named by a glob or a path."""
 _PIECE_BYTES = 1 << 20
 
 
@@ -63,76 +56,6 @@ class Document:
     text: str
     line: int
     kept: Mapping[str, Any] = field(default_factory=dict)
-
-
-def find_inputs(inputs: Sequence[str | Path], format: Format = "auto") -> list[str]:
-    """All files that `inputs` (files, directories, globs with **) name, in order, each once.
-
-    Directories are walked in sorted order without hidden files. UserError for whatever names nothing.
-    """
-    files: dict[str, str] = {}
-    for item in map(str, inputs):
-        if os.path.isdir(item):
-            found = list(_walk(item, format))
-            if not found:
-                wanted = DIRECTORY_SUFFIXES if format == "auto" else _suffixes(format)
-                raise UserError(
-                    f"the directory {item} holds no file with one of the suffixes {' '.join(wanted)}: name the files by a "
-                    f"glob such as '{item.rstrip('/')}/**/*'"
-                )
-        elif os.path.isfile(item):
-            found = [item]
-        elif glob.has_magic(item):
-            found = sorted(path for path in glob.glob(item, recursive=True) if os.path.isfile(path))
-            if not found:
-                raise UserError(f"no file matches {item!r}")
-        else:
-            raise UserError(f"the input {item} does not exist")
-        for path in found:
-            _check_name(path)
-            files.setdefault(os.path.realpath(path), path)
-    if not files:
-        raise UserError("no input is given: name files, directories or globs")
-    return list(files.values())
-
-
-def _check_name(path: str) -> None:
-    """documents.parquet keeps the name of every document's file, as UTF-8."""
-    try:
-        path.encode("utf-8")
-    except UnicodeEncodeError:
-        shown = os.fsencode(path).decode("utf-8", errors="replace")
-        raise UserError(f"the name of the input {shown} is not UTF-8: rename the file") from None
-
-
-def _suffixes(format: Format) -> tuple[str, ...]:
-    if format == "jsonl":
-        return JSONL_SUFFIXES
-    if format == "parquet":
-        return PARQUET_SUFFIXES
-    return tuple(suffix for suffix in DIRECTORY_SUFFIXES if kind_of(f"x{suffix}", "auto") == "text")
-
-
-def _walk(directory: str, format: Format) -> Iterator[str]:
-    wanted = DIRECTORY_SUFFIXES if format == "auto" else _suffixes(format)
-    for parent, directories, names in os.walk(directory):
-        directories[:] = sorted(name for name in directories if not name.startswith("."))
-        for name in sorted(names):
-            # documents.parquet is what an earlier inrun prepare left in the directory, and no input
-            if name.startswith(".") or name.endswith(".documents.parquet"):
-                continue
-            if name.lower().removesuffix(".gz").endswith(wanted):
-                yield os.path.join(parent, name)
-
-
-def kind_of(path: str, format: Format) -> Format:
-    """The format of one file."""
-    if format != "auto":
-        return format
-    suffix = os.path.splitext(path.lower().removesuffix(".gz"))[1]
-    if suffix in JSONL_SUFFIXES:
-        return "jsonl"
-    return "parquet" if suffix in PARQUET_SUFFIXES else "text"
 
 
 def pieces(files: Sequence[str], options: ReadOptions) -> Iterator[Piece]:

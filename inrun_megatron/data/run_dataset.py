@@ -142,6 +142,7 @@ class RunDataset:
 
     @cached_property
     def reads_once(self) -> bool:
+        """Has every document one place in the stream (one epoch, one sequence a document)?"""
         if not self._plain:
             return False
         counts = np.bincount(self._index[0], minlength=1)
@@ -149,6 +150,7 @@ class RunDataset:
 
     @property
     def spans_per_sample(self) -> float:
+        """Spans of documents that a sample reads, on average; no less than that."""
         document_index, _, shuffle_index = self._index
         return 1 + len(document_index) / max(len(shuffle_index), 1)
 

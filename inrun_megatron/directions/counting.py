@@ -28,7 +28,7 @@ class Counting:
 
     def __init__(self, groups: Sequence[FlatGroup], sharding: dict[int, Sharding], layout: Layout) -> None:
         self._sharding, self._layout = sharding, layout
-        self._stretches = [merged(self._counted(group)) for group in groups]
+        self._ranges = [merged(self._counted(group)) for group in groups]
 
     def _counted(self, group: FlatGroup) -> Iterator[Span]:
         if group.residence is Residence.REPLICATED and self._layout.dp_rank > 0:
@@ -40,19 +40,19 @@ class Counting:
             if sharding is not None and (sharding.splits or self._layout.tp_rank == 0):
                 yield span
 
-    def stretches(self, group: int, start: int, numel: int) -> list[tuple[int, int]]:
+    def ranges(self, group: int, start: int, numel: int) -> list[tuple[int, int]]:
         """Those within ``[start, start + numel)`` of the group's local part, from 0."""
         return [
             (max(lo, start) - start, min(hi, start + numel) - start)
-            for lo, hi in self._stretches[group]
+            for lo, hi in self._ranges[group]
             if lo < start + numel and hi > start
         ]
 
     def squares(self, shards: Sequence[Tensor]) -> Tensor:
         """This rank's part of the vectors' squared norms, ``[K]`` fp64, from their ``[K, n]`` of every group."""
         squares = torch.zeros(len(shards[0]), dtype=torch.float64, device=shards[0].device)
-        for shard, stretches in zip(shards, self._stretches, strict=True):
-            for lo, hi in stretches:
+        for shard, ranges in zip(shards, self._ranges, strict=True):
+            for lo, hi in ranges:
                 squares += torch.linalg.vector_norm(shard[:, lo:hi], dim=1).double().square()
         return squares
 
@@ -68,13 +68,13 @@ class Counting:
         if by_triton(shard) and vector.dtype == torch.float32:
             from ..optimizers import triton_adam  # where there is no GPU, Triton need not be installed
 
-            for lo, hi in self.stretches(group, start, vector.numel()):
+            for lo, hi in self.ranges(group, start, vector.numel()):
                 rows = list(shard[:, start + lo : start + hi])
                 total += triton_adam.inner_products(rows, vector[lo:hi])
             return total
         size = block_size(vector.numel(), shard.device)
         products = torch.empty(len(shard), size, dtype=vector.dtype, device=shard.device)
-        for begin, end in self.stretches(group, start, vector.numel()):
+        for begin, end in self.ranges(group, start, vector.numel()):
             for lo in range(begin, end, size):
                 hi = min(lo + size, end)
                 part, own = shard[:, start + lo : start + hi], products[:, : hi - lo]

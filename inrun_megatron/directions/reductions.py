@@ -1,15 +1,15 @@
-"""Sums of directions over data-parallel ranks, started while the validation backward still runs.
+"""Sums of directions over ranks: over data-parallel ones, started while the validation backward still runs.
 
-A backward completes a flat group from its end. In a target's last validation backward every stretch of it is sent as
+A backward completes a flat group from its end. In a target's last validation backward every bucket of it is sent as
 soon as all that lies in it has been added, so that the network works while the layers before are computed, and a
 target's sums travel while the next one's passes run:
 
-    stage 0      an all-reduce of the stretch
-    stages 1, 2  a reduce-scatter of it in equal parts, which go to their owners at the end (engines/stretches.py)
+    stage 0      an all-reduce of the bucket
+    stages 1, 2  a reduce-scatter of it in equal parts, which go to their owners at the end (engines/buckets.py)
     stage 3      a reduce-scatter of every layer, which runs while the next layer's gradient is computed
 
 The first step counts how often a parameter is used in a microbatch (twice, where embeddings are tied); until then everything
-is sent at the end, as is always what a pipeline's other stage adds to. Stretches are sent in one order, fixed by the
+is sent at the end, as is always what a pipeline's other stage adds to. Buckets are sent in one order, fixed by the
 layout, so that ranks never wait for each other's.
 """
 
@@ -24,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..engines.buckets import Buckets
 from ..engines.shards import FlatGroup, Residence
-from ..engines.stretches import Cut
 from ..errors import UserError
 from ..parallel import Layout
 
@@ -34,7 +34,7 @@ LAYERS_ON_THE_WAY = 1
 
 
 @dataclass(frozen=True)
-class _Stretch:
+class _Bucket:
     """``[lo, hi)`` of flat group ``group``."""
 
     group: int
@@ -47,23 +47,23 @@ class Reductions:
 
     Args:
         groups: flat groups of the engine's adapter.
-        cuts: of these groups, by index; empty where nothing flat is summed (one rank, stage 3).
+        buckets: of these groups, by index; empty where nothing flat is summed (one rank, stage 3).
         layout: process groups.
         targets: K.
     """
 
     def __init__(
-        self, groups: Sequence[FlatGroup], cuts: dict[int, Cut], layout: Layout, targets: int
+        self, groups: Sequence[FlatGroup], buckets: dict[int, Buckets], layout: Layout, targets: int
     ) -> None:
-        self._groups, self._cuts, self._layout, self._targets = groups, cuts, layout, targets
+        self._groups, self._buckets, self._layout, self._targets = groups, buckets, layout, targets
         # Large groups first, because vectors are complete at the very end only.
-        largest_first = sorted(cuts, key=lambda index: -groups[index].numel)
-        self._order = [_Stretch(index, lo, hi) for index in largest_first for lo, hi in cuts[index].bounds]
-        self._in: dict[int, list[int]] = {}  # by parameter: the stretches that it lies in
+        largest_first = sorted(buckets, key=lambda index: -groups[index].numel)
+        self._order = [_Bucket(index, lo, hi) for index in largest_first for lo, hi in buckets[index].bounds]
+        self._in: dict[int, list[int]] = {}  # by parameter: the buckets that it lies in
         for index in largest_first:
-            first = next(place for place, stretch in enumerate(self._order) if stretch.group == index)
+            first = next(place for place, bucket in enumerate(self._order) if bucket.group == index)
             for span in groups[index].spans:
-                self._in[id(span.parameter)] = [first + place for place in cuts[index].meets(span)]
+                self._in[id(span.parameter)] = [first + place for place in buckets[index].meets(span)]
         self._uses: Counter[int] | None = None  # of each parameter in a microbatch
         self._layers: deque[tuple[dist.Work, Tensor, Tensor, Tensor]] = deque()
         self.hold(())
@@ -77,7 +77,7 @@ class Reductions:
 
     @property
     def started(self) -> int:
-        """Collectives over stretches since ``begin()``."""
+        """Collectives over buckets since ``begin()``."""
         return len(self._works)
 
     def begin(self) -> None:
@@ -89,7 +89,7 @@ class Reductions:
         self._layers.clear()
 
     def _expected(self) -> list[int]:
-        """Parameters that each stretch waits for."""
+        """Parameters that each bucket waits for."""
         missing = [0] * len(self._order)
         for key in self._uses or ():
             for place in self._in[key]:
@@ -127,13 +127,13 @@ class Reductions:
                 return
             self._works.append(self._start(target, self._order[place], sums))
 
-    def _start(self, target: int, stretch: _Stretch, sums: Sequence[Tensor]) -> dist.Work:
-        whole = sums[stretch.group][target, stretch.lo : stretch.hi]
+    def _start(self, target: int, bucket: _Bucket, sums: Sequence[Tensor]) -> dist.Work:
+        whole = sums[bucket.group][target, bucket.lo : bucket.hi]
         group = self._layout.dp_group
-        if self._groups[stretch.group].residence is Residence.REPLICATED:
+        if self._groups[bucket.group].residence is Residence.REPLICATED:
             return dist.all_reduce(whole, group=group, async_op=True)
         part = whole.new_empty(whole.numel() // self._layout.dp_size)
-        self._parts.setdefault((stretch.group, target), {})[stretch.lo] = part
+        self._parts.setdefault((bucket.group, target), {})[bucket.lo] = part
         return dist.reduce_scatter_tensor(part, whole, group=group, async_op=True)
 
     def finish(self, sums: Sequence[Tensor]) -> None:
@@ -146,9 +146,9 @@ class Reductions:
         for work in self._works:
             work.wait()
         for (index, target), parts in sorted(self._parts.items()):
-            group, cut = self._groups[index], self._cuts[index]
-            in_order = [parts.pop(lo) for lo, _ in cut.bounds]
-            cut.to_owners(in_order, sums[index][target, group.start : group.stop])
+            group, own = self._groups[index], self._buckets[index]
+            in_order = [parts.pop(lo) for lo, _ in own.bounds]
+            own.to_owners(in_order, sums[index][target, group.start : group.stop])
         if self._uses is None and self._seen[0]:
             self._uses = self._seen[0]
         self.begin()
@@ -171,3 +171,11 @@ class Reductions:
         work, part, own, _ = self._layers.popleft()
         work.wait()
         own.add_(part)
+
+
+def sum_together(pieces: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Sum views ``[K, n]`` over the group's ranks, in place and in one all-reduce."""
+    packed = torch.cat(list(pieces), dim=1)
+    dist.all_reduce(packed, group=group)
+    for piece, summed in zip(pieces, packed.split([p.shape[1] for p in pieces], dim=1), strict=True):
+        piece.copy_(summed)

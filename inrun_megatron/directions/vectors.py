@@ -26,14 +26,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..dots.copy_engine import ALIGNMENT
+from ..engines.buckets import Buckets, FlatGathers
 from ..engines.shards import FlatGroup, Residence, merged
-from ..engines.stretches import Cut, FlatGathers
 from ..errors import UserError
 from ..parallel import Layout
 from ..taps import Sharding
 from .counting import Counting
 from .gathers import LayerGathers
-from .reductions import Reductions
+from .reductions import Reductions, sum_together
 
 STORED = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -74,12 +74,13 @@ class Directions:
         self.groups = groups
         self.layout = layout
         self.targets = targets
-        self._sharding, self._dtype, self._narrow = sharding, dtype, stored or dtype
-        # One [K, n] per group. With a narrow type there are either sums or, after publish(), what layers read.
+        self._sharding, self._sum_dtype, self._stored_dtype = sharding, dtype, stored or dtype
+        # One [K, n] per group. Where the sums are rounded, there are either sums or, after publish(), what layers read.
+        self._rounds = self._stored_dtype != dtype
         self._sums: list[Tensor] = []
         self._stored: list[Tensor] = []
-        if self._narrow == dtype:
-            self._sums = self._stored = self._allocate(dtype)
+        if not self._rounds:
+            self._sums = self._stored = [self._empty(group, dtype).zero_() for group in groups]
         self._places: dict[int, _Place] = {}
         self._views: dict[int, list[Tensor]] = {}  # of what is stored, by parameter
         # What lies in the sums of these, by target, is this step's; of flat groups only.
@@ -88,18 +89,19 @@ class Directions:
             for span in group.spans:
                 shape = _full_shape(span.parameter)
                 self._places[id(span.parameter)] = _Place(index, span.start, span.numel, shape)
-        cuts = {
-            index: Cut(group, layout)
+        buckets = {
+            index: Buckets(group, layout)
             for index, group in enumerate(groups)
             if group.residence is not Residence.PARTITIONED and layout.dp_size > 1
         }
-        self._reductions = Reductions(groups, cuts, layout, targets)
-        flat = {index: cut for index, cut in cuts.items() if groups[index].residence is Residence.FLAT}
+        self._reductions = Reductions(groups, buckets, layout, targets)
+        flat = {index: own for index, own in buckets.items() if groups[index].residence is Residence.FLAT}
         self._flat = FlatGathers(groups, flat, layout)
         self._layers = LayerGathers(
             layout.dp_group, layout.dp_size, lambda key: self._own(self._places[key]).reshape(-1)
         )
         self.counting = Counting(groups, sharding, layout)
+        # Of parameters that see sequence shards: ranges of every group's local part.
         self._sequence = [
             merged(s for s in g.local_spans() if sharding.get(id(s.parameter)) is Sharding.SEQUENCE)
             for g in groups
@@ -107,7 +109,7 @@ class Directions:
 
     def like(self, vectors: int) -> Directions:
         """``vectors`` further vectors in the same layout, zero."""
-        return Directions(self.groups, self._sharding, self.layout, vectors, self._dtype)
+        return Directions(self.groups, self._sharding, self.layout, vectors, self._sum_dtype)
 
     @property
     def device(self) -> torch.device:
@@ -122,9 +124,6 @@ class Directions:
     @property
     def _present(self) -> list[Tensor]:
         return self._sums or self._stored
-
-    def _allocate(self, dtype: torch.dtype) -> list[Tensor]:
-        return [self._empty(group, dtype).zero_() for group in self.groups]
 
     def _empty(self, group: FlatGroup, dtype: torch.dtype) -> Tensor:
         own = group.stop - group.start if group.residence is Residence.PARTITIONED else group.numel
@@ -148,15 +147,15 @@ class Directions:
         self._views.clear()
         self.rewind()
         self._reductions.begin()
-        if self._narrow != self._dtype:
+        if self._rounds:
             self._stored.clear()  # before the sums take their room
-            self._sums = [self._empty(group, self._dtype) for group in self.groups]
+            self._sums = [self._empty(group, self._sum_dtype) for group in self.groups]
         for begun in self._begun:
             begun.clear()
         for group, buffer in zip(self.groups, self._sums, strict=True):
             if group.residence is Residence.PARTITIONED:
                 buffer.zero_()
-            elif self._narrow != self._dtype:
+            elif self._rounds:
                 for lo, hi in group.gaps():
                     buffer[:, lo:hi].zero_()
 
@@ -209,13 +208,10 @@ class Directions:
         if self.layout.tp_size > 1 and any(self._sequence):
             pieces = [
                 shard[:, lo:hi]
-                for shard, spans in zip(self.shards(), self._sequence, strict=True)
-                for lo, hi in spans
+                for shard, ranges in zip(self.shards(), self._sequence, strict=True)
+                for lo, hi in ranges
             ]
-            packed = torch.cat(pieces, dim=1)
-            dist.all_reduce(packed, group=self.layout.tp_group)
-            for piece, summed in zip(pieces, packed.split([p.shape[1] for p in pieces], dim=1), strict=True):
-                piece.copy_(summed)
+            sum_together(pieces, self.layout.tp_group)
 
     def shards(self) -> list[Tensor]:
         """This rank's local part of every group, ``[K, n]`` views: of the sums, after ``publish`` of what layers read."""
@@ -231,28 +227,27 @@ class Directions:
         return [self._leaving(index) for index in range(len(self.groups))]
 
     def _leaving(self, index: int) -> Tensor | None:
-        group, narrow = self.groups[index], self._narrow != self._dtype
-        if not narrow and index not in self._flat.order:
+        group = self.groups[index]
+        if not self._rounds and index not in self._flat.order:
             return None
-        out = self._rows(group.stop - group.start, self._narrow, group.device)
+        out = self._rows(group.stop - group.start, self._stored_dtype, group.device)
         for lo, hi in group.unstepped():
             out[:, lo:hi].zero_()
         return out
 
     def publish(self, leaving: Sequence[Tensor | None]) -> None:
         """Bring ``leaving()``, written by now, to where the layers read it; at stages 1 and 2 by all-gathers that run on."""
-        narrow = self._narrow != self._dtype
         for index, out in enumerate(leaving):
             if out is not None and index not in self._flat.order:
                 self._sums[index] = out
         for index in self._flat.order:
             shards = leaving[index]
             assert shards is not None
-            if narrow:
+            if self._rounds:
                 self._sums[index] = torch.empty(0)  # before directions take its room
-                self._sums[index] = self._empty(self.groups[index], self._narrow)
+                self._sums[index] = self._empty(self.groups[index], self._stored_dtype)
             self._flat.start(index, shards, self._sums[index])
-        if narrow:
+        if self._rounds:
             self._stored, self._sums = self._sums, []
 
     # -- reading -------------------------------------------------------------------------------------
@@ -299,7 +294,7 @@ class Directions:
         """
         self._flat.wait()
         shard = self._local(group)
-        flat = vector.detach().reshape(-1).to(device=shard.device, dtype=self._dtype)
+        flat = vector.detach().reshape(-1).to(device=shard.device, dtype=self._sum_dtype)
         return self.counting.inner_products(group, shard, start, flat)
 
 

@@ -36,6 +36,7 @@ class Shape:
 
     @property
     def weights(self) -> int:
+        """Elements of the layer's weight."""
         return self.features_in * self.features_out
 
 

@@ -1,11 +1,17 @@
-"""Evaluation mode for a while."""
+"""Evaluation mode for a while, and the sums of losses in it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..losses import masked_sum
+from ..parallel import Layout
 
 
 @contextmanager
@@ -18,3 +24,39 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule in training:
             submodule.training = True
+
+
+def loss_sums(
+    module: nn.Module,
+    token_losses: Callable[[Any, Any], Tensor],
+    microbatches: Iterable[Mapping[str, Tensor]],
+    device: torch.device,
+) -> Tensor:
+    """(sum of the token losses where ``loss_mask`` is 1, loss tokens), fp64 ``[2]``: this rank's, dropout off, no gradients.
+
+    Args:
+        token_losses: ``(module, microbatch) -> [b, s]``.
+        device: of the sums.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    with evaluating(module), torch.no_grad():
+        for microbatch in microbatches:
+            losses, mask = token_losses(module, microbatch).float(), microbatch["loss_mask"]
+            sums += torch.stack([masked_sum(losses, mask), mask.float().sum()])
+    return sums
+
+
+def over_ranks(sums: Tensor, layout: Layout) -> Tensor:
+    """Sums of losses over all ranks that hold a part of them, in place: replicas, through a pipeline their last stages.
+
+    Collective over the data-parallel group, through a pipeline over the world.
+    """
+    if layout.pp_size > 1:
+        if (
+            layout.tp_rank > 0
+        ):  # all tensor-parallel ranks of the last stage have the same sums, the other stages none
+            sums.zero_()
+        dist.all_reduce(sums)
+    elif layout.dp_size > 1:
+        dist.all_reduce(sums, group=layout.dp_group)
+    return sums

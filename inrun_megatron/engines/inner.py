@@ -38,6 +38,7 @@ def require_known(optimizer: torch.optim.Optimizer) -> None:
 
 
 def is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """Does the optimizer take Adam's or AdamW's step?"""
     return type(optimizer).__name__ in ADAM_NAMES
 
 

@@ -1,7 +1,7 @@
 """Moving the model's weights to where the optimizer's step would take them, and back without a trace.
 
 The optimizer's masters, moments and counters are only read. What moves is the copy that the layers use: this rank's
-part of it is computed from the masters, and gathered (stages 1 and 2) stretch by stretch while the first forward runs,
+part of it is computed from the masters, and gathered (stages 1 and 2) bucket by bucket while the first forward runs,
 whose layers wait for their own (``arriving``).
 """
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .buckets import Buckets, FlatGathers
 from .shards import FlatGroup, Piece, Residence
-from .stretches import Cut, FlatGathers
 from .zero_groups import OptimizerState
 
-Place = Callable[[int, Piece, Tensor], object]
+Write = Callable[[int, Piece, Tensor], object]
 """``(group, piece, out)``: write the piece's new weights ``[numel]`` into ``out``, in the model's precision."""
 
 
@@ -27,18 +27,20 @@ class Lookahead:
 
     def __init__(self, state: OptimizerState) -> None:
         self._state = state
-        cuts = {index: Cut(g, state.layout) for index, g in enumerate(state.groups) if self._gathered(g)}
-        self._gathers = FlatGathers(state.groups, cuts, state.layout)
+        buckets = {
+            index: Buckets(g, state.layout) for index, g in enumerate(state.groups) if self._gathered(g)
+        }
+        self._gathers = FlatGathers(state.groups, buckets, state.layout)
 
     def arriving(self, parameter: Parameter) -> None:
         """Wait until the parameter's moved weights have come: before a layer reads it."""
         self._gathers.wait(id(parameter))
 
     @contextmanager
-    def moving(self) -> Iterator[Callable[[Place], None]]:
-        """Yields ``move(place)``, to be called any number of times; afterwards the weights are what they were, bit for bit.
+    def moving(self) -> Iterator[Callable[[Write], None]]:
+        """Yields ``move(write)``, to be called any number of times; afterwards the weights are what they were, bit for bit.
 
-        ``place`` always sees the masters from before the first move. A copy of the layers' weights is kept where the way
+        ``write`` always sees the masters from before the first move. A copy of the layers' weights is kept where the way
         back would be a collective (stages 1 and 2) or the weights are the optimizer's own; elsewhere they come back from
         the masters, whose rounding they are.
         """
@@ -50,14 +52,14 @@ class Lookahead:
             for weights, original in zip(moved_from, kept, strict=True):
                 weights.copy_(original)
 
-        def move(place: Place) -> None:
+        def move(write: Write) -> None:
             nonlocal moved
             self._gathers.wait()  # where a node's passes read less than the whole model
             with torch.no_grad():
                 if moved and self._state.is_bare:
                     back()
                 moved = True
-                self._write_all(place)
+                self._write_all(write)
                 self._gather()
 
         try:
@@ -67,7 +69,7 @@ class Lookahead:
             with torch.no_grad():
                 back()
             if not kept:
-                self.settle()
+                self.copy_from_masters()
 
     def _weights_to_keep(self) -> list[Tensor]:
         if self._state.is_bare:
@@ -79,17 +81,17 @@ class Lookahead:
     def _gathered(self, group: FlatGroup) -> bool:
         return group.residence is Residence.FLAT and self._state.layout.dp_size > 1
 
-    def settle(self) -> None:
+    def copy_from_masters(self) -> None:
         """Set the weights to the optimizer's masters, rounded to the model's precision."""
         with torch.no_grad():
             self._write_all(lambda _, piece, out: out.copy_(piece.tensor.view(-1)))
             self._gather()
             self._gathers.wait()
 
-    def _write_all(self, place: Place) -> None:
+    def _write_all(self, write: Write) -> None:
         for index, group in enumerate(self._state.groups):
             for piece in group.pieces:
-                self._write(index, group, piece, place)
+                self._write_piece(index, group, piece, write)
 
     def _local(self, group: FlatGroup) -> list[Tensor]:
         """This rank's part of the weights that the layers use, as flat views."""
@@ -99,16 +101,16 @@ class Lookahead:
             return [group.flat[group.start : group.stop]]
         return [span.parameter.data.view(-1) for span in group.spans]
 
-    def _write(self, index: int, group: FlatGroup, piece: Piece, place: Place) -> None:
+    def _write_piece(self, index: int, group: FlatGroup, piece: Piece, write: Write) -> None:
         local = self._local(group)
         starts = [0] if group.residence is Residence.FLAT or group.flat is not None else _starts(group)
         exact = dict(zip(starts, local, strict=True)).get(piece.start)
         if exact is not None and exact.numel() == piece.numel:
-            place(index, piece, exact)
+            write(index, piece, exact)
             return
         # One tensor of the optimizer for several of the layers' (ZeRO-3).
         whole = torch.empty(piece.numel, dtype=local[0].dtype, device=local[0].device)
-        place(index, piece, whole)
+        write(index, piece, whole)
         for start, part in zip(starts, local, strict=True):
             part.copy_(whole[start - piece.start : start - piece.start + part.numel()])
 

@@ -12,7 +12,7 @@ when one of these names moves. Upstream (deepspeed 0.19): runtime/pipe/engine.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,6 +44,18 @@ class Stream(Protocol):
 
     def sent(self) -> None:
         """The gradient of the last backward has been sent to the stage before."""
+        ...
+
+
+class StageLoss(Protocol):
+    """How microbatches enter a pipeline and what its last stage makes of them (models/stages.py: PipelineLoss)."""
+
+    def split(self, microbatch: Mapping[str, Tensor]) -> tuple[Any, Any]:
+        """(inputs of the first stage, labels for the last one)."""
+        ...
+
+    def token_losses(self, outputs: Any, labels: Any) -> Tensor:
+        """Losses per token ``[b, s]``, neither masked nor reduced."""
         ...
 
 
@@ -223,25 +235,31 @@ def _announce(engine: PipelineEngine, microbatches: Sequence[tuple[Any, Any]]) -
         expect([inputs for inputs, _ in microbatches])
 
 
-def evaluate(
-    engine: PipelineEngine, microbatches: Sequence[tuple[Any, Any]], loss: Callable[[Any, Any], Tensor]
+def loss_sums(
+    engine: PipelineEngine, loss: StageLoss, microbatches: Sequence[Mapping[str, Tensor]]
 ) -> Tensor:
-    """Sum of ``loss(outputs, labels)`` ([2]) over (inputs, labels) pairs, in evaluation mode without gradients.
+    """(sum of the token losses where ``loss_mask`` is 1, loss tokens), fp64 ``[2]``: of this replica, dropout off, no gradients.
 
-    Returns:
-        fp64; zeros on all stages but the last.
+    Zeros on all stages but the last.
     """
-    module = engine.module
-    own, module.loss_fn = module.loss_fn, loss
-    _announce(engine, microbatches)
+    module, coming = engine.module, iter(microbatches)  # the last stage sees them in order
+
+    def sums(outputs: Any, labels: Any) -> Tensor:
+        losses = loss.token_losses(outputs, labels).double()
+        mask = next(coming)["loss_mask"].to(losses)
+        return torch.stack([(losses * mask).sum(), mask.sum()])
+
+    pairs = [loss.split(microbatch) for microbatch in microbatches]
+    own, module.loss_fn = module.loss_fn, sums
+    _announce(engine, pairs)
     engine.total_loss = None  # of the training losses; train_batch starts it anew
     try:
         with evaluating(module):
-            losses = engine.eval_batch(
-                iter(microbatches), reduce_output=None, bcast_loss=False, num_micro_batches=len(microbatches)
+            found = engine.eval_batch(
+                iter(pairs), reduce_output=None, bcast_loss=False, num_micro_batches=len(pairs)
             )
     finally:
         module.loss_fn = own
     if not engine.is_last_stage():
         return torch.zeros(2, dtype=torch.float64, device=engine.device)
-    return torch.stack(losses).double().sum(0)
+    return torch.stack(found).sum(0)

@@ -3,10 +3,10 @@
 DeepSpeed's files hold flat shards that say nothing of what lies in them. So each rank leaves a note beside them, with
 every parameter by the name it has in GPTModel:
 
-    shards_00003.json   file, tensor and offset of each stretch of a parameter; how tensor parallelism cut it
+    shards_00003.json   file, tensor and offset of each fragment of a parameter; how tensor parallelism cut it
 
 A rank of another layout finds in the notes what its own pieces are made of: with the same tensor-parallel size the same
-stretches of the same shards, otherwise the shards are first put together and cut anew. Masters and moments are taken
+fragments of the same shards, otherwise the shards are first put together and cut anew. Masters and moments are taken
 over bit for bit; the layers' weights are the masters rounded, as after every step.
 """
 
@@ -35,7 +35,7 @@ Names = Mapping[int, str]
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Fragment:
     """`numel` elements of a piece, from `offset`: those of a parameter's shard (flat) from `start`."""
 
     parameter: str
@@ -44,7 +44,7 @@ class Stretch:
     numel: int
 
 
-def stretches(group: FlatGroup, piece: Piece, names: Names, dp_rank: int) -> Iterator[Stretch]:
+def fragments(group: FlatGroup, piece: Piece, names: Names, dp_rank: int) -> Iterator[Fragment]:
     """What a piece is made of; padding is left out."""
     for span in group.spans:
         begin, size = span.start, span.parameter.numel()
@@ -55,7 +55,7 @@ def stretches(group: FlatGroup, piece: Piece, names: Names, dp_rank: int) -> Ite
         first = group.start + piece.start
         lo, hi = max(begin, first), min(begin + span.numel, first + piece.numel, begin + size - skipped)
         if lo < hi:
-            yield Stretch(names[id(span.parameter)], lo - begin + skipped, lo - first, hi - lo)
+            yield Fragment(names[id(span.parameter)], lo - begin + skipped, lo - first, hi - lo)
 
 
 def _shape(parameter: Parameter) -> list[int]:
@@ -89,9 +89,9 @@ def describe(state: OptimizerState, names: Names, own_names: Names, tag: str) ->
         "pieces": [
             {
                 "param_group": piece.param_group,
-                "stretches": [
+                "fragments": [
                     [s.parameter, s.start, s.offset, s.numel]
-                    for s in stretches(group, piece, names, layout.dp_rank)
+                    for s in fragments(group, piece, names, layout.dp_rank)
                 ],
             }
             for group, piece in state.pieces()
@@ -102,12 +102,12 @@ def describe(state: OptimizerState, names: Names, own_names: Names, tag: str) ->
 
 @dataclass(frozen=True)
 class _Source:
-    """A stretch in a file."""
+    """A fragment in a file."""
 
     file: Path
     number: int  # of the tensor in it
     param_group: int
-    stretch: Stretch
+    fragment: Fragment
     saved: Any  # where the layers' own weights are the masters: (file, keys)
 
 
@@ -122,8 +122,7 @@ class Saved:
         notes = [json.loads(path.read_text("utf-8")) for path in sorted(directory.glob("shards_*.json"))]
         if not notes:
             raise UserError(
-                f"{directory} has no shards_*.json, which a resume in another layout needs: resume in the layout it "
-                "was written in and save once"
+                f"{directory} has no shards_*.json, which say what lies where in its files: restore them from a copy"
             )
         # A tied weight lies on the first and on the last stage: the first one's is taken.
         stage: dict[str, int] = {}
@@ -140,16 +139,16 @@ class Saved:
                 self._shapes[name] = about["shape"]
                 self._cuts[name] = None if about["cut"] is None else Cut(**about["cut"])
             for number, piece in enumerate(note["pieces"]):
-                for stretch in (Stretch(*values) for values in piece["stretches"]):
-                    if stretch.parameter in own:
+                for fragment in (Fragment(*values) for values in piece["fragments"]):
+                    if fragment.parameter in own:
                         source = _Source(
                             directory / note["optimizer_file"],
                             number,
                             piece["param_group"],
-                            stretch,
-                            note["parameters"][stretch.parameter]["saved"],
+                            fragment,
+                            note["parameters"][fragment.parameter]["saved"],
                         )
-                        self._sources.setdefault((stretch.parameter, note["tp"][0]), []).append(source)
+                        self._sources.setdefault((fragment.parameter, note["tp"][0]), []).append(source)
 
     def check_names(self, names: set[str]) -> None:
         """UserError unless these, of all stages, are the parameters that were saved."""
@@ -180,12 +179,12 @@ class Saved:
             found = found[key]
         return found.reshape(-1)
 
-    def _stretch(self, name: str, field: str, tp_rank: int, start: int, numel: int) -> Tensor:
+    def _fragment(self, name: str, field: str, tp_rank: int, start: int, numel: int) -> Tensor:
         """Elements [start, start + numel) of one saved shard, flat."""
         out = torch.zeros(numel, dtype=torch.float32)
         filled = 0
         for source in self._sources[name, tp_rank]:
-            own = source.stretch
+            own = source.fragment
             lo, hi = max(start, own.start), min(start + numel, own.start + own.numel)
             if lo < hi:
                 at = own.offset + lo - own.start
@@ -197,9 +196,11 @@ class Saved:
             )
         return out
 
-    def read(self, parameter: Parameter, stretch: Stretch, field: str, tp_rank: int, tp_size: int) -> Tensor:
-        """A field's elements of a stretch of this run's shard of a parameter, flat, fp32. UserError: another shape."""
-        name, cut = stretch.parameter, cut_of(parameter)
+    def read(
+        self, parameter: Parameter, fragment: Fragment, field: str, tp_rank: int, tp_size: int
+    ) -> Tensor:
+        """A field's elements of a fragment of this run's shard of a parameter, flat, fp32. UserError: another shape."""
+        name, cut = fragment.parameter, cut_of(parameter)
         shape = self._shapes[name]
         if self._cuts[name] != cut:
             raise UserError(f"{self._directory} has {name} cut as {self._cuts[name]}, this run as {cut}")
@@ -207,9 +208,9 @@ class Saved:
             if shape != _shape(parameter):
                 raise _another_model(self._directory, name, shape, _shape(parameter))
             at = tp_rank if cut is not None else 0
-            return self._stretch(name, field, at, stretch.start, stretch.numel)
+            return self._fragment(name, field, at, fragment.start, fragment.numel)
         size = torch.Size(shape).numel()
-        shards = [self._stretch(name, field, r, 0, size).view(shape) for r in range(self.tp_size)]
+        shards = [self._fragment(name, field, r, 0, size).view(shape) for r in range(self.tp_size)]
         whole = joined(shards, cut)
         expected = _shape(parameter)
         expected[cut.dim] *= tp_size
@@ -221,7 +222,7 @@ class Saved:
         if list(whole.shape) != expected:
             raise _another_model(self._directory, name, list(whole.shape), expected)
         own = shard(whole, cut.dim, cut.stride, tp_rank, tp_size)
-        return own.reshape(-1)[stretch.start : stretch.start + stretch.numel]
+        return own.reshape(-1)[fragment.start : fragment.start + fragment.numel]
 
 
 def _another_model(directory: Path, name: str, saved: list[int], now: list[int]) -> UserError:
@@ -233,7 +234,7 @@ def _another_model(directory: Path, name: str, saved: list[int], now: list[int])
 def restore(state: OptimizerState, names: Names, saved: Saved) -> None:
     """Put masters, moments, step counts and loss scale of another layout into this one's optimizer.
 
-    The layers' weights are the caller's to set (`Lookahead.settle`, a collective). UserError where the checkpoint is of another model.
+    The layers' weights are the caller's to set (`Lookahead.copy_from_masters`, a collective). UserError where the checkpoint is of another model.
     """
     inner, layout = state.inner, state.layout
     parameters = {names[id(span.parameter)]: span.parameter for group in state.groups for span in group.spans}
@@ -242,15 +243,15 @@ def restore(state: OptimizerState, names: Names, saved: Saved) -> None:
     with torch.no_grad(), state.with_parameters():
         for number, (group, piece) in enumerate(state.pieces()):
             elements: dict[str, Tensor] = {}
-            for stretch in stretches(group, piece, names, layout.dp_rank):
-                parameter = parameters[stretch.parameter]
-                for field, value in saved.fields(stretch.parameter).items():
+            for fragment in fragments(group, piece, names, layout.dp_rank):
+                parameter = parameters[fragment.parameter]
+                for field, value in saved.fields(fragment.parameter).items():
                     if field == STEP:
                         steps[piece.param_group] = value
                         continue
                     whole = elements.setdefault(field, torch.zeros(piece.numel))
-                    own = saved.read(parameter, stretch, field, layout.tp_rank, layout.tp_size)
-                    whole[stretch.offset : stretch.offset + stretch.numel] = own
+                    own = saved.read(parameter, fragment, field, layout.tp_rank, layout.tp_size)
+                    whole[fragment.offset : fragment.offset + fragment.numel] = own
             weight = elements.pop(WEIGHT, None)
             if weight is not None:
                 piece.tensor.data.view(-1).copy_(weight)

@@ -1,6 +1,6 @@
 """Where parameters lie in the optimizer's flat groups, independent of DeepSpeed's classes.
 
-A :class:`FlatGroup` is a stretch of memory that DeepSpeed (or we, at stage 0) lay parameters out in. This
+A :class:`FlatGroup` is a range of memory that DeepSpeed (or we, at stage 0) lay parameters out in. This
 rank's *local* part of it, ``[start, stop)``, is what its inner optimizer steps; directions are laid out the
 same way, so that preconditioning is elementwise and needs no lookup.
 
@@ -77,18 +77,18 @@ class FlatGroup:
         return _between(stepped, self.stop - self.start)
 
 
-def _between(stretches: list[tuple[int, int]], end: int) -> list[tuple[int, int]]:
-    """The rest of ``[0, end)``; stretches in order."""
-    edges = [0, *(edge for stretch in stretches for edge in stretch), end]
+def _between(ranges: list[tuple[int, int]], end: int) -> list[tuple[int, int]]:
+    """The rest of ``[0, end)``; ranges in order."""
+    edges = [0, *(edge for one in ranges for edge in one), end]
     return [(lo, hi) for lo, hi in zip(edges[::2], edges[1::2], strict=True) if lo < hi]
 
 
 def merged(spans: Iterator[Span]) -> list[tuple[int, int]]:
-    """Adjacent spans as few ``(start, stop)`` stretches."""
-    stretches: list[tuple[int, int]] = []
+    """Adjacent spans as few ``(start, stop)`` ranges."""
+    ranges: list[tuple[int, int]] = []
     for span in sorted(spans, key=lambda s: s.start):
-        if stretches and stretches[-1][1] == span.start:
-            stretches[-1] = (stretches[-1][0], span.start + span.numel)
+        if ranges and ranges[-1][1] == span.start:
+            ranges[-1] = (ranges[-1][0], span.start + span.numel)
         else:
-            stretches.append((span.start, span.start + span.numel))
-    return stretches
+            ranges.append((span.start, span.start + span.numel))
+    return ranges

@@ -53,6 +53,7 @@ class StepCounters:
         return seen.steps
 
     def remove(self) -> None:
+        """Take the hooks out of the optimizer."""
         for hook in self._hooks:
             hook.remove()
         self._seen.clear()

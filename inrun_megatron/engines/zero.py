@@ -46,6 +46,7 @@ class ZeroAdapter(OptimizerState):
 
     @property
     def gradient_accumulation_steps(self) -> int:
+        """Microbatches of one optimizer step on this rank."""
         return int(self.engine.gradient_accumulation_steps())
 
     @property
@@ -111,44 +112,43 @@ class ZeroAdapter(OptimizerState):
         return int(self.engine.global_steps)
 
     def step_applied(self) -> bool:
+        """Did the last step move the weights? Not where gradients overflowed."""
         return bool(self.engine.was_step_applied())
 
 
 def _refuse_unsupported(engine: Any, layout: Layout) -> None:
     if engine.optimizer is None:
         raise UserError("the DeepSpeed engine has no optimizer; scoring needs the step that is taken")
-    if layout.pp_size > 1 and not engine.pipeline_parallelism:
-        raise UserError(
-            f"pipeline parallel size {layout.pp_size} needs a DeepSpeed PipelineModule; the engine has none"
-        )
+    _refuse_other_ranks(engine, layout)
     stage = int(engine.zero_optimization_stage())
+    if stage == 3:
+        _refuse_partitioned(engine, layout)
     if engine.fp16_enabled() and stage == 0:
         raise UserError(
             "fp16 at ZeRO stage 0: DeepSpeed 0.19 divides gradients by a loss scale that engine.backward() never "
             "multiplied the loss by; use ZeRO stage 1, 2 or 3 for fp16"
-        )
-    leaves = [name for name, module in engine.module.named_modules() if getattr(module, "_z3_leaf", False)]
-    if stage == 3 and leaves:
-        raise UserError(
-            f"ZeRO-3 leaf module {leaves[0] or type(engine.module).__name__}: DeepSpeed reduces the gradients of a leaf module "
-            f"after every backward through it, also after the detached ones of scoring; leave out set_z3_leaf_modules, "
-            f"zero_optimization.leaf_module and stage3_module_granularity_threshold"
-        )
-    predivided = engine.gradient_predivide_factor()
-    if stage == 3 and engine.postscale_gradients() and predivided == layout.dp_size != 1:
-        raise UserError(
-            f"gradient_predivide_factor {predivided:g} at ZeRO stage 3 with as many data-parallel ranks: DeepSpeed 0.19 divides "
-            f"gradients by it and never multiplies them again; leave it out"
         )
     device = _device(engine.zero_offload_param())
     if device != "none":
         raise UserError(
             f"ZeRO-3 parameter offload to {device} is not supported while scoring; remove zero_optimization.offload_param"
         )
-    _refuse_offload(engine.zero_offload_optimizer())
+    refuse_offload(engine.zero_offload_optimizer())
     if getattr(engine, "zenflow", False):
         raise UserError(
             "ZenFlow steps parts of the model at other times; remove zero_optimization.zenflow to score"
+        )
+    if engine.torch_autocast_enabled():
+        raise UserError(
+            "torch_autocast is not supported while scoring; use bf16 or fp16 in the DeepSpeed config"
+        )
+
+
+def _refuse_other_ranks(engine: Any, layout: Layout) -> None:
+    """The engine's ranks must be the layout's."""
+    if layout.pp_size > 1 and not engine.pipeline_parallelism:
+        raise UserError(
+            f"pipeline parallel size {layout.pp_size} needs a DeepSpeed PipelineModule; the engine has none"
         )
     if engine.sequence_parallel_size > 1:
         raise UserError(
@@ -160,14 +160,34 @@ def _refuse_unsupported(engine: Any, layout: Layout) -> None:
             f"the engine has {engine.dp_world_size} data-parallel ranks, the layout {layout.dp_size}: pass the engine's groups "
             "as layout=Layout(...), or give the engine those of megatron.core.parallel_state (mpu=, topology=)"
         )
-    if engine.torch_autocast_enabled():
+
+
+def _refuse_partitioned(engine: Any, layout: Layout) -> None:
+    """What goes wrong at ZeRO stage 3 only."""
+    leaves = [name for name, module in engine.module.named_modules() if getattr(module, "_z3_leaf", False)]
+    if leaves:
         raise UserError(
-            "torch_autocast is not supported while scoring; use bf16 or fp16 in the DeepSpeed config"
+            f"ZeRO-3 leaf module {leaves[0] or type(engine.module).__name__}: DeepSpeed reduces the gradients of a leaf module "
+            f"after every backward through it, also after the detached ones of scoring; leave out set_z3_leaf_modules, "
+            f"zero_optimization.leaf_module and stage3_module_granularity_threshold"
+        )
+    predivided = engine.gradient_predivide_factor()
+    if engine.postscale_gradients() and predivided == layout.dp_size != 1:
+        raise UserError(
+            f"gradient_predivide_factor {predivided:g} at ZeRO stage 3 with as many data-parallel ranks: DeepSpeed 0.19 divides "
+            f"gradients by it and never multiplies them again; leave it out"
         )
 
 
-def _refuse_offload(config: Any) -> None:
-    """The optimizer's whole state must be in memory between steps, and one optimizer take them all."""
+def refuse_offload(config: Any) -> None:
+    """The optimizer's whole state must be in memory between steps, and one optimizer take them all.
+
+    Args:
+        config: DeepSpeed's section of optimizer offload, or None.
+
+    Raises:
+        UserError: it is not, or several optimizers share the steps.
+    """
     where = "zero_optimization.offload_optimizer"
     if _device(config) == "nvme":
         raise UserError(f"{where}.device nvme keeps masters and moments in files; offload to cpu to score")

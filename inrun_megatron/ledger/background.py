@@ -36,6 +36,7 @@ class Background:
 
     @property
     def failed(self) -> bool:
+        """Has a job raised? `check` says what."""
         return self._error is not None
 
     def submit(self, job: Job, weight: int = 1) -> None:

@@ -11,18 +11,15 @@ from inrun_megatron.ledger.description import Starts
 from inrun_megatron.ledger.files import read_json
 from inrun_megatron.ledger.run import OpenLedger, commit_files, step_of
 
-UNKNOWN = "unknown"
-"""In the place of a ledger's run_id where an older checkpoint does not say."""
-
 
 @dataclass(frozen=True)
-class Origin:
+class ResumePoint:
     """What a start goes on from: a checkpoint, or nothing."""
 
     step: int = 0
     """Of the checkpoint; 0 without one."""
     ledger: str | None = None
-    """run_id of the ledger that holds the rows up to it; UNKNOWN; None without scored steps."""
+    """run_id of the ledger that holds the rows up to it; None without scored steps."""
     ledger_step: int = 0
     """The last commit at that time."""
 
@@ -35,30 +32,30 @@ class Origin:
         return self.ledger_step if self.ledger == run_id else self.step
 
 
-def require_none_lost(directory: Path, origin: Origin) -> None:
+def require_none_lost(directory: Path, point: ResumePoint) -> None:
     """UserError where the checkpoint's ledger should lie in `directory`, which holds none."""
-    if origin.ledger not in (None, UNKNOWN):
+    if point.ledger is not None:
         raise UserError(
-            f"{directory} holds no ledger, but the checkpoint of step {origin.step} belongs to that of run {origin.ledger}: "
+            f"{directory} holds no ledger, but the checkpoint of step {point.step} belongs to that of run {point.ledger}: "
             "give its --shapley-dir, restore it from a copy, or begin another one with a new --shapley-dir"
         )
 
 
 def require_own(
-    ledger: OpenLedger, starts: Starts, origin: Origin, *, save: str | None, train_iters: int
+    ledger: OpenLedger, starts: Starts, point: ResumePoint, *, save: str | None, train_iters: int
 ) -> None:
-    """UserError unless `ledger` is what `origin` left, or what a start from it left that died before its first checkpoint.
+    """UserError unless `ledger` is what `point` left, or what a start from it left that died before its first checkpoint.
 
     save: this start's --save where the ledger lies elsewhere (--shapley-dir); None: its place says whose it is.
     """
     commits = [(step_of(path), _checkpoint(path)) for path in commit_files(ledger.directory)]
     last = max((step for step, _ in commits), default=0)
-    before = any(step <= origin.step for step, _ in commits)
-    if origin.ledger == ledger.run_id or (origin.ledger == UNKNOWN and before):
-        if last < origin.ledger_step:
+    before = any(step <= point.step for step, _ in commits)
+    if point.ledger == ledger.run_id:
+        if last < point.ledger_step:
             raise UserError(
-                f"{ledger.directory} ends at step {last}, but the checkpoint of step {origin.step} follows its commit of "
-                f"step {origin.ledger_step}: restore the ledger from a copy, or choose another --shapley-dir"
+                f"{ledger.directory} ends at step {last}, but the checkpoint of step {point.step} follows its commit of "
+                f"step {point.ledger_step}: restore the ledger from a copy, or choose another --shapley-dir"
             )
         return
     theirs = setting(starts.last(), "save", group="checkpoint")
@@ -67,16 +64,14 @@ def require_own(
     if save is not None and theirs is not None and Path(theirs).resolve() != Path(save).resolve():
         why = f"of --save {theirs}"
     elif before:
-        why = f"with rows up to step {origin.step}"
+        why = f"with rows up to step {point.step}"
     elif last in ends:
         why = f"finished after step {last}"
     elif saved:
         why = f"that has saved {saved[-1]}"
     else:
         return  # a crash before the first checkpoint leaves no more
-    found = (
-        f"the checkpoint of step {origin.step} is not its own" if origin.step else "no checkpoint is loaded"
-    )
+    found = f"the checkpoint of step {point.step} is not its own" if point.step else "no checkpoint is loaded"
     raise UserError(
         f"{ledger.directory} holds the ledger of run {ledger.run_id}, {why}, but {found}, so that its commits up to step "
         f"{last} would be lost: --load that run's checkpoint, or choose another --shapley-dir"

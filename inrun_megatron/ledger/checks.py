@@ -21,6 +21,7 @@ class Check:
     note: bool = False
 
     def to_dict(self) -> dict[str, Any]:
+        """As `inrun verify --json` prints it."""
         return asdict(self)
 
 
@@ -39,6 +40,7 @@ def setting(run: Mapping[str, Any], name: str, default: Any = None, group: str |
 
 
 def name_some(what: str, offenders: Sequence[str]) -> str:
+    """How many offenders there are, and the first NAMED of them."""
     shown = "; ".join(offenders[:NAMED])
     more = f"; and {len(offenders) - NAMED:,} more" if len(offenders) > NAMED else ""
     return f"{len(offenders):,} {what} {shown}{more}"

@@ -65,6 +65,7 @@ class Starts:
         return list(self._later)
 
     def last(self) -> Mapping[str, Any]:
+        """What the newest start said of itself."""
         return self._later[-1] if self._later else self._first
 
     def without_scoring(self, step: int) -> bool:
@@ -73,7 +74,7 @@ class Starts:
 
     def stretches_without_scoring(self) -> list[tuple[int, int]]:
         """First and last step of each such stretch."""
-        stretches = ((start.get("ledger_step", start["step"]) + 1, start["step"]) for start in self._later)
+        stretches = ((start["ledger_step"] + 1, start["step"]) for start in self._later)
         return [(first, last) for first, last in stretches if first <= last]
 
     def append(self, step: int, description: RunDescription, ledger_step: int | None = None) -> None:

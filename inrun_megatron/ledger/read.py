@@ -68,6 +68,7 @@ class Ledger:
 
     @property
     def run_id(self) -> str:
+        """Of the run that the ledger belongs to, as its checkpoints name it."""
         return str(self.run["run_id"])
 
     @property
@@ -77,6 +78,7 @@ class Ledger:
 
     @property
     def target_names(self) -> list[str]:
+        """In the order of the targets' descriptions."""
         return [str(target["name"]) for target in self.run["targets"]]
 
     @property
@@ -86,6 +88,7 @@ class Ledger:
 
     @property
     def dataset_names(self) -> list[str]:
+        """By dataset index; the index itself where a dataset has no name."""
         return [str(dataset.get("name", index)) for index, dataset in enumerate(self.run["datasets"])]
 
     @property

@@ -52,6 +52,7 @@ class OpenLedger:
 
     @property
     def run_id(self) -> str:
+        """As the run's checkpoints name it."""
         return str(self.run["run_id"])
 
     def close(self) -> None:
@@ -168,24 +169,14 @@ def rollback(directory: Path | str, step: int) -> list[str]:
     earlier commit holds: dropping it would lose them; and when the file system refuses.
     """
     directory = Path(directory)
-    kept: dict[Path, list[PartInfo]] = {}
-    later: dict[Path, list[PartInfo]] = {}
-    for path in commit_files(directory):
-        try:
-            committed, parts = read_commit(path)
-        except UserError:
-            committed, parts = step_of(path), []
-            if committed <= step:
-                raise
-        (kept if committed <= step else later)[path] = parts
-    for parts in later.values():
-        straddling = [part for part in parts if part.first_step <= step]
-        if straddling:
-            steps = sorted(step_of(path) for path in (*kept, *later))
-            raise UserError(
-                f"{directory} has no commit for the checkpoint of step {step}: {straddling[0].file} holds its rows together "
-                f"with later ones; load the checkpoint of one of steps {steps}, or choose another --shapley-dir"
-            )
+    kept, later = _commits_around(directory, step)
+    straddling = [part for parts in later.values() for part in parts if part.first_step <= step]
+    if straddling:
+        steps = sorted(step_of(path) for path in (*kept, *later))
+        raise UserError(
+            f"{directory} has no commit for the checkpoint of step {step}: {straddling[0].file} holds its rows together "
+            f"with later ones; load the checkpoint of one of steps {steps}, or choose another --shapley-dir"
+        )
     named = {part.file for parts in kept.values() for part in parts}
     removed = []
     try:
@@ -205,6 +196,23 @@ def rollback(directory: Path | str, step: int) -> list[str]:
             "repair it, then start the same command again"
         ) from error
     return [path.relative_to(directory).as_posix() for path in removed]
+
+
+def _commits_around(
+    directory: Path, step: int
+) -> tuple[dict[Path, list[PartInfo]], dict[Path, list[PartInfo]]]:
+    """The commits up to `step` and those after it, with their parts; of damaged ones after it none are known."""
+    kept: dict[Path, list[PartInfo]] = {}
+    later: dict[Path, list[PartInfo]] = {}
+    for path in commit_files(directory):
+        try:
+            committed, parts = read_commit(path)
+        except UserError:
+            committed, parts = step_of(path), []
+            if committed <= step:
+                raise
+        (kept if committed <= step else later)[path] = parts
+    return kept, later
 
 
 def own_files(directory: Path, table: str) -> list[Path]:

@@ -186,6 +186,7 @@ class PartInfo:
         return self.file.split("/", 1)[0]
 
     def to_dict(self) -> dict[str, Any]:
+        """As a commit record holds it."""
         return asdict(self)
 
     @classmethod
@@ -213,6 +214,7 @@ def part_name(table: str, first_step: int, last_step: int, writer: int) -> str:
 
 
 def commit_name(step: int) -> str:
+    """`commits/0000000050.json`; zero-padded so that names sort by step."""
     return f"{COMMITS}/{step:010d}.json"
 
 

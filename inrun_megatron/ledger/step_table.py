@@ -62,12 +62,15 @@ class LossChanges:
 
     @property
     def predicted(self) -> NDArray[np.float64]:
+        """What the change should be: due to the samples, momentum and weight decay together, ``[n]``."""
         return self.batch + self.momentum + self.decay
 
     def where(self, chosen: NDArray[np.bool_]) -> LossChanges:
+        """Those of ``chosen [n]``."""
         return LossChanges(**{own.name: getattr(self, own.name)[chosen] for own in fields(self)})
 
     def of(self, target: str) -> LossChanges:
+        """Those of one target."""
         return self.where(self.target == target)
 
 

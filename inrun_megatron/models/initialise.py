@@ -107,59 +107,82 @@ def initialise(
     (ZeRO-3's `GatheredParameters`). gpt_name: what GPTModel calls a parameter of `model`. A parameter of a kind that is
     not known here is an error, never left as it is.
     """
-    done: set[int] = set()
+    filler = _Filler(config, vocab_size, seed, tp_rank, tp_size, gather)
+    for path, module in model.named_modules():
+        if list(module.parameters(recurse=False)):
+            filler.fill(module, path, gpt_name(f"{path}.weight"))
+    left = [name for name, parameter in model.named_parameters() if id(parameter) not in filler.done]
+    if left:
+        raise ValueError(f"no initialisation is known for the parameters {', '.join(left)}")
 
-    def fill(parameter: torch.Tensor, value: Callable[[], torch.Tensor]) -> None:
-        with gather(parameter):
+
+class _Filler:
+    """Fills modules, one after the other."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        seed: int,
+        tp_rank: int,
+        tp_size: int,
+        gather: Gather,
+    ) -> None:
+        self._config, self._vocab_size, self._seed = config, vocab_size, seed
+        self._tp_rank, self._tp_size, self._gather = tp_rank, tp_size, gather
+        self.done: set[int] = set()  # id(parameter) of those that are filled
+
+    def fill(self, module: torch.nn.Module, path: str, name: str) -> None:
+        """path: in the model. name: of its weight, which keys the stream that it is drawn from."""
+        config = self._config
+        match module:
+            case VocabParallelEmbedding():
+                shape = (module.num_embeddings, module.embedding_dim)
+                master = self._master(name, shape, config.embedding_init_method, self._vocab_size)
+                self._split(module.weight, master, dim=0)
+            case ColumnParallelLinear():
+                if module.weight is not None:
+                    gated = config.gated_linear_unit and path.endswith("linear_fc1")
+                    rows = self._vocab_size if path.endswith("output_layer") else None
+                    shape = (module.output_size, module.input_size)
+                    master = self._master(name, shape, config.init_method, rows)
+                    self._split(module.weight, master, dim=0, stride=2 if gated else 1)
+                self._zero(module.bias)
+            case RowParallelLinear():
+                shape = (module.output_size, module.input_size)
+                self._split(module.weight, self._master(name, shape, config.output_layer_init_method), dim=1)
+                self._zero(module.bias)
+            case torch.nn.Embedding():
+                shape = (module.num_embeddings, module.embedding_dim)
+                self._fill(module.weight, self._master(name, shape, config.embedding_init_method))
+            case torch.nn.LayerNorm() | torch.nn.RMSNorm():
+                self._fill(module.weight, lambda: torch.ones(()))
+                self._zero(getattr(module, "bias", None))
+
+    def _fill(self, parameter: torch.Tensor, value: Callable[[], torch.Tensor]) -> None:
+        with self._gather(parameter):
             parameter.data.copy_(value())
-        done.add(id(parameter))
+        self.done.add(id(parameter))
 
-    def normal(
-        name: str, shape: tuple[int, int], init: Callable, rows: int | None = None
+    def _split(
+        self, parameter: torch.nn.Parameter, master: Callable[[], torch.Tensor], dim: int, stride: int = 1
+    ) -> None:
+        _mark(parameter, dim, stride)
+        self._fill(parameter, lambda: shard(master(), dim, stride, self._tp_rank, self._tp_size))
+
+    def _zero(self, parameter: torch.Tensor | None) -> None:
+        if parameter is not None:
+            self._fill(parameter, lambda: torch.zeros(()))
+
+    def _master(
+        self, name: str, shape: tuple[int, int], init: Callable, rows: int | None = None
     ) -> Callable[[], torch.Tensor]:
+        """Draws the whole weight; only its first `rows` where they are given, the others are 0."""
+
         def master() -> torch.Tensor:
             weight = torch.zeros(shape, dtype=torch.float32)
-            with _stream(seed, name):
+            with _stream(self._seed, name):
                 init(weight[:rows])
             return weight
 
         return master
-
-    def split(
-        parameter: torch.nn.Parameter, master: Callable[[], torch.Tensor], dim: int, stride: int = 1
-    ) -> None:
-        _mark(parameter, dim, stride)
-        fill(parameter, lambda: shard(master(), dim, stride, tp_rank, tp_size))
-
-    def zeros(parameter: torch.Tensor | None) -> None:
-        if parameter is not None:
-            fill(parameter, lambda: torch.zeros(()))
-
-    for path, module in model.named_modules():
-        if not list(module.parameters(recurse=False)):
-            continue
-        name = gpt_name(f"{path}.weight")
-        if isinstance(module, VocabParallelEmbedding):
-            shape = (module.num_embeddings, module.embedding_dim)
-            split(module.weight, normal(name, shape, config.embedding_init_method, vocab_size), 0)
-        elif isinstance(module, ColumnParallelLinear):
-            if module.weight is not None:
-                gated = config.gated_linear_unit and path.endswith("linear_fc1")
-                rows = vocab_size if path.endswith("output_layer") else None
-                shape = (module.output_size, module.input_size)
-                split(module.weight, normal(name, shape, config.init_method, rows), 0, 2 if gated else 1)
-            zeros(module.bias)
-        elif isinstance(module, RowParallelLinear):
-            shape = (module.output_size, module.input_size)
-            split(module.weight, normal(name, shape, config.output_layer_init_method), 1)
-            zeros(module.bias)
-        elif isinstance(module, torch.nn.Embedding):
-            shape = (module.num_embeddings, module.embedding_dim)
-            fill(module.weight, normal(name, shape, config.embedding_init_method))
-        elif isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
-            fill(module.weight, lambda: torch.ones(()))
-            zeros(getattr(module, "bias", None))
-
-    left = [name for name, parameter in model.named_parameters() if id(parameter) not in done]
-    if left:
-        raise ValueError(f"no initialisation is known for the parameters {', '.join(left)}")

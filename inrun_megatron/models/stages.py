@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from inrun_megatron.losses import masked_mean, masked_sum
+from inrun_megatron.losses import masked_mean
 from inrun_megatron.models.gpt import layer_spec, mask_padding
 from inrun_megatron.models.norm import Norm
 from inrun_megatron.models.recompute import Wrap, with_tracker_states
@@ -201,12 +201,6 @@ class PipelineLoss:
         by_position = labels[0].transpose(0, 1).contiguous()
         losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), by_position)
         return losses.transpose(0, 1).contiguous()
-
-    def sums(self, logits: Tensor, labels: Labels) -> Tensor:
-        """(sum of the losses, loss tokens), [2]."""
-        return torch.stack(
-            [masked_sum(self.token_losses(logits, labels), labels[1]), labels[1].float().sum()]
-        )
 
     def __call__(self, logits: Tensor, labels: Labels) -> Tensor:
         """Mean over the microbatch's loss tokens: Megatron's default convention."""

@@ -77,12 +77,12 @@ def condition(
         step: the coming step.
         gradients: grad L_k, fp32; not kept.
         clips: what the optimizer would multiply each of them by.
-        counted: stretches of the tensor that this rank counts in sums over all parameters.
+        counted: ranges of the tensor that this rank counts in sums over all parameters.
         path: c G ``[n]`` for the path estimators; None: first order.
         out: K rows ``[n]`` that get the directions, in their precision; None: the gradients become them.
 
     Returns:
-        ``<grad L_k, w - Phi(0)>`` over the counted stretches, momentum and decay part, ``[K]`` fp64 each.
+        ``<grad L_k, w - Phi(0)>`` over the counted ranges, momentum and decay part, ``[K]`` fp64 each.
     """
     device, home = gradients[0].device, step.weights.device
     if path is None and isinstance(clips, Tensor) and _fused(step, gradients[0]):
@@ -97,15 +97,15 @@ def condition(
         parts = [gradient[part] for gradient in gradients]
         # The optimizer's shard may lie on the CPU (offload) while directions lie where the layers are.
         near = [gradient.to(home) for gradient in parts]
-        stretches = [
+        ranges = [
             (max(lo, start) - start, min(hi, stop) - start) for lo, hi in counted if lo < stop and hi > start
         ]
-        for which, moved in enumerate(here.drift(work) if stretches else ()):
+        for which, moved in enumerate(here.drift(work) if ranges else ()):
             if moved is None:
                 continue
             vector, factor = moved
             for k, gradient in enumerate(near):
-                for lo, hi in stretches:
+                for lo, hi in ranges:
                     dot = torch.dot(gradient[lo:hi], vector[lo:hi].to(gradient.dtype)) * factor
                     terms[which, k] += dot
         _multiply(here, near, each_clip, None if path is None else path[part], work)

@@ -123,7 +123,7 @@ def condition(
         step: whose vectors are fp32, on the gradients' device.
         gradients: K rows ``[n]`` of one buffer, fp32.
         clips: ``[K]``.
-        counted: stretches of ``[0, n)``, in order, that count in the terms.
+        counted: ranges of ``[0, n)``, in order, that count in the terms.
         out: K rows ``[n]`` of one buffer for the directions, in any precision; None: the gradients'.
 
     Returns:
@@ -134,7 +134,7 @@ def condition(
     assert written.data_ptr() == (gradients if out is None else out)[0].data_ptr(), "not rows of one buffer"
     bc1, bc2 = step.corrections()
     terms = torch.zeros(2, len(gradients), dtype=torch.float64, device=first.device)
-    for start, stop, counts in _stretches(counted, first.numel()):
+    for start, stop, counts in _ranges(counted, first.numel()):
         programs = triton.cdiv(stop - start, BLOCK)
         size = programs if counts else 1
         partial = torch.empty(size, len(gradients), 2, dtype=torch.float32, device=first.device)
@@ -192,7 +192,7 @@ def inner_products(directions: Sequence[Tensor], vector: Tensor) -> Tensor:
     return partial.sum(0, dtype=torch.float64)
 
 
-def _stretches(counted: Sequence[tuple[int, int]], n: int) -> Iterator[tuple[int, int, bool]]:
+def _ranges(counted: Sequence[tuple[int, int]], n: int) -> Iterator[tuple[int, int, bool]]:
     """(start, stop, whether it counts) of all of ``[0, n)``."""
     place = 0
     for start, stop in counted:

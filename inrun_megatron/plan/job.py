@@ -50,6 +50,7 @@ class Parameter:
 
     @property
     def numel(self) -> int:
+        """Elements of this rank's part."""
         return prod(self.shape)
 
 
@@ -95,6 +96,15 @@ class Job:
                 f"--target-micro-batch-size is {self.target_micro_batch_size}: it must be positive; leave it out for "
                 "--micro-batch-size"
             )
+        self._require_layout()
+        if self.refresh > 1 and self.estimator != "first_order":
+            raise UserError(
+                f"--refresh {self.refresh} with --estimator {self.estimator}: only first_order's direction serves "
+                f"another step; leave --refresh out"
+            )
+
+    def _require_layout(self) -> None:
+        """The GPUs can share the model and the batch."""
         t, p = self.tensor_parallel, self.pipeline_parallel
         check_widths(self.model, t)
         if self.world_size % (t * p):
@@ -113,16 +123,12 @@ class Job:
             raise UserError(
                 f"ZeRO stage {self.zero_stage} does not work with {p} pipeline stages: use --zero-stage 0 or 1"
             )
-        if self.refresh > 1 and self.estimator != "first_order":
-            raise UserError(
-                f"--refresh {self.refresh} with --estimator {self.estimator}: only first_order's direction serves "
-                f"another step; leave --refresh out"
-            )
         if p > self.model.num_layers:
             raise UserError(f"{self.model.num_layers} layers cannot be cut into {p} pipeline stages")
 
     @property
     def data_parallel(self) -> int:
+        """Replicas of the model."""
         return self.world_size // (self.tensor_parallel * self.pipeline_parallel)
 
     @property
@@ -150,14 +156,17 @@ class Job:
 
     @property
     def direction_bytes(self) -> int:
+        """Of one element of a direction, as layers read it."""
         return DIRECTION_BYTES[self.direction_dtype]
 
     @property
     def resolved_base(self) -> str:
+        """The base point, the layout's own where none is given."""
         return self.base or default_base(self.pipeline_parallel)
 
     @property
     def cost(self) -> EstimatorCost:
+        """Passes and gathers of the estimator at this base point."""
         return estimator_cost(self.estimator, self.resolved_base)
 
     @cached_property

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from inrun_megatron.defaults import CUDA_BLOCK, STRETCH
+from inrun_megatron.defaults import BUCKET_SIZE, CUDA_BLOCK
 from inrun_megatron.plan.costs import (
     ATTENTION_BACKWARD,
     BACKWARD,
@@ -31,7 +31,7 @@ FILL, SUM, PUBLISH, MOVE = "fill directions", "sum directions", "publish directi
 class Memory:
     """Bytes per rank that scoring adds, on the fullest rank. directions, batch_gradient: held through the run. sums: by
     which the fp32 sums are larger than directions in bf16, from the first validation backward until they are rounded.
-    parts: what this rank has of stretches that are summed or gathered, while they travel; exchange: for a moment, when
+    parts: what this rank has of buckets that are summed or gathered, while they travel; exchange: for a moment, when
     parts and shards change places.
     rounding: the sums, while directions in bf16 are made of them. saved_weights: while weights are moved. layer: the
     largest of what one layer takes for a moment. conditioning: for a moment per optimizer tensor. activations: of
@@ -50,6 +50,7 @@ class Memory:
 
     @property
     def held(self) -> int:
+        """Through the whole run."""
         return self.directions + self.batch_gradient
 
     @property
@@ -84,6 +85,7 @@ class Operations:
 
     @property
     def extra(self) -> float:
+        """Beside training's own."""
         return self.validation + self.batch + self.dots + self.terms
 
 
@@ -106,12 +108,13 @@ def flat_groups(job: Job) -> list[int]:
     return [matrices, count(job.parameters) - matrices]
 
 
-def stretches(job: Job) -> list[int]:
-    """Collectives that sum, or gather, one vector over data-parallel ranks, by group (engines/stretches.py)."""
-    return [ceil(numel / STRETCH) for numel in flat_groups(job)]
+def buckets(job: Job) -> list[int]:
+    """Collectives that sum, or gather, one vector over data-parallel ranks, by group (engines/buckets.py)."""
+    return [ceil(numel / BUCKET_SIZE) for numel in flat_groups(job)]
 
 
 def memory(job: Job) -> Memory:
+    """Of the fullest rank; docs/scaling.md derives it."""
     held, k = parameters_held(job), job.targets
     largest = max(parameter.numel for parameter in job.parameters)
     # One row's weight gradient in fp32, and the sum of the rows'.
@@ -134,7 +137,7 @@ def memory(job: Job) -> Memory:
         batch_gradient=SUM_BYTES * held if job.cost.batch_passes else 0,
         sums=k * (SUM_BYTES - job.direction_bytes) * held,
         parts=k * SUM_BYTES * shard(job) if sharded else 0,
-        exchange=2 * SUM_BYTES * shard(job) if sharded and any(n > 1 for n in stretches(job)) else 0,
+        exchange=2 * SUM_BYTES * shard(job) if sharded and any(n > 1 for n in buckets(job)) else 0,
         rounding=k * SUM_BYTES * held if narrow and not sharded else 0,
         saved_weights=job.parameter_bytes * count(job.parameters) if job.cost.moves and kept else 0,
         layer=layer,
@@ -189,12 +192,12 @@ def _layer_by_layer(job: Job) -> list[Collective]:
 def _summed(job: Job) -> list[Collective]:
     """Stage 0: every rank needs every sum."""
     size = SUM_BYTES * count(job.parameters)
-    return [Collective("all_reduce", "dp", SUM, sum(stretches(job)) * _vectors(job), _vectors(job) * size)]
+    return [Collective("all_reduce", "dp", SUM, sum(buckets(job)) * _vectors(job), _vectors(job) * size)]
 
 
 def _cut_groups(job: Job) -> list[int]:
-    """Elements of the flat groups that travel in more than one stretch, so that parts have to change places."""
-    return [n for n, calls in zip(flat_groups(job), stretches(job), strict=True) if calls > 1]
+    """Elements of the flat groups that travel in more than one bucket, so that parts have to change places."""
+    return [n for n, calls in zip(flat_groups(job), buckets(job), strict=True) if calls > 1]
 
 
 def _summed_by_owner(job: Job) -> list[Collective]:
@@ -202,7 +205,7 @@ def _summed_by_owner(job: Job) -> list[Collective]:
     vectors, cut, d = _vectors(job), _cut_groups(job), job.data_parallel
     size = SUM_BYTES * count(job.parameters)
     return [
-        Collective("reduce_scatter", "dp", SUM, sum(stretches(job)) * vectors, vectors * size),
+        Collective("reduce_scatter", "dp", SUM, sum(buckets(job)) * vectors, vectors * size),
         Collective(
             "all_to_all", "dp", "sums to owners", len(cut) * vectors, int(vectors * SUM_BYTES * sum(cut) / d)
         ),
@@ -214,13 +217,13 @@ def _gathered(job: Job) -> list[Collective]:
     cut, d, gathers = _cut_groups(job), job.data_parallel, job.cost.gathers
     found = []
     for purpose, places, vectors, size in (
-        (PUBLISH, "shards to stretches", job.targets, job.direction_bytes),
-        (MOVE, "moved shards to stretches", gathers, job.parameter_bytes),
+        (PUBLISH, "shards to buckets", job.targets, job.direction_bytes),
+        (MOVE, "moved shards to buckets", gathers, job.parameter_bytes),
     ):
         bytes_cut = int(vectors * size * sum(cut) / d)
         found.append(Collective("all_to_all", "dp", places, len(cut) * vectors, bytes_cut))
         whole = vectors * size * count(job.parameters)
-        found.append(Collective("all_gather", "dp", purpose, sum(stretches(job)) * vectors, whole))
+        found.append(Collective("all_gather", "dp", purpose, sum(buckets(job)) * vectors, whole))
     return found
 
 

@@ -67,7 +67,7 @@ ROWS: tuple[tuple[str, Cell], ...] = (
     ("parameters per rank", lambda p: scaled(p["parameters_per_rank"])),
     ("**memory per rank**: directions", lambda p: size(p["memory"]["directions"])),
     ("their fp32 sums, beyond that", lambda p: size(p["memory"]["sums"])),
-    ("parts of stretches on their way", lambda p: size(p["memory"]["parts"])),
+    ("parts of buckets on their way", lambda p: size(p["memory"]["parts"])),
     ("their exchange, for a moment", lambda p: size(p["memory"]["exchange"])),
     ("rounding to bf16, for a moment", lambda p: size(p["memory"]["rounding"])),
     ("batch gradient", lambda p: size(p["memory"]["batch_gradient"])),

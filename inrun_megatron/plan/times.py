@@ -21,10 +21,10 @@ from inrun_megatron.plan.predict import (
     PUBLISH,
     READ,
     SUM,
+    buckets,
     collectives,
     operations,
     shard,
-    stretches,
 )
 
 
@@ -119,9 +119,9 @@ def _hidden(job: Job, microbatch: float, seconds: dict[str, float]) -> float:
         cost, train = job.cost, microbatch * backward * job.microbatches
         fill = validation * backward * cost.validation_passes * job.validation_microbatches
         return min(seconds[READ], train) + min(seconds[FILL], fill + train * cost.batch_passes)
-    # Sums travel from the first target's last backward on; the last stretch has nothing left to hide behind.
+    # Sums travel from the first target's last backward on; the last bucket has nothing left to hide behind.
     window = validation * (job.validation_microbatches * (1 - 1 / job.targets) + backward)
-    last = 1 / (job.targets * max(stretches(job)))
+    last = 1 / (job.targets * max(buckets(job)))
     # Gathers travel from training's first forward on, through a pipeline from its first backward, and a layer waits
     # for its own.
     beside = microbatch * (backward if job.pipeline_parallel > 1 else 1.0)

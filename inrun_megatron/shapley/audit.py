@@ -41,6 +41,7 @@ class AdditivityProbe:
         self._total = torch.zeros(vectors, dtype=torch.float64, device=self._watched[0].device)
 
     def disarm(self) -> None:
+        """Stop watching; what was seen is dropped."""
         self._total = None
 
     def collect(self) -> Tensor:
@@ -50,6 +51,7 @@ class AdditivityProbe:
         return total
 
     def remove(self) -> None:
+        """Take the hook out of the optimizer."""
         self._hook.remove()
 
     @torch.no_grad()

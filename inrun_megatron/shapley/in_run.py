@@ -131,6 +131,7 @@ class InRunShapley:
 
     @property
     def device(self) -> torch.device:
+        """Where directions and dots lie."""
         return self.directions.device
 
     @contextmanager
@@ -145,7 +146,7 @@ class InRunShapley:
         if iteration % self.interval == 0:
             step.prepare(microbatches)
         yield step
-        step.settle()
+        step.finish()
 
     def require_rows_apart(self) -> None:
         """At the first scored step: see row_watch.py."""

@@ -12,14 +12,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..directions import Directions
 from ..engines import ZeroAdapter
-from ..engines.evaluating import evaluating
-from ..losses import masked_mean, masked_sum
+from ..engines.evaluating import evaluating, loss_sums
+from ..losses import masked_mean
 from ..taps import Consumer, Pass, Taps
 
 Microbatch = Mapping[str, Tensor]
@@ -57,11 +55,7 @@ class Passes(Protocol):
         ...
 
     def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        """Sum of the unmasked token losses, dropout off, no gradients; fp64, this rank's part of ``total``."""
-        ...
-
-    def total(self, sums: Tensor) -> Tensor:
-        """Losses that tasks or ``loss_sum`` added up, over all ranks that hold a part of them."""
+        """Sum of the unmasked token losses, dropout off, no gradients; fp64, this rank's part (evaluating.over_ranks)."""
         ...
 
     def join(self, directions: Directions) -> None:
@@ -93,24 +87,13 @@ class ModulePasses:
                 (loss if scale == 1.0 else loss * scale).backward()
 
     def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self._adapter.groups[0].device)
         try:
-            with evaluating(self._module), torch.no_grad():
-                for microbatch in microbatches:
-                    losses = self._loss_fn(self._module, microbatch).float()
-                    total += masked_sum(losses, microbatch["loss_mask"])
+            return loss_sums(self._module, self._loss_fn, microbatches, self._adapter.groups[0].device)[0]
         finally:
             self._adapter.release_gathered_weights()
-        return total
 
     def join(self, directions: Directions) -> None:
         """One rank's module holds both uses of a tied weight."""
-
-    def total(self, sums: Tensor) -> Tensor:
-        layout = self._adapter.layout
-        if layout.dp_size > 1:
-            dist.all_reduce(sums, group=layout.dp_group)
-        return sums
 
 
 def mean_loss(losses: Tensor, microbatch: Microbatch) -> Tensor:

@@ -33,14 +33,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..engines.pipeline import PipelineAdapter
+from ..engines.evaluating import over_ranks
+from ..engines.pipeline import PipelineAdapter, StageLoss
 from ..errors import UserError
 from ..losses import masked_sum
 from ..taps import Pass
 from .consumers import DirectionFiller, RowScorer
 from .in_run import InRunShapley
 from .passes import Microbatch, Passes
-from .pipeline_passes import PipelinePasses, StageLoss
+from .pipeline_passes import PipelinePasses
 from .result import ShapleyTarget
 from .scored_step import ScoredStep
 
@@ -77,7 +78,7 @@ class PipelineShapley(InRunShapley):
 
     def _make_passes(self, loss_fn: StageLoss) -> Passes:
         self.pipeline = PipelineAdapter(self.engine)
-        return PipelinePasses(self.pipeline, self.layout, self.taps, loss_fn)
+        return PipelinePasses(self.pipeline, self.taps, loss_fn)
 
     @property
     def rides(self) -> bool:
@@ -98,7 +99,7 @@ class PipelineShapley(InRunShapley):
         if iteration % self.interval == 0:
             step.prepare(microbatches)
         yield step
-        step.settle()
+        step.finish()
 
     def close(self) -> None:
         """Take taps, hooks and the schedule out of the engine."""
@@ -139,7 +140,7 @@ class PipelineStep(ScoredStep):
         prepended = [] if stream is None else [owner.loss.split(m) for _, m in stream.validation]
         loss = owner.pipeline.train_batch(stream, [owner.loss.split(m) for m in microbatches], prepended)
         if stream is not None and self.result.scored and owner.rides and self.fresh:
-            self._target_losses = owner.passes.total(stream.losses)
+            self._target_losses = over_ranks(stream.losses, owner.layout)
             self._terms = stream.terms
         return float(loss)
 

@@ -6,38 +6,24 @@ gradient beforehand. Each run fills and drains the pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..directions import Directions
-from ..engines.pipeline import PipelineAdapter, evaluate
-from ..parallel import Layout
+from ..engines.pipeline import PipelineAdapter, StageLoss, loss_sums
 from ..taps import Pass, Taps
 from .passes import Arriving, Microbatch, Task
-
-
-class StageLoss(Protocol):
-    """How microbatches enter a pipeline and what its last stage makes of them (models/stages.py: PipelineLoss)."""
-
-    def split(self, microbatch: Mapping[str, Tensor]) -> tuple[Any, Any]:
-        """(inputs of the first stage, labels for the last one)."""
-        ...
-
-    def token_losses(self, outputs: Any, labels: Any) -> Tensor:
-        """Losses per token ``[b, s]``, neither masked nor reduced."""
-        ...
 
 
 class PipelinePasses:
     """Detached passes as runs of the 1F1B schedule without an optimizer step (see passes.Passes)."""
 
-    def __init__(self, pipeline: PipelineAdapter, layout: Layout, taps: Taps, loss: StageLoss) -> None:
-        self._pipeline, self._layout, self._taps, self._loss = pipeline, layout, taps, loss
+    def __init__(self, pipeline: PipelineAdapter, taps: Taps, loss: StageLoss) -> None:
+        self._pipeline, self._taps, self._loss = pipeline, taps, loss
 
     def run(self, tasks: Sequence[Task], *, training: bool, arriving: Arriving | None = None) -> None:
         pairs = [self._loss.split(task.microbatch) for task in tasks]
@@ -61,21 +47,7 @@ class PipelinePasses:
             yield
 
     def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
-        coming = iter(microbatches)  # the last stage sees them in order
-
-        def sums(outputs: Any, labels: Any) -> Tensor:
-            losses = self._loss.token_losses(outputs, labels).double()
-            mask = next(coming)["loss_mask"].to(losses)
-            return torch.stack([(losses * mask).sum(), mask.sum()])
-
-        pairs = [self._loss.split(microbatch) for microbatch in microbatches]
-        return evaluate(self._pipeline.engine, pairs, sums)[0]
-
-    def total(self, sums: Tensor) -> Tensor:
-        if self._layout.tp_rank > 0:  # all tensor-parallel ranks of the last stage compute the same losses
-            sums.zero_()
-        dist.all_reduce(sums)
-        return sums
+        return loss_sums(self._pipeline.engine, self._loss, microbatches)[0]
 
     def join(self, directions: Directions) -> None:
         for weight, group in self._pipeline.tied():

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 
 from ..directions import Directions
 from ..engines import ZeroAdapter, rng
+from ..engines.evaluating import over_ranks
 from ..engines.inner import coming_step, is_adam
 from ..engines.lookahead import Lookahead
 from ..engines.shards import Piece
@@ -152,12 +153,12 @@ class Preparation:
             for i, microbatch in enumerate(target.microbatches, start=1)
         ]
         passes.run(tasks, training=False, arriving=self._lookahead.arriving if self.estimator.moves else None)
-        return passes.total(sums)
+        return over_ranks(sums, self.adapter.layout)
 
     def _losses(self, passes: Passes) -> Tensor:
         """L_k at the weights as they are, by forwards alone."""
         sums = torch.stack([passes.loss_sum(t.microbatches) / t.num_tokens for t in self.targets])
-        return passes.total(sums)
+        return over_ranks(sums, self.adapter.layout)
 
     def _path(self, passes: Passes, microbatches: Sequence[Microbatch] | None) -> tuple[Directions, Tensor]:
         """``c G`` of the coming step in the layout of a direction, from a pass of its own over the batch; and ``|G|``."""
@@ -274,7 +275,7 @@ class Preparation:
                     self._step(piece),
                     [_part(row, piece) for row in shard],
                     clips,
-                    directions.counting.stretches(index, piece.start, piece.numel),
+                    directions.counting.ranges(index, piece.start, piece.numel),
                     None if along is None else _part(along[index][0], piece),
                     None if out is None else [_part(row, piece) for row in out],
                 )

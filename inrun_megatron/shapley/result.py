@@ -54,4 +54,5 @@ class StepResult:
 
     @property
     def scored(self) -> bool:
+        """Are there values? Not where the step was skipped or nothing was asked for."""
         return self.status == "scored"

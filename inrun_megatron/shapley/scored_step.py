@@ -60,7 +60,7 @@ class ScoredStep:
         self._rows = StepRows(len(owner.targets), owner.device)
         self._scorers: list[RowScorer] = []
         self._microbatches = 0
-        self._target_losses: Tensor | None = None  # [K], on the device until the step is settled
+        self._target_losses: Tensor | None = None  # [K], on the device until the step is finished
         self._terms: tuple[Tensor, Tensor] | None = None
         self._path_norm: Tensor | None = None  # of the gradient that was integrated along
         self.loss_scale, self._unscale = 1.0, 1.0  # of the backward, and what the optimizer divides by
@@ -135,7 +135,7 @@ class ScoredStep:
         self._scorers.append(RowScorer(self.owner.directions, rows.dots, rows.segments))
         return self._scorers[-1]
 
-    def settle(self) -> None:
+    def finish(self) -> None:
         """Steps 4 to 6, after ``engine.step()``."""
         owner, result = self.owner, self.result
         if result.status == "off":  # nothing is read that plain training does not read
@@ -174,7 +174,7 @@ class ScoredStep:
         self._append()
 
     def _fill_result(self, read: dict[str, Any]) -> None:
-        """From what ``settle`` read."""
+        """From what ``finish`` read."""
         result = self.result
         result.gradient_norm = float(read["norm"]) if "norm" in read else None
         result.clip_coefficient = float(read["clip"])

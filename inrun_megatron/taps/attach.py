@@ -58,6 +58,7 @@ class Coverage:
         )
 
     def to_dict(self) -> dict[str, object]:
+        """As run.json holds it."""
         return asdict(self) | {"missing": list(self.missing)}
 
 
@@ -182,6 +183,10 @@ class Taps:
                 )
             self._replaced.append((name, Replaced(module, method, function)))
 
+    def remember_trained(self) -> None:
+        """Of all parameters, whether they train now: what `require_unchanged` compares with."""
+        self._trains = [(name, p, p.requires_grad) for name, p in self.model.named_parameters()]
+
     def require_unchanged(self) -> None:
         """Taps must be where they were put, and the same parameters trainable as then.
 
@@ -266,7 +271,7 @@ def attach_taps(model: nn.Module, *, sequence_first: bool | None = None, strict:
     except UserError:
         taps.detach()  # the model goes on without
         raise
-    taps._trains = [(name, p, p.requires_grad) for name, p in model.named_parameters()]
+    taps.remember_trained()
     return taps
 
 

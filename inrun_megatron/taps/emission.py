@@ -176,10 +176,12 @@ class Call:
 
     @property
     def emits(self) -> bool:
+        """Does anybody want this call's emission?"""
         return self.run is not None and bool(self.run.consumers)
 
     @property
     def detached(self) -> bool:
+        """Does the call run in a pass whose parameters get no gradients?"""
         return self.run is not None and self.run.detached
 
     def attached(self, parameter: Parameter | None) -> Parameter | None:
@@ -199,6 +201,7 @@ class Call:
             )
 
     def anchor(self, like: Tensor) -> Tensor | None:
+        """The leaf on ``like``'s device that a detached pass's gradients flow from; None where parameters get theirs."""
         return None if self.run is None else self.run.anchor_on(like.device)
 
     def emit(self, output_grad: Tensor, activation: Tensor | None = None, **more: Any) -> Emission:

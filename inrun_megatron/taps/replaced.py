@@ -30,6 +30,7 @@ class Replaced:
 
     @property
     def in_place(self) -> bool:
+        """Has nobody replaced it since?"""
         return self.module.__dict__.get(self.method) is self
 
     def restore(self) -> None:

@@ -81,12 +81,12 @@ def _one_line(box: str) -> str:
 
 
 def _suggestion(unknown: str) -> str:
-    flags = [_flag(kind, field) for kind in _groups().values() for field in dataclasses.fields(kind)]
+    flags = [_flag(kind, field) for kind in groups().values() for field in dataclasses.fields(kind)]
     close = difflib.get_close_matches(unknown.replace("_", "-"), flags, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _groups() -> dict[str, Any]:
+def groups() -> dict[str, Any]:
     """Name and dataclass of each group of flags."""
     return typing.get_type_hints(Config)
 
@@ -198,13 +198,13 @@ def flags_markdown() -> str:
         "Written by `python -m inrun_megatron.training.arguments`; do not edit. Underscores and hyphens are the same; "
         "a switch `--name` has an opposite `--no-name`. `--config FILE.yaml` is read first, flags override it.",
         "",
-        "A run writes its settled flags to RUN/config.yaml, all but `--load`: `--config RUN/config.yaml --save NEW` repeats "
+        "A run writes its resolved flags to RUN/config.yaml, all but `--load`: `--config RUN/config.yaml --save NEW` repeats "
         "it from the beginning, `--config RUN/config.yaml --load RUN` goes on from its last checkpoint.",
         "",
     ]
     from tyro._docstrings import get_field_docstring
 
-    for group, kind in _groups().items():
+    for group, kind in groups().items():
         lines += [
             f"## {group}",
             "",

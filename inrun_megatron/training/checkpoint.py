@@ -51,7 +51,7 @@ _FAILED_WRITES = ("PytorchStreamWriter", "inline_container", "iostream error")
 @dataclass
 class Progress:
     """How far a run is: optimizer steps done, training samples consumed, last step that the ledger has committed; that
-    ledger's run_id (UNKNOWN from an older checkpoint, None where no step was scored); the order of its data (datasets.py)."""
+    ledger's run_id (None where no step was scored); the order of its data (datasets.py)."""
 
     iteration: int = 0
     consumed_samples: int = 0
@@ -93,37 +93,59 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
     path = root / tag_of(progress.iteration)
     retain = config.checkpoint.save_retain_interval
     before = None if retain is None else rank0_then_all(lambda: run_state.find(str(root.parent)))
-    try:
+    with _refusals_in_one_line(path):
         if dist.get_rank() == 0:
             _clear(root, path, run_state.layout_of(config))
             make_directory(path)
         dist.barrier()
         # there already, but on file systems that the hosts do not share
         path.mkdir(parents=True, exist_ok=True)
-        own = [path / f"rng_{dist.get_rank():05d}.pt"]
-        torch.save(_plain_rng_state(), own[0])
-        note = _note(trainer, path)
-        if note is not None:
-            own.append(_note_file(path))
-            own[-1].write_text(note, encoding="utf-8")
-        if dist.get_rank() == 0:
-            state = {**progress.counters, **run_state.description(config, progress.ledger, progress.data)}
-            own.append(path / RUN_STATE_FILE)
-            own[-1].write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        files = _write_own(config, trainer, progress, path)
         dist.barrier()
-        client_state = {"progress": progress.counters, "schedule": trainer.schedule.state_dict()}
-        with _noting_files(trainer.engine) as written:
-            trainer.engine.save_checkpoint(
-                str(root), tag=path.name, client_state=client_state, save_latest=False
-            )
+        files += _write_deepspeed(trainer, progress, path)
         # `latest` must not reach the disk before what it names.
-        for file in (*own, *written):
+        for file in files:
             fsync_file(file)
         dist.barrier()
         if dist.get_rank() == 0:
             fsync_directory(path)
             fsync_directory(root)
             write_atomically(root / "latest", path.name.encode())
+    if retain is not None and before not in (None, path):
+        _forget(before, retain)
+    return path
+
+
+def _write_own(config: Config, trainer: Trainer, progress: Progress, path: Path) -> list[Path]:
+    """This rank's files beside DeepSpeed's."""
+    written = [path / f"rng_{dist.get_rank():05d}.pt"]
+    torch.save(_plain_rng_state(), written[0])
+    note = _note(trainer, path)
+    if note is not None:
+        written.append(_note_file(path))
+        written[-1].write_text(note, encoding="utf-8")
+    if dist.get_rank() == 0:
+        state = {**progress.counters, **run_state.description(config, progress.ledger, progress.data)}
+        written.append(path / RUN_STATE_FILE)
+        written[-1].write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    return written
+
+
+def _write_deepspeed(trainer: Trainer, progress: Progress, path: Path) -> list[Path]:
+    """DeepSpeed's files; returns this rank's. Collective over the world."""
+    client_state = {"progress": progress.counters, "schedule": trainer.schedule.state_dict()}
+    with _noting_files(trainer.engine) as written:
+        trainer.engine.save_checkpoint(
+            str(path.parent), tag=path.name, client_state=client_state, save_latest=False
+        )
+    return written
+
+
+@contextlib.contextmanager
+def _refusals_in_one_line(path: Path) -> Iterator[None]:
+    """A file system that refuses to write the checkpoint `path`, as a UserError."""
+    try:
+        yield
     except OSError as error:
         raise refused(path, error) from error
     except RuntimeError as error:
@@ -133,9 +155,6 @@ def save(config: Config, trainer: Trainer, progress: Progress) -> Path:
             f"cannot write {path}: the file system is full or failing (torch.save: {str(error).splitlines()[0]}); free or "
             "repair it, then resume from the last checkpoint with --load"
         ) from error
-    if retain is not None and before not in (None, path):
-        _forget(before, retain)
-    return path
 
 
 def _forget(path: Path, retain: int) -> None:
@@ -204,7 +223,7 @@ def load(config: Config, trainer: Trainer, resume: Resume) -> tuple[Progress, bo
     all_ranks(lambda: run_state.check_whole(resume))
     as_it_is = resume.same_layout and _everywhere(all_ranks(lambda: _lies_the_same(trainer, resume.path)))
     progress = _load(trainer, resume.path) if as_it_is else _load_reshaped(config, trainer, resume.path)
-    progress.ledger = resume.ledger
+    progress.ledger, progress.data = resume.ledger, resume.data
     _follow(config, trainer)
     return progress, as_it_is
 
@@ -222,12 +241,9 @@ def _lies_the_same(trainer: Trainer, path: Path) -> bool:
     (round_robin_gradients, say) would put weights into each other's places.
     """
     note, file = _note(trainer, path), _note_file(path)
-    if not any(path.glob("shards_*.json")):
-        return True  # of an older version; same sizes have to do
     if note is None or not file.is_file():
         return note is None and not file.is_file()
-    now, saved = json.loads(note), read_json(file)
-    return {**now, **saved} == now  # an older note may say less
+    return bool(read_json(file) == json.loads(note))
 
 
 def _load(trainer: Trainer, path: Path) -> Progress:
@@ -265,7 +281,7 @@ def _load_reshaped(config: Config, trainer: Trainer, path: Path) -> Progress:
 
     # Gathering the weights afterwards is a collective: nobody may have failed before it.
     saved = all_ranks(read)
-    Lookahead(state).settle()
+    Lookahead(state).copy_from_masters()
     zero_files.restore_counters(trainer.engine, saved)
     progress = Progress(**saved["progress"])
     seed_streams(config.training.seed + progress.iteration)

@@ -48,14 +48,14 @@ def read_json(path: str | None) -> dict[str, Any]:
     return content
 
 
-class _Merge:
-    """Settles one setting after the other between flags and JSON."""
+class _Resolver:
+    """Resolves one setting after the other between flags and JSON."""
 
     def __init__(self, path: str | None, content: dict[str, Any]) -> None:
         self.path = path
         self.merged: dict[str, Any] = json.loads(json.dumps(content))
 
-    def settle(self, key: str, flag: str, given: Any, default: Any = None) -> Any:
+    def resolve(self, key: str, flag: str, given: Any, default: Any = None) -> Any:
         """The value of the dotted `key`, written into the result. given: the flag's value, None where not given."""
         section = self.merged
         *parents, last = key.split(".")
@@ -88,7 +88,7 @@ class _Merge:
 
 
 def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], Batch]:
-    """Settle flags and JSON.
+    """Resolve flags and JSON.
 
     Returns the configuration with nothing left to the JSON or the layout, the complete DeepSpeed configuration, and the batch.
     UserError: contradictions, a global batch that the ranks cannot share equally, sections this program owns.
@@ -101,37 +101,37 @@ def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], B
     _refuse_other_writers(content, path)
     _refuse_other_recomputation(content, path)
     _refuse_unread(content, path)
-    merge_ = _Merge(path, content)
-    batch = _batch(merge_, config, data_parallel)
-    clip = merge_.settle("gradient_clipping", "--clip-grad", training.clip_grad, 1.0)
-    bf16 = merge_.settle("bf16.enabled", "--bf16", training.bf16 or None, False)
-    fp16 = merge_.settle("fp16.enabled", "--fp16", training.fp16 or None, False)
+    resolver = _Resolver(path, content)
+    batch = _batch(resolver, config, data_parallel)
+    clip = resolver.resolve("gradient_clipping", "--clip-grad", training.clip_grad, 1.0)
+    bf16 = resolver.resolve("bf16.enabled", "--bf16", training.bf16 or None, False)
+    fp16 = resolver.resolve("fp16.enabled", "--fp16", training.fp16 or None, False)
     if bf16 and fp16:
         raise UserError("both bf16 and fp16 are on (flags and DeepSpeed JSON together): choose one")
-    stage = merge_.settle("zero_optimization.stage", "--zero-stage", config.parallel.zero_stage, 0)
+    stage = resolver.resolve("zero_optimization.stage", "--zero-stage", config.parallel.zero_stage, 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"ZeRO stage {stage} does not exist: --zero-stage takes 0, 1, 2 or 3")
     _refuse_lost_predivision(content, path, stage, data_parallel)
-    scaling = _loss_scaling(merge_, config) if fp16 else _no_loss_scaling(config)
-    _monitors(merge_, config)
+    scaling = _loss_scaling(resolver, config) if fp16 else _no_loss_scaling(config)
+    _monitors(resolver, config)
     # DeepSpeed's own progress lines would break the progress bar.
-    merge_.merged.setdefault("steps_per_print", 10**9)
+    resolver.merged.setdefault("steps_per_print", 10**9)
     # torch's SGD and AdamW are right under ZeRO but not on DeepSpeed's list of tested ones.
-    merge_.merged.setdefault("zero_allow_untested_optimizer", True)
-    _no_auto_left(merge_.merged, path)
-    settled = dataclasses.replace(
+    resolver.merged.setdefault("zero_allow_untested_optimizer", True)
+    _no_auto_left(resolver.merged, path)
+    resolved = dataclasses.replace(
         config,
         training=dataclasses.replace(
             training, global_batch_size=batch.size, clip_grad=float(clip), bf16=bf16, fp16=fp16, **scaling
         ),
         parallel=dataclasses.replace(config.parallel, zero_stage=stage),
-        # Settled here, so that a replay on another number of stages keeps the base point.
+        # Resolved here, so that a replay on another number of stages keeps the base point.
         shapley=dataclasses.replace(
             config.shapley,
             base=config.shapley.base or default_base(config.parallel.pipeline_model_parallel_size),
         ),
     )
-    return settled, merge_.merged, batch
+    return resolved, resolver.merged, batch
 
 
 def _refuse_other_writers(content: Mapping[str, Any], path: str | None) -> None:
@@ -206,7 +206,7 @@ def _refuse_lost_predivision(
         )
 
 
-def _batch(merge_: _Merge, config: Config, data_parallel: int) -> Batch:
+def _batch(resolver: _Resolver, config: Config, data_parallel: int) -> Batch:
     training = config.training
     micro = training.micro_batch_size
     per_pass = micro * data_parallel
@@ -217,14 +217,14 @@ def _batch(merge_: _Merge, config: Config, data_parallel: int) -> Batch:
             f"data-parallel ranks = {per_pass}"
         )
     accumulation = size // per_pass
-    merge_.settle("train_micro_batch_size_per_gpu", "--micro-batch-size", micro)
+    resolver.resolve("train_micro_batch_size_per_gpu", "--micro-batch-size", micro)
     steps = f"--global-batch-size {size} / (--micro-batch-size {micro} x {data_parallel} data-parallel ranks)"
-    merge_.settle("gradient_accumulation_steps", steps, accumulation)
-    merge_.settle("train_batch_size", "--global-batch-size", size)
+    resolver.resolve("gradient_accumulation_steps", steps, accumulation)
+    resolver.resolve("train_batch_size", "--global-batch-size", size)
     return Batch(micro=micro, accumulation=accumulation, data_parallel=data_parallel)
 
 
-def _loss_scaling(merge_: _Merge, config: Config) -> dict[str, Any]:
+def _loss_scaling(resolver: _Resolver, config: Config) -> dict[str, Any]:
     training = config.training
     power = None
     if training.initial_loss_scale is not None:
@@ -233,16 +233,16 @@ def _loss_scaling(merge_: _Merge, config: Config) -> dict[str, Any]:
             raise UserError(f"--initial-loss-scale {training.initial_loss_scale} is no power of 2")
         power = int(power)
     scaling = {
-        "loss_scale": float(merge_.settle("fp16.loss_scale", "--loss-scale", training.loss_scale, 0)),
+        "loss_scale": float(resolver.resolve("fp16.loss_scale", "--loss-scale", training.loss_scale, 0)),
         "initial_loss_scale": 2.0
-        ** merge_.settle("fp16.initial_scale_power", "log2 of --initial-loss-scale", power, 16),
+        ** resolver.resolve("fp16.initial_scale_power", "log2 of --initial-loss-scale", power, 16),
         "min_loss_scale": float(
-            merge_.settle("fp16.min_loss_scale", "--min-loss-scale", training.min_loss_scale, 1)
+            resolver.resolve("fp16.min_loss_scale", "--min-loss-scale", training.min_loss_scale, 1)
         ),
-        "loss_scale_window": merge_.settle(
+        "loss_scale_window": resolver.resolve(
             "fp16.loss_scale_window", "--loss-scale-window", training.loss_scale_window, 1000
         ),
-        "hysteresis": merge_.settle("fp16.hysteresis", "--hysteresis", training.hysteresis, 2),
+        "hysteresis": resolver.resolve("fp16.hysteresis", "--hysteresis", training.hysteresis, 2),
     }
     for name, value in scaling.items():
         if (
@@ -260,7 +260,7 @@ def _no_loss_scaling(config: Config) -> dict[str, Any]:
     return {}
 
 
-def _monitors(merge_: _Merge, config: Config) -> None:
+def _monitors(resolver: _Resolver, config: Config) -> None:
     logging = config.logging
     for section, key, flag, given in (
         ("tensorboard", "output_path", "--tensorboard-dir", logging.tensorboard_dir),
@@ -269,21 +269,21 @@ def _monitors(merge_: _Merge, config: Config) -> None:
     ):
         if given is None:
             continue
-        merge_.settle(f"{section}.{key}", flag, given)
-        monitor = merge_.merged[section]
+        resolver.resolve(f"{section}.{key}", flag, given)
+        monitor = resolver.merged[section]
         if monitor.get("enabled") in (None, "auto"):
             monitor["enabled"] = True
         if monitor["enabled"] is not True:
             raise UserError(
-                f'{flag} is {given} but "{section}.enabled" in {merge_.path} is {json.dumps(monitor["enabled"])}: '
+                f'{flag} is {given} but "{section}.enabled" in {resolver.path} is {json.dumps(monitor["enabled"])}: '
                 f"write true, or leave {flag} out"
             )
         if section != "wandb":
             monitor.setdefault("job_name", "train")
     if logging.wandb_exp_name is not None:
-        if not (merge_.merged.get("wandb") or {}).get("enabled"):
+        if not (resolver.merged.get("wandb") or {}).get("enabled"):
             raise UserError(f"--wandb-exp-name {logging.wandb_exp_name} needs --wandb-project")
-        merge_.settle("wandb.group", "--wandb-exp-name", logging.wandb_exp_name)
+        resolver.resolve("wandb.group", "--wandb-exp-name", logging.wandb_exp_name)
 
 
 def _no_auto_left(content: Mapping[str, Any], path: str | None, prefix: str = "") -> None:

@@ -90,6 +90,29 @@ def _discover_slurm() -> None:
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
 
 
+def _discover(promised: int) -> None:
+    """Fill the rendezvous variables, unless the launcher has; `promised`: the number of ranks that it started."""
+    if all(name in os.environ for name in _RENDEZVOUS):
+        return
+    if _under_mpi():
+        _discover_mpi(promised)
+    elif _SLURM[0] in os.environ:
+        _discover_slurm()
+    elif "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+
+
+def _take_gpu(local_rank: int) -> None:
+    seen = torch.cuda.device_count()
+    if local_rank >= seen:  # DeepSpeed's too is the GPU of this number
+        raise UserError(
+            f"local rank {local_rank} has no GPU: it sees {seen}; start at most one rank per GPU, and let every rank of a host "
+            f"see all of its GPUs (under Slurm --gpus-per-node, not --gpus-per-task)"
+        )
+    torch.cuda.set_device(local_rank)
+
+
 def allow_many_files() -> None:
     """Raise this process's limit of open files as far as it may, up to OPEN_FILES.
 
@@ -109,26 +132,12 @@ def meet(config: ParallelConfig) -> None:
     """
     _, promised = launched()
     allow_many_files()
-    if all(name in os.environ for name in _RENDEZVOUS):
-        pass
-    elif _under_mpi():
-        _discover_mpi(promised)
-    elif _SLURM[0] in os.environ:
-        _discover_slurm()
-    elif "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    _discover(promised)
     cuda = torch.cuda.is_available()
     if _backend(config) == "nccl" and not cuda:
         raise UserError("--distributed-backend nccl needs a GPU and torch sees none: use gloo or auto")
     if cuda:
-        local, seen = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= seen:  # DeepSpeed's too is the GPU of this number
-            raise UserError(
-                f"local rank {local} has no GPU: it sees {seen}; start at most one rank per GPU, and let every rank of a host "
-                f"see all of its GPUs (under Slurm --gpus-per-node, not --gpus-per-task)"
-            )
-        torch.cuda.set_device(local)
+        _take_gpu(int(os.environ["LOCAL_RANK"]))
         _start_deepspeed(config)
     elif not dist.is_initialized():
         # On CPUs DeepSpeed compiles an operator before it starts torch.distributed; it takes what is there.

@@ -6,19 +6,20 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from inrun_megatron.config import Config
-from inrun_megatron.engines.evaluating import evaluating
-from inrun_megatron.engines.pipeline import evaluate as evaluate_pipeline
-from inrun_megatron.engines.pipeline import train_batch as train_pipeline_batch
-from inrun_megatron.losses import masked_mean, masked_sum
+from inrun_megatron.engines import pipeline
+from inrun_megatron.engines.evaluating import loss_sums, over_ranks
+from inrun_megatron.losses import masked_mean
 from inrun_megatron.models import token_losses
+from inrun_megatron.models.pipeline import GPTPipeline
 from inrun_megatron.parallel import Layout
 from inrun_megatron.shapley.pipeline import PipelineStep
+from inrun_megatron.shapley.scored_step import ScoredStep
 from inrun_megatron.training import checkpoint
 from inrun_megatron.training.batches import (
     Microbatch,
@@ -33,11 +34,9 @@ from inrun_megatron.training.engine import Trainer
 from inrun_megatron.training.health import Health
 from inrun_megatron.training.monitor import Monitor
 from inrun_megatron.training.progress import ProgressBar, StepFigures
+from inrun_megatron.training.reporting import DomainValues, Reporter
+from inrun_megatron.training.scoring import Scoring
 from inrun_megatron.training.signals import StopRequest, StopSignals
-
-if TYPE_CHECKING:
-    from inrun_megatron.shapley.scored_step import ScoredStep
-    from inrun_megatron.training.scoring import Scoring
 
 
 @dataclass
@@ -67,18 +66,17 @@ class Run:
             dp_rank=self.layout.dp_rank,
             consumed_samples=self.progress.consumed_samples,
         )
-        reporter, health = _Reporter(self, bar), Health(self.config)
+        reporter = Reporter(self.config, bar, self.monitor, self._domain_values())
+        health = Health(self.config)
         try:
             for iteration in range(start + 1, total + 1):
                 last = iteration == total or _at(iteration, self.config.training.exit_interval)
                 figures = self._step(iteration, loader, last, reporter)
                 if (fault := health.fault(figures)) is not None:
-                    if self.scoring is not None:  # what led there can be read
-                        self.scoring.commits.now(iteration, None)
-                    raise AgreedError(fault)
+                    self._give_up(iteration, fault)
                 stop = signals.agreed(self.trainer.device)
                 if stop is None:
-                    self._evaluate(iteration, last, bar)
+                    self._evaluate(iteration, last, reporter)
                 self._save(iteration, last or stop is not None)
                 if stop is not None and iteration < total:
                     return stop
@@ -89,13 +87,19 @@ class Run:
             bar.close()
         return None
 
-    def _step(self, iteration: int, loader: StepLoader, last: bool, reporter: _Reporter) -> StepFigures:
+    def _domain_values(self) -> DomainValues | None:
+        if self.scoring is None:
+            return None
+        return DomainValues(
+            self.scoring.target_names, self.scoring.dataset_names, self.layout, self.trainer.device
+        )
+
+    def _step(self, iteration: int, loader: StepLoader, last: bool, reporter: Reporter) -> StepFigures:
         """One optimizer step: all its microbatches forward and backward, then the update."""
         started = time.perf_counter()
         microbatches = loader.next_step(more=not last)
         if self.scoring is not None:
-            microbatches = [self.scoring.cut(microbatch) for microbatch in microbatches]
-        engine = self.trainer.engine
+            microbatches = [self.scoring.with_segments(microbatch) for microbatch in microbatches]
         lr = float(self.trainer.optimizer.param_groups[0]["lr"])
         here = [to_device(microbatch, self.trainer.device) for microbatch in microbatches]
         with self.scoring.step(iteration, here) if self.scoring else contextlib.nullcontext() as scored:
@@ -105,7 +109,7 @@ class Run:
             if scored is not None:
                 scored.train_loss = train_loss
                 scored.consumed_samples = self.progress.consumed_samples
-        applied = bool(engine.was_step_applied())
+        applied = bool(self.trainer.engine.was_step_applied())
         if applied:
             # As in Megatron-LM, a step that overflowed does not move the schedule.
             self.trainer.schedule.step(self.batch.size)
@@ -114,13 +118,14 @@ class Run:
             loss=train_loss,
             lr=lr,
             tokens=self.batch.size * self.config.data.seq_length,
+            consumed_samples=self.progress.consumed_samples,
             seconds=time.perf_counter() - started,
             seconds_scoring=scored.result.seconds_scoring if scored is not None else 0.0,
             gradient_norm=self._gradient_norm(scored),
             targets=self._target_losses(scored),
             skipped=not applied,
         )
-        reporter.report(figures, scored, microbatches)
+        reporter.step(figures, None if scored is None else scored.result, microbatches)
         return figures
 
     @property
@@ -145,7 +150,7 @@ class Run:
             return scored.train_batch(microbatches)
         engine = self.trainer.engine
         split = engine.module.loss_fn.split
-        return float(train_pipeline_batch(engine, [split(microbatch) for microbatch in microbatches]))
+        return float(pipeline.train_batch(engine, [split(microbatch) for microbatch in microbatches]))
 
     def _mean_over_replicas(self, loss: torch.Tensor) -> float:
         mean = loss.double()
@@ -164,43 +169,33 @@ class Run:
             return {}
         return dict(zip(self.scoring.target_names, scored.result.target_losses, strict=True))
 
-    def _evaluate(self, iteration: int, last: bool, bar: ProgressBar) -> None:
-        """Loss per token on the validation split, at the evaluation interval and at the end."""
+    def _give_up(self, iteration: int, fault: str) -> None:
+        """Raise AgreedError; what led there can be read in the ledger."""
+        if self.scoring is not None:
+            self.scoring.commits.now(iteration, None)
+        raise AgreedError(fault)
+
+    def _evaluate(self, iteration: int, last: bool, reporter: Reporter) -> None:
+        """On the validation split, at the evaluation interval and at the end."""
         training = self.config.training
         if self.validation_data is None or not training.eval_iters or not training.eval_interval:
             return
-        if not (last or _at(iteration, training.eval_interval)):
-            return
-        microbatches = (
-            to_device(microbatch, self.trainer.device)
-            for microbatch in evaluation_batches(
-                self.validation_data, self.batch, training.eval_iters, self.layout.dp_rank
-            )
-        )
-        if self._pipeline:
-            sums = self._pipeline_sums(microbatches)
-        else:
-            sums = torch.zeros(2, dtype=torch.float64, device=self.trainer.device)
-            with evaluating(self.trainer.model), torch.no_grad():
-                for microbatch in microbatches:
-                    losses, mask = token_losses(self.trainer.model, microbatch), microbatch["loss_mask"]
-                    sums += torch.stack([masked_sum(losses, mask), mask.float().sum()])
-            dist.all_reduce(sums, group=self.layout.dp_group)
-        loss = float(sums[0] / sums[1].clamp(min=1.0))
-        bar.write(f"step {iteration}: validation loss {loss:.4f}")
-        self.monitor.write(iteration, {"validation/loss": loss})
+        if last or _at(iteration, training.eval_interval):
+            reporter.validation(iteration, self._validation_loss())
 
-    def _pipeline_sums(self, microbatches: Iterator[Microbatch]) -> torch.Tensor:
-        """(loss, loss tokens) summed over microbatches and replicas."""
-        model = self.trainer.model
-        split = model.loss_fn.split
-        sums = evaluate_pipeline(
-            self.trainer.engine, [split(microbatch) for microbatch in microbatches], model.loss_fn.sums
+    def _validation_loss(self) -> float:
+        """Per token of the validation split's first batches, nats. Collective over the world."""
+        device, model = self.trainer.device, self.trainer.model
+        batches = evaluation_batches(
+            self.validation_data, self.batch, self.config.training.eval_iters, self.layout.dp_rank
         )
-        if self.layout.tp_rank > 0:  # all tensor-parallel ranks of the last stage have the same sums
-            sums.zero_()
-        dist.all_reduce(sums)
-        return sums
+        microbatches = (to_device(microbatch, device) for microbatch in batches)
+        if isinstance(model, GPTPipeline):
+            sums = pipeline.loss_sums(self.trainer.engine, model.loss_fn, list(microbatches))
+        else:
+            sums = loss_sums(model, token_losses, microbatches, device)
+        total, tokens = over_ranks(sums, self.layout).tolist()
+        return float(total / max(tokens, 1.0))
 
     @property
     def saves(self) -> bool:
@@ -223,63 +218,8 @@ class Run:
                 self.scoring.checkpointed()
 
 
-class _Reporter:
-    """Passes a step's figures to the progress bar, and every --log-interval steps to the monitors."""
-
-    def __init__(self, run: Run, bar: ProgressBar) -> None:
-        self._run, self._bar = run, bar
-        self._audits = self._domains = None
-        if run.scoring is not None:
-            from inrun_megatron.training.scoring import Audits, DomainValues
-
-            self._audits = Audits(run.scoring.target_names)
-            self._domains = DomainValues(run.scoring, run.trainer.device)
-
-    def report(
-        self, figures: StepFigures, scored: ScoredStep | None, microbatches: Sequence[Microbatch]
-    ) -> None:
-        run, iteration = self._run, figures.iteration
-        self._bar.step(figures)
-        audits: dict[str, float | None] = {} if self._audits is None else self._audits.step(scored)
-        if audits and iteration % run.config.shapley.audit_interval == 0:
-            run.monitor.write(iteration, audits)
-            self._bar.write(_audit_line(iteration, audits))
-        if not run.monitor.enabled:
-            return
-        if self._domains is not None and scored is not None:
-            self._domains.add(scored.result, torch.cat([m["dataset"] for m in microbatches]))
-        if iteration % run.config.logging.log_interval:
-            return
-        out: dict[str, float | None] = {
-            "train/loss": figures.loss,
-            "train/lr": figures.lr,
-            "train/grad_norm": figures.gradient_norm,
-            "train/tokens_per_second": figures.tokens / figures.seconds,
-            "train/consumed_samples": float(run.progress.consumed_samples),
-        }
-        out |= {f"targets/{name}": loss for name, loss in figures.targets.items()}
-        if self._domains is not None:
-            out["train/scoring_share"] = figures.seconds_scoring / figures.seconds
-            out |= self._domains.report()
-        run.monitor.write(iteration, out)
-
-
 def _at(iteration: int, interval: int | None) -> bool:
     return bool(interval) and iteration % int(interval or 1) == 0
-
-
-def _audit_line(iteration: int, audits: dict[str, float | None]) -> str:
-    """One line with the audits of every target."""
-    parts = []
-    for name in (
-        key.removeprefix("audit/additivity/") for key in audits if key.startswith("audit/additivity/")
-    ):
-        text = f"{name}: additivity off by {audits[f'audit/additivity/{name}']:.1e}"
-        realised, predicted = audits.get(f"audit/realised/{name}"), audits.get(f"audit/predicted/{name}")
-        if realised is not None and predicted is not None:
-            text += f", loss fell by {realised:+.1e} in one step (predicted {predicted:+.1e})"
-        parts.append(text)
-    return f"step {iteration}: audit | " + " | ".join(parts)
 
 
 @contextlib.contextmanager

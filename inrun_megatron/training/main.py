@@ -38,14 +38,14 @@ def main(argv: Sequence[str]) -> int:
     local = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
     reports = next((os.environ[name] for name in local if name in os.environ), str(rank)) == "0"
     try:
-        settled = prepare(parse(argv), world_size)
+        resolved = prepare(parse(argv), world_size)
     except UserError as error:
         if not reports:
             # A launcher ends every rank at the first exit: the one that reports must have done so by then.
             time.sleep(REPORT_SECONDS)
         return _fail(error, reports)
     try:
-        code = run(settled, signals)
+        code = run(resolved, signals)
     except AgreedError as error:
         code = _fail(error, rank == 0)
     except UserError as error:

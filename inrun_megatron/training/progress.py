@@ -20,6 +20,7 @@ class StepFigures:
     lr: float
     tokens: int
     seconds: float
+    consumed_samples: int = 0
     seconds_scoring: float = 0.0
     gradient_norm: float | None = None
     targets: Mapping[str, float] = field(default_factory=dict)

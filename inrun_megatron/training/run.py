@@ -1,4 +1,4 @@
-"""One run: settle the configuration, set everything up, train."""
+"""One run: resolve the configuration, set everything up, train."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from inrun_megatron.training.arguments import write_yaml
 from inrun_megatron.training.checkpoint import Progress
 from inrun_megatron.training.deepspeed_config import Batch, merge
 from inrun_megatron.training.distributed import all_ranks
-from inrun_megatron.training.engine import build_trainer
+from inrun_megatron.training.engine import Trainer, build_trainer
 from inrun_megatron.training.exit_codes import FINISHED, STOPPED
 from inrun_megatron.training.loop import Run
 from inrun_megatron.training.monitor import Monitor, check_available
+from inrun_megatron.training.run_state import Resume
+from inrun_megatron.training.scoring import Scoring
 from inrun_megatron.training.signals import StopSignals
 from inrun_megatron.training.validation import check_fp16, check_pipeline, validate
 from inrun_megatron.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
-class Settled:
+class Resolved:
     """A checked configuration: flags and DeepSpeed JSON agree, and the ranks can share the work."""
 
     config: Config
@@ -38,16 +40,16 @@ class Settled:
     batch: Batch
 
 
-def prepare(config: Config, world_size: int) -> Settled:
+def prepare(config: Config, world_size: int) -> Resolved:
     """Everything that can be found wrong without other ranks, data or a model. UserError."""
     data_parallel = validate(config, world_size)
-    settled, deepspeed, batch = merge(config, data_parallel)
+    resolved, deepspeed, batch = merge(config, data_parallel)
     check_available(deepspeed)
-    check_fp16(settled)
-    check_pipeline(settled)
+    check_fp16(resolved)
+    check_pipeline(resolved)
     datasets.check_arguments(config)
-    _check_precision(settled)
-    return Settled(config=settled, deepspeed=deepspeed, batch=batch)
+    _check_precision(resolved)
+    return Resolved(config=resolved, deepspeed=deepspeed, batch=batch)
 
 
 def _check_precision(config: Config) -> None:
@@ -65,22 +67,22 @@ def _check_precision(config: Config) -> None:
             )
 
 
-def run(settled: Settled, signals: StopSignals | None = None) -> int:
+def run(resolved: Resolved, signals: StopSignals | None = None) -> int:
     """Train as configured, from a checkpoint where there is one; returns the exit code. Collective over the world.
 
     signals: may have been listening for a while.
     """
-    parallel = settled.config.parallel
+    parallel = resolved.config.parallel
     distributed.meet(parallel)
     distributed.share_cores()
     # Its own limit comes first: the collective's error would name no rank.
     stall = 0.9 * 60 * parallel.distributed_timeout_minutes
     with Watchdog(parallel.heartbeat_timeout, stall) as watchdog:
-        return _run(settled, watchdog, signals or StopSignals())
+        return _run(resolved, watchdog, signals or StopSignals())
 
 
-def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
-    config, batch = settled.config, settled.batch
+def _run(resolved: Resolved, watchdog: Watchdog, signals: StopSignals) -> int:
+    config, batch = resolved.config, resolved.batch
     # Whatever may be wrong with the input comes before DeepSpeed, which may compile for a minute.
     vocabulary = all_ranks(lambda: datasets.vocabulary(config))
     targets = all_ranks(lambda: datasets.targets(config, vocabulary))
@@ -91,29 +93,11 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
     data = datasets.build(config, batch, vocabulary, **done)
     distributed.initialise(config.parallel)
     layout = Layout.from_megatron()
-    trainer = build_trainer(config, settled.deepspeed, batch, vocabulary.vocab_size)
+    trainer = build_trainer(config, resolved.deepspeed, batch, vocabulary.vocab_size)
 
-    progress = Progress()
-    if resume is not None:
-        progress, as_it_is = checkpoint.load(config, trainer, resume)
-        other = "" if as_it_is else ", written in another layout"
-        _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
-        if resume.global_batch_size not in (None, batch.size):
-            _say(f"steps have {batch.size} samples from here on, {resume.global_batch_size} before")
-        if resume.data not in (None, data.order):
-            _say(
-                "the training data is another one or in another order than the checkpoint's (files, weights, --split, --seed, "
-                "--seq-length, or more epochs for more --train-iters): some samples come again, some never"
-            )
-    elif config.checkpoint.load is not None:
-        why = " (--save-interval 0 writes none)" if config.checkpoint.save_interval == 0 else ""
-        _say(f"--load {config.checkpoint.load} holds no checkpoint{why}: starting from the beginning")
-    progress.data = data.order
+    progress = _load(config, trainer, resume, batch, data.order)
     scoring = None
     if config.shapley.enabled:
-        # Imported here so that training without scoring does not depend on it.
-        from inrun_megatron.training.scoring import Scoring
-
         scoring = Scoring(
             config,
             trainer,
@@ -132,7 +116,7 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
         layout=layout,
         train_data=data.train,
         validation_data=data.validation,
-        monitor=Monitor(settled.deepspeed),
+        monitor=Monitor(resolved.deepspeed),
         progress=progress,
         scoring=scoring,
     )
@@ -149,6 +133,27 @@ def _run(settled: Settled, watchdog: Watchdog, signals: StopSignals) -> int:
     saved = f"saved {checkpoint.tag_of(progress.iteration)}" if loop.saves else "no checkpoint is configured"
     _say(f"stopped by {stop} after step {progress.iteration}: {saved}; exit code {STOPPED}")
     return STOPPED
+
+
+def _load(config: Config, trainer: Trainer, resume: Resume | None, batch: Batch, order: str) -> Progress:
+    """The progress of the checkpoint, once it is loaded, or of a beginning; order: of this start's data."""
+    progress = Progress()
+    if resume is not None:
+        progress, as_it_is = checkpoint.load(config, trainer, resume)
+        other = "" if as_it_is else ", written in another layout"
+        _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
+        if resume.global_batch_size != batch.size:
+            _say(f"steps have {batch.size} samples from here on, {resume.global_batch_size} before")
+        if resume.data != order:
+            _say(
+                "the training data is another one or in another order than the checkpoint's (files, weights, --split, --seed, "
+                "--seq-length, or more epochs for more --train-iters): some samples come again, some never"
+            )
+    elif config.checkpoint.load is not None:
+        why = " (--save-interval 0 writes none)" if config.checkpoint.save_interval == 0 else ""
+        _say(f"--load {config.checkpoint.load} holds no checkpoint{why}: starting from the beginning")
+    progress.data = order
+    return progress
 
 
 def _own_checkpoints(loop: Run) -> AbstractContextManager[object]:

@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from inrun_megatron.config import Config
 from inrun_megatron.errors import UserError
-from inrun_megatron.ledger.belongs import UNKNOWN
 from inrun_megatron.ledger.files import read_json
 from inrun_megatron.training.distributed import rank0_then_all
 from inrun_megatron.wording import flag_of
@@ -20,6 +19,18 @@ from inrun_megatron.wording import flag_of
 DIRECTORY = "checkpoints"
 RUN_STATE_FILE = "run_state.json"
 
+# What is saved: Progress.counters and `description`.
+_FIELDS = (
+    "iteration",
+    "consumed_samples",
+    "ledger_step",
+    "ledger",
+    "data",
+    "global_batch_size",
+    "layout",
+    "model",
+    "optimizer",
+)
 # Fields of the model's configuration that another start of the same run may change: they only draw dropout and first
 # weights; the padding of the vocabulary holds no weights.
 _NOT_THE_MODEL = (
@@ -33,16 +44,15 @@ _NOT_THE_MODEL = (
 
 @dataclass(frozen=True)
 class Resume:
-    """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage, precision and kind of device are this run's; `ledger`, `iteration` and
-    `consumed_samples`: as in Progress; `global_batch_size` and `data` (datasets.Data.order): None where an older checkpoint
-    does not say."""
+    """A checkpoint to go on from. `same_layout`: sizes, ZeRO stage, precision and kind of device are this run's; `ledger`, `iteration`,
+    `consumed_samples` and `data`: as in Progress."""
 
     path: Path
     same_layout: bool
     ledger: str | None
     iteration: int
     consumed_samples: int
-    global_batch_size: int | None
+    global_batch_size: int
     data: str | None
 
 
@@ -88,13 +98,12 @@ def _to_resume(config: Config) -> Resume | None:
     check_same_run(path, state, config)
     return Resume(
         path,
-        same_layout={**layout_of(config), **state["layout"]}
-        == layout_of(config),  # an older one may say less
-        ledger=state.get("ledger", UNKNOWN),
+        same_layout=state["layout"] == layout_of(config),
+        ledger=state["ledger"],
         iteration=state["iteration"],
         consumed_samples=state["consumed_samples"],
-        global_batch_size=state.get("global_batch_size"),
-        data=state.get("data"),
+        global_batch_size=state["global_batch_size"],
+        data=state["data"],
     )
 
 
@@ -113,13 +122,8 @@ def check_whole(resume: Resume) -> None:
 
 
 def _ends_as_written(file: Path) -> bool:
-    """A file of torch.save: a zip, whose directory lies at the end; a pickle, of which nothing is known, in old ones."""
-    try:
-        with open(file, "rb") as opened:
-            pickled = opened.read(1) == b"\x80"
-            return pickled or zipfile.is_zipfile(opened)
-    except OSError:
-        return False
+    """A file of torch.save is a zip, whose directory lies at the end."""
+    return zipfile.is_zipfile(file)
 
 
 def layout_of(config: Config) -> dict[str, int | str]:
@@ -137,14 +141,14 @@ def layout_of(config: Config) -> dict[str, int | str]:
 
 
 def model_of(config: Config) -> dict[str, Any]:
-    """What the weights are of, with defaults settled: weights of equal shapes may belong to different models."""
+    """What the weights are of, with defaults resolved: weights of equal shapes may belong to different models."""
     model = config.model
-    settled = asdict(model) | {
+    resolved = asdict(model) | {
         "ffn_hidden_size": model.resolved_ffn_hidden_size,
         "kv_channels": model.resolved_kv_channels,
         "num_query_groups": model.query_groups,
     }
-    return {name: value for name, value in settled.items() if name not in _NOT_THE_MODEL}
+    return {name: value for name, value in resolved.items() if name not in _NOT_THE_MODEL}
 
 
 def description(config: Config, ledger: str | None, data: str | None) -> dict[str, Any]:
@@ -166,22 +170,24 @@ def read(path: Path) -> dict[str, Any]:
         state = read_json(path / RUN_STATE_FILE)
     except UserError as error:
         raise UserError(f"{path} is no complete checkpoint of this program: {error}") from None
-    if not isinstance(state.get("layout"), dict):
-        raise UserError(f"{path} is no complete checkpoint of this program: {RUN_STATE_FILE} has no layout")
+    for field in _FIELDS:
+        if field not in state:
+            raise UserError(
+                f"{path} is no complete checkpoint of this program: {RUN_STATE_FILE} has no {field}"
+            )
     return state
 
 
 def check_same_run(path: Path, state: dict[str, Any], config: Config) -> None:
-    """UserError unless the run that wrote the checkpoint trained this model with this optimizer. Older checkpoints say less."""
-    saved, now = state.get("model") or {}, model_of(config)
-    for name, value in now.items():
-        if saved.get(name, value) != value:
+    """UserError unless the run that wrote the checkpoint trained this model with this optimizer."""
+    saved = state["model"]
+    for name, value in model_of(config).items():
+        if saved.get(name) != value:
             raise UserError(
-                f"{path} was written with {flag_of(name)} {saved[name]}, this run has {value}: give the flags of the model "
+                f"{path} was written with {flag_of(name)} {saved.get(name)}, this run has {value}: give the flags of the model "
                 "that was saved"
             )
-    optimizer = config.training.optimizer
-    before = state.get("optimizer", optimizer)
+    before, optimizer = state["optimizer"], config.training.optimizer
     if before != optimizer:
         raise UserError(
             f"{path} holds the state of --optimizer {before}, this run has {optimizer}: resume with --optimizer {before}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from inrun_megatron.config import Config, ModelConfig
+from inrun_megatron.config import Config, ModelConfig, TrainingConfig
 from inrun_megatron.errors import UserError
 from inrun_megatron.wording import flag_of
 
@@ -34,6 +34,7 @@ def validate(config: Config, world_size: int) -> int:
     _training(config)
     _data(config)
     _run_directory(config)
+    _scoring(config)
     return data_parallel
 
 
@@ -49,6 +50,18 @@ def _positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and value <= 0:
             raise UserError(f"{flag_of(name)} is {value}: it must be positive")
+
+
+def _not_negative(**values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 0:
+            raise UserError(f"{flag_of(name)} is {value}: it must not be negative")
+
+
+def _below_one(**values: float) -> None:
+    for name, value in values.items():
+        if not 0.0 <= value < 1.0:
+            raise UserError(f"{flag_of(name)} is {value}: it must be in [0, 1)")
 
 
 def _parallel(config: Config) -> None:
@@ -69,7 +82,7 @@ def _parallel(config: Config) -> None:
 
 
 def check_fp16(config: Config) -> None:
-    """fp16 has a loss scale at every ZeRO stage but 0; `config` is settled with its DeepSpeed JSON."""
+    """fp16 has a loss scale at every ZeRO stage but 0; `config` is resolved with its DeepSpeed JSON."""
     if config.training.fp16 and config.parallel.zero_stage == 0:
         # deepspeed 0.19, DeepSpeedEngine.backward: only ZeRO's optimizers scale the loss, all divide by the scale.
         raise UserError(
@@ -79,7 +92,7 @@ def check_fp16(config: Config) -> None:
 
 
 def check_pipeline(config: Config) -> None:
-    """What a pipeline cannot do; `config` is settled with its DeepSpeed JSON."""
+    """What a pipeline cannot do; `config` is resolved with its DeepSpeed JSON."""
     stages = config.parallel.pipeline_model_parallel_size
     if stages == 1:
         return
@@ -166,9 +179,7 @@ def _model(config: Config) -> None:
         raise UserError(f"rotary positions need an even head width, not {model.resolved_kv_channels}")
     if not 0.0 < model.rotary_percent <= 1.0:
         raise UserError(f"--rotary-percent is {model.rotary_percent}: it must be in (0, 1]")
-    for name, dropout in (("attention", model.attention_dropout), ("hidden", model.hidden_dropout)):
-        if not 0.0 <= dropout < 1.0:
-            raise UserError(f"--{name}-dropout is {dropout}: it must be in [0, 1)")
+    _below_one(attention_dropout=model.attention_dropout, hidden_dropout=model.hidden_dropout)
 
 
 def _training(config: Config) -> None:
@@ -193,37 +204,36 @@ def _training(config: Config) -> None:
         raise UserError(
             f"--seed is {training.seed}: it must be from 0 to {2**32 - 1}, as numpy's generators want it"
         )
+    _not_negative(
+        lr_warmup_iters=training.lr_warmup_iters,
+        weight_decay=training.weight_decay,
+        clip_grad=training.clip_grad,
+        eval_interval=training.eval_interval,
+        eval_iters=training.eval_iters,
+        sgd_momentum=training.sgd_momentum,
+    )
+    _below_one(adam_beta1=training.adam_beta1, adam_beta2=training.adam_beta2)
+    _schedule(training)
+    if training.bf16 and training.fp16:
+        raise UserError("--bf16 and --fp16 are both given: choose one")
+
+
+def _schedule(training: TrainingConfig) -> None:
+    """Of the learning rate."""
     if not 0.0 <= training.min_lr <= training.lr:
         raise UserError(f"--min-lr {training.min_lr} is not between 0 and --lr {training.lr}")
-    for name in (
-        "lr_warmup_iters",
-        "weight_decay",
-        "clip_grad",
-        "eval_interval",
-        "eval_iters",
-        "sgd_momentum",
-    ):
-        value = getattr(training, name)
-        if value is not None and value < 0:
-            raise UserError(f"{flag_of(name)} is {value}: it must not be negative")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0.0 <= getattr(training, name) < 1.0:
-            raise UserError(f"{flag_of(name)} is {getattr(training, name)}: it must be in [0, 1)")
     if training.lr_warmup_fraction is not None:
         if training.lr_warmup_iters:
             raise UserError(
                 f"--lr-warmup-iters {training.lr_warmup_iters} and --lr-warmup-fraction "
                 f"{training.lr_warmup_fraction} are both given: use one"
             )
-        if not 0.0 <= training.lr_warmup_fraction < 1.0:
-            raise UserError(f"--lr-warmup-fraction is {training.lr_warmup_fraction}: it must be in [0, 1)")
+        _below_one(lr_warmup_fraction=training.lr_warmup_fraction)
     decay = training.lr_decay_iters or training.train_iters
     if training.lr_warmup_iters >= decay:
         raise UserError(
             f"--lr-warmup-iters {training.lr_warmup_iters} is not smaller than the {decay} steps of the schedule"
         )
-    if training.bf16 and training.fp16:
-        raise UserError("--bf16 and --fp16 are both given: choose one")
 
 
 def _data(config: Config) -> None:
@@ -244,12 +254,15 @@ def _run_directory(config: Config) -> None:
     save, interval, shapley = config.checkpoint.save, config.checkpoint.save_interval, config.shapley
     if save is None and interval:
         raise UserError(f"--save-interval {interval} needs --save DIRECTORY")
-    if interval is not None and interval < 0:
-        raise UserError(f"--save-interval is {interval}: it must not be negative")
+    _not_negative(save_interval=interval)
     _positive(save_retain_interval=config.checkpoint.save_retain_interval)
     for flag, directory in (("--save", save), ("--shapley-dir", shapley.dir if shapley.enabled else None)):
         if directory is not None:
             _can_be_directory(flag, Path(directory))
+
+
+def _scoring(config: Config) -> None:
+    shapley = config.shapley
     if not shapley.enabled:
         return
     if shapley.refresh > 1 and shapley.estimator != "first_order":
@@ -262,7 +275,7 @@ def _run_directory(config: Config) -> None:
             "no --shapley-target is given: name a validation set as NAME=PATH[:SEQUENCES], or train without scoring "
             "with --no-shapley"
         )
-    if save is None and shapley.dir is None:
+    if config.checkpoint.save is None and shapley.dir is None:
         raise UserError(
             "scoring needs a place for its ledger: give --save DIRECTORY or --shapley-dir DIRECTORY"
         )

@@ -9,10 +9,8 @@ traceback that names none. So every rank writes a heartbeat into a store that ra
     every rank                 rank 0                     its connection closes / it stops answering      at once / heartbeat timeout
     rank 0                     all main threads           none has moved                                  collective timeout
 
-The first to notice writes the verdict into the store and prints it; the others leave silently, after all have read
-it: a launcher ends what is left at the first exit, and an end without a known reason would be reported once more. Leaving
-is `os._exit`, because the main thread may wait in a collective for ever. Nothing committed can be lost by it: commits and
-checkpoints are complete at any instant (docs/ledger.md).
+The first to notice gives the verdict (verdict.py). Nothing committed can be lost by it: commits and checkpoints are
+complete at any instant (docs/ledger.md).
 """
 
 from __future__ import annotations
@@ -26,8 +24,7 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch.distributed as dist
@@ -36,12 +33,9 @@ from inrun_megatron.errors import UserError
 from inrun_megatron.training.distributed import AgreedError
 from inrun_megatron.training.exit_codes import FAILED, RANK_LOST
 from inrun_megatron.training.stacks import MainThread, odd_ones_out
+from inrun_megatron.training.verdict import Verdict, Verdicts
 
-_VERDICT = "verdict"
 _SUSPICION = "suspicion"
-_READ = "read "
-_GONE = "gone"
-"""Never set: whoever looks for it learns whether the store is still served."""
 _TOGETHER = 0.2
 """Seconds after the end of a rank before it is told: a launcher that ends all ranks ends this one within them."""
 _COMMUNICATION = ("gloo", "nccl", "connection closed by peer", "connection reset", "timed out", "broken pipe")
@@ -55,19 +49,6 @@ class Rank:
     host: str
     process: int
     namespace: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why the job ends, the rank that says so, and ranks that cannot read it any more.
-
-    An empty text: the rank that failed has said it itself.
-    """
-
-    text: str
-    code: int
-    by: int
-    lost: list[int]
 
 
 class Watchdog:
@@ -86,12 +67,12 @@ class Watchdog:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._armed = False
         self._closing = threading.Event()
-        self._leaving = threading.Lock()
         self._answered = False
         self._main = MainThread()
         self._threads: list[threading.Thread] = []
         self._ranks: list[Rank] = []
         self._store: Any = None
+        self._verdicts: Any = None
         self._seen: dict[int, tuple[str, int]] = {}
 
     # --- beginning and end -------------------------------------------------------------------------------------------
@@ -104,6 +85,7 @@ class Watchdog:
         dist.all_gather_object(ranks, own)
         self._ranks = ranks
         self._store = self._connect()
+        self._verdicts = Verdicts(self._store, self._rank, self._world, self._interval)
         self._store.set(str(self._rank), self._beat(0))
         self._wake = os.eventfd(0)
         dist.barrier()
@@ -159,12 +141,12 @@ class Watchdog:
         )
         self._stop_watching()
         with contextlib.suppress(Exception):
-            verdict = self._claim(Verdict(text, FAILED, self._rank, []))
+            verdict = self._verdicts.claim(Verdict(text, FAILED, self._rank, []))
             if verdict.by != self._rank:
-                self._leave(verdict)
+                self._verdicts.leave(verdict)
             if text:
                 print(f"error: {text}", file=sys.stderr, flush=True)
-            self._wait_for_readers(verdict)
+            self._verdicts.wait_for_readers(verdict)
 
     # --- heartbeats --------------------------------------------------------------------------------------------------
 
@@ -179,10 +161,10 @@ class Watchdog:
             self._main.look()
             try:
                 self._store.set(str(self._rank), self._beat(count))
-                if self._store.check([_VERDICT]):
+                if (verdict := self._verdicts.given()) is not None:
                     if self._closing.is_set():  # the main thread is about to leave with it
                         return
-                    self._leave(Verdict(**json.loads(self._store.get(_VERDICT))))
+                    self._verdicts.leave(verdict)
                 if self._rank == 0:
                     self._judge(range(1, self._world))
                     self._judge_stall()
@@ -250,7 +232,7 @@ class Watchdog:
         for descriptor in (*siblings, self._wake):
             os.close(descriptor)
 
-    # --- the verdict -------------------------------------------------------------------------------------------------
+    # --- ending the job ----------------------------------------------------------------------------------------------
 
     def _name(self, ranks: list[int]) -> str:
         """`rank 2 (node2)`, or `ranks 2, 3 (node2)`."""
@@ -258,23 +240,18 @@ class Watchdog:
         numbers = ", ".join(str(rank) for rank in ranks)
         return f"{'rank' if len(ranks) == 1 else 'ranks'} {numbers} ({', '.join(hosts)})"
 
-    def _claim(self, verdict: Verdict) -> Verdict:
-        """The verdict that counts: this one, unless another rank was first."""
-        text = self._store.compare_set(_VERDICT, "", json.dumps(asdict(verdict))).decode()
-        return Verdict(**json.loads(text))
-
     def _end(self, text: str, lost: list[int]) -> None:
         """End the job; the first to say so in the store prints it. The store may not answer: rank 0 is lost then too."""
-        own, settled = Verdict(text, RANK_LOST, self._rank, lost), queue.SimpleQueue[Verdict]()
+        own, claimed = Verdict(text, RANK_LOST, self._rank, lost), queue.SimpleQueue[Verdict]()
 
         def claim() -> None:
             with contextlib.suppress(RuntimeError):
-                settled.put(self._claim(own))
+                claimed.put(self._verdicts.claim(own))
 
         if 0 not in lost:
             threading.Thread(target=claim, name="claim", daemon=True).start()
             try:
-                self._leave(settled.get(timeout=2 * self._interval))
+                self._verdicts.leave(claimed.get(timeout=2 * self._interval))
             except queue.Empty:
                 self._store_lost("it does not answer")
         self._without_store(text, lost)
@@ -292,39 +269,8 @@ class Watchdog:
         if self._rank != min(left, default=self._rank):
             # A launcher ends what is left at the first exit: let the speaker be first.
             time.sleep(2 * self._interval)
-        self._leave(Verdict(text, RANK_LOST, min(left, default=self._rank), lost))
-
-    def _leave(self, verdict: Verdict) -> None:
-        """The end of this process. The lock is never given back: both threads may notice the same."""
-        self._leaving.acquire()
-        if verdict.by == self._rank and verdict.text:
-            _say(verdict.text)
-        if 0 not in verdict.lost:
-            self._wait_for_readers(verdict)
-        os._exit(verdict.code)
-
-    def _wait_for_readers(self, verdict: Verdict) -> None:
-        """Rank 0 serves the store, so it leaves first, when all have read the verdict; nobody waits for ever."""
-
-        def others_read() -> None:
-            with contextlib.suppress(RuntimeError):  # rank 0, and with it the store, is gone
-                if self._rank == 0:
-                    readers = set(range(1, self._world)) - set(verdict.lost)
-                    self._store.wait([_READ + str(rank) for rank in readers], 2 * patience)
-                else:
-                    self._store.set(_READ + str(self._rank), "")
-                    while not self._store.check([_GONE]):
-                        time.sleep(0.05)
-
-        patience = timedelta(seconds=6 * self._interval)
-        thread = threading.Thread(target=others_read, name="readers", daemon=True)
-        thread.start()  # a call on the store may block when the network is cut
-        thread.join(patience.total_seconds())
+        self._verdicts.leave(Verdict(text, RANK_LOST, min(left, default=self._rank), lost))
 
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-
-
-def _say(text: str) -> None:
-    print(f"error: {text}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
-"""Flat groups cut into stretches that one collective sums or gathers over data-parallel ranks.
+"""Flat groups cut into buckets, each of which one collective sums or gathers over data-parallel ranks.
 
-Rank r owns the r-th of d equal parts of a flat group, its shard. A collective over a stretch of the group gives, or takes,
-another part at each rank: the r-th of d equal parts of the stretch. One all-to-all of 1/d of the group brings parts
-to their owners, or shards to where stretches are gathered from, so that stretches travel one by one and their length does not
-depend on d (a collective per owner would be d short ones). A group of one stretch needs none.
+Rank r owns the r-th of d equal parts of a flat group, its shard. A collective over a bucket of the group gives, or takes,
+another part at each rank: the r-th of d equal parts of the bucket. One all-to-all of 1/d of the group brings parts
+to their owners, or shards to where buckets are gathered from, so that buckets travel one by one and their length does not
+depend on d (a collective per owner would be d short ones). A group of one bucket needs none.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..defaults import STRETCH
+from ..defaults import BUCKET_SIZE
 from ..parallel import Layout
 from .shards import FlatGroup, Residence, Span
 
 
 @dataclass(frozen=True)
 class _Common:
-    """What a rank's part of stretch ``index`` shares with a rank's shard."""
+    """What a rank's part of bucket ``index`` shares with a rank's shard."""
 
     index: int
     in_part: int
@@ -31,16 +31,16 @@ class _Common:
     numel: int
 
 
-class Cut:
+class Buckets:
     """One flat group over the data-parallel ranks of ``layout``.
 
     Attributes:
-        bounds: ``(lo, hi)`` of every stretch, the last one first: the order in which a backward meets them.
+        bounds: ``(lo, hi)`` of every bucket, the last one first: the order in which a backward meets them.
     """
 
     def __init__(self, group: FlatGroup, layout: Layout) -> None:
         self._layout, size, rank = layout, layout.dp_size, layout.dp_rank
-        length = max(STRETCH // size, 1) * size
+        length = max(BUCKET_SIZE // size, 1) * size
         edges = [*range(0, group.numel, length), group.numel]
         self.bounds = list(pairwise(edges))[::-1]
         self._shard = group.numel // size
@@ -49,12 +49,12 @@ class Cut:
             self._held_by = [self._common(holder, rank) for holder in range(size)]
 
     def meets(self, span: Span) -> list[int]:
-        """Which stretches, by their place in ``bounds``, a parameter lies in."""
+        """Which buckets, by their place in ``bounds``, a parameter lies in."""
         end = span.start + span.numel
         return [place for place, (lo, hi) in enumerate(self.bounds) if span.start < hi and end > lo]
 
     def _common(self, holder: int, owner: int) -> list[_Common]:
-        """``holder``'s parts of stretches within ``owner``'s shard."""
+        """``holder``'s parts of buckets within ``owner``'s shard."""
         found = []
         for index, (lo, hi) in enumerate(self.bounds):
             part = (hi - lo) // self._layout.dp_size
@@ -68,7 +68,7 @@ class Cut:
         """Write into ``shard [n]`` what the ranks hold of it; collective over data-parallel ranks.
 
         Args:
-            parts: this rank's part of every stretch, in the order of ``bounds``.
+            parts: this rank's part of every bucket, in the order of ``bounds``.
         """
         if len(parts) == 1:
             shard.copy_(parts[0])
@@ -79,7 +79,7 @@ class Cut:
             shard[common.in_shard : common.in_shard + common.numel].copy_(piece)
 
     def from_owners(self, shard: Tensor) -> list[Tensor]:
-        """This rank's part of every stretch, of all ranks' shards; collective over data-parallel ranks."""
+        """This rank's part of every bucket, of all ranks' shards; collective over data-parallel ranks."""
         if len(self.bounds) == 1:
             return [shard]
         leaving = [shard[c.in_shard : c.in_shard + c.numel] for own in self._held_by for c in own]
@@ -107,29 +107,29 @@ class Cut:
 
 
 class FlatGathers:
-    """All-gathers of flat groups, stretch by stretch in the order in which they are read: each reader waits for its own.
+    """All-gathers of flat groups, bucket by bucket in the order in which they are read: each reader waits for its own.
 
     Args:
         groups: flat groups of the engine's adapter.
-        cuts: of those that are gathered, by index.
+        buckets: of those that are gathered, by index.
         layout: process groups.
     """
 
-    def __init__(self, groups: Sequence[FlatGroup], cuts: dict[int, Cut], layout: Layout) -> None:
-        self._cuts, self._layout = cuts, layout
+    def __init__(self, groups: Sequence[FlatGroup], buckets: dict[int, Buckets], layout: Layout) -> None:
+        self._buckets, self._layout = buckets, layout
         # Small groups first: a forward soon comes to a norm, and a backward begins with one.
-        self.order = sorted(cuts, key=lambda index: groups[index].numel)
-        # By parameter: the stretches that it lies in, as (group, place).
+        self.order = sorted(buckets, key=lambda index: groups[index].numel)
+        # By parameter: the buckets that it lies in, as (group, place).
         self._in = {
-            id(span.parameter): [(index, place) for place in cut.meets(span)]
-            for index, cut in cuts.items()
+            id(span.parameter): [(index, place) for place in own.meets(span)]
+            for index, own in buckets.items()
             for span in groups[index].spans
         }
         self._running: dict[tuple[int, int], list[tuple[dist.Work, Tensor]]] = {}  # with what is sent
 
     @property
     def running(self) -> int:
-        """Stretches that nobody has waited for."""
+        """Buckets that nobody has waited for."""
         return len(self._running)
 
     def start(self, index: int, shards: Tensor, rows: Tensor, *, forward: bool = False) -> None:
@@ -137,17 +137,17 @@ class FlatGathers:
 
         ``forward``: a forward reads them, from the group's beginning; else a backward, from its end.
         """
-        cut, group = self._cuts[index], self._layout.dp_group
-        vectors = [cut.from_owners(shard) for shard in shards]
-        stretches = list(enumerate(zip(cut.bounds, *vectors, strict=True)))
-        for place, ((lo, hi), *parts) in reversed(stretches) if forward else stretches:
+        own, group = self._buckets[index], self._layout.dp_group
+        vectors = [own.from_owners(shard) for shard in shards]
+        in_order = list(enumerate(zip(own.bounds, *vectors, strict=True)))
+        for place, ((lo, hi), *parts) in reversed(in_order) if forward else in_order:
             self._running[index, place] = [
                 (dist.all_gather_into_tensor(row[lo:hi], part, group=group, async_op=True), part)
                 for row, part in zip(rows, parts, strict=True)
             ]
 
     def wait(self, key: int | None = None) -> None:
-        """Until a parameter's stretches have come, or all (on a GPU: this stream's further work waits, not the host)."""
+        """Until a parameter's buckets have come, or all (on a GPU: this stream's further work waits, not the host)."""
         for place in list(self._running) if key is None else self._in.get(key, ()):
             for work, _ in self._running.pop(place, ()):
                 work.wait()
