@@ -12,13 +12,13 @@ import pytest
 from inrun_megatron.data.identity import SampleResolver
 from inrun_megatron.ledger import Ledger, LedgerWriter, commit, create_ledger
 from inrun_megatron.report import sql
-from inrun_megatron.report.attribution import create_document_rows
-from inrun_megatron.report.documents import Documents
-from inrun_megatron.report.groups import Groups
-from inrun_megatron.report.moments import create_document_moments, create_group_moments
+from inrun_megatron.report.documents.attribution import create_document_rows
+from inrun_megatron.report.documents.groups import Groups
+from inrun_megatron.report.documents.lookup import Documents
+from inrun_megatron.report.documents.moments import create_document_moments, create_group_moments
 from inrun_megatron.report.phases import Phase
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level, create_figures
+from inrun_megatron.report.values.ranking import Level, create_figures
 from tests.synthetic_ledger import Shape, description, prepared_datasets, step_record, write_run
 
 LATE = Phase("late", 21, 60)

@@ -24,7 +24,7 @@ from inrun_megatron.data.megatron import IndexedDataset, IndexedDatasetBuilder
 from inrun_megatron.data.origin import origin_of
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import Ledger
-from inrun_megatron.report.curation import (
+from inrun_megatron.report.curation.decisions import (
     BOTTOM,
     HELD_OUT,
     KEPT,
@@ -37,7 +37,7 @@ from inrun_megatron.report.curation import (
     blend_weights,
     decide,
 )
-from inrun_megatron.report.curation_data import output_names, pasted
+from inrun_megatron.report.curation.files import output_names, pasted
 from tests.command_line import answer
 from tests.synthetic_ledger import DOMAINS, Shape, description, prepared_datasets, write_run
 

@@ -10,8 +10,7 @@ import pytest
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import Ledger, LedgerWriter, StepRecord, commit, create_ledger
-from inrun_megatron.report.documents import Documents, printable, shorten
-from inrun_megatron.report.domains import domain_figures
+from inrun_megatron.report.documents.lookup import Documents, printable, shorten
 from inrun_megatron.report.phases import (
     Phase,
     choose_steps,
@@ -22,7 +21,8 @@ from inrun_megatron.report.phases import (
     whole_run,
 )
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level, Measure, create_figures, ranked
+from inrun_megatron.report.values.domains import domain_figures
+from inrun_megatron.report.values.ranking import Level, Measure, create_figures, ranked
 from tests.synthetic_ledger import DOMAINS, TARGETS, Shape, description, prepared_datasets, write_run
 
 

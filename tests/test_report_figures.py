@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from inrun_megatron.ledger import Ledger
-from inrun_megatron.report.charts import all_charts
-from inrun_megatron.report.charts_explained import explained_chart
-from inrun_megatron.report.charts_theme import OTHER, TERMS, Palette, theme
-from inrun_megatron.report.charts_training import loss_chart, stacked
+from inrun_megatron.report.charts.domains import all_charts
+from inrun_megatron.report.charts.explained import explained_chart
+from inrun_megatron.report.charts.losses import loss_chart, stacked
+from inrun_megatron.report.charts.theme import OTHER, TERMS, Palette, theme
 from inrun_megatron.report.overview import describe_targets
-from inrun_megatron.report.page import render
-from inrun_megatron.report.page_figures import build_figures
-from inrun_megatron.report.page_values import HISTOGRAM_WIDTH
+from inrun_megatron.report.page.figures import build_figures
+from inrun_megatron.report.page.html import render
+from inrun_megatron.report.values.distribution import HISTOGRAM_WIDTH
 from tests.report_runs import write_reported_run
 from tests.synthetic_ledger import DOMAINS, TARGETS
 

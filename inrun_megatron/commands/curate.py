@@ -12,7 +12,7 @@ from inrun_megatron.commands.options import DataOption, JsonOption, PhaseOption,
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.ledger.schema import now
-from inrun_megatron.report.curation import (
+from inrun_megatron.report.curation.decisions import (
     KEPT,
     UNJUDGED,
     Blend,
@@ -23,7 +23,7 @@ from inrun_megatron.report.curation import (
     decide,
     domain_record,
 )
-from inrun_megatron.report.curation_data import (
+from inrun_megatron.report.curation.files import (
     candidates,
     check_output,
     data_path,
@@ -32,12 +32,12 @@ from inrun_megatron.report.curation_data import (
     pasted,
     write_curation,
 )
-from inrun_megatron.report.documents import Documents, parse_moved, shorten
+from inrun_megatron.report.documents.lookup import Documents, parse_moved, shorten
 from inrun_megatron.report.phases import choose_steps
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level
-from inrun_megatron.report.scores import Measure, Per, create_scores, parse_weights
 from inrun_megatron.report.tables import console, figure, print_json, signed, table
+from inrun_megatron.report.values.ranking import Level
+from inrun_megatron.report.values.scores import Measure, Per, create_scores, parse_weights
 
 
 def curate(

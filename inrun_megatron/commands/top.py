@@ -19,12 +19,11 @@ from inrun_megatron.commands.options import (
 from inrun_megatron.commands.targets import chosen_targets
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.document_sums import Leading
-from inrun_megatron.report.documents import Documents, parse_moved, printable, shorten
+from inrun_megatron.report.documents.lookup import Documents, parse_moved, printable, shorten
+from inrun_megatron.report.documents.sums import Leading
 from inrun_megatron.report.phases import Phase, choose_steps, phases_of
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level, Measure, create_figures, level_of, ranked
-from inrun_megatron.report.summary import with_place
+from inrun_megatron.report.summary.figures import with_place
 from inrun_megatron.report.tables import (
     console,
     decimals_of,
@@ -35,6 +34,7 @@ from inrun_megatron.report.tables import (
     signed,
     table,
 )
+from inrun_megatron.report.values.ranking import Level, Measure, create_figures, level_of, ranked
 
 
 def top(

@@ -63,7 +63,7 @@ SELECT r.step, r.dataset, r.sample, g.grp, r.target, sum(r.tokens) AS tokens, su
 FROM document_rows r JOIN document_groups g ON r.dataset = g.dataset AND r.document = g.document
 GROUP BY r.step, r.dataset, r.sample, g.grp, r.target
 """
-"""What a group's documents have in each sample: document_rows of report/attribution.py, document_groups of groups.py."""
+"""What a group's documents have in each sample: document_rows of documents/attribution.py, document_groups of documents/groups.py."""
 
 DOMAINS = """
 SELECT c.target, c.dataset, CAST(sum(c.tokens) AS BIGINT) AS tokens, CAST(sum(c.negatives) AS BIGINT) AS negatives,
@@ -78,7 +78,7 @@ FROM cells c JOIN scales s ON c.step = s.step AND c.target = s.target
 WHERE c.step BETWEEN {first} AND {last}
 GROUP BY c.target, c.dataset
 """
-"""Sums that `domains.py` makes means and standard errors of: raw, and normalised over the steps whose values can be (at
+"""Sums that `values/domains.py` makes means and standard errors of: raw, and normalised over the steps whose values can be (at
 learning rate 0 all are zero)."""
 
 
@@ -92,7 +92,7 @@ def rows_of(keys: Sequence[str], source: str) -> str:
 
 
 def steps_of(keys: Sequence[str], source: str) -> str:
-    """Draws of which each is all of one step: samples of one step move together (domains.py)."""
+    """Draws of which each is all of one step: samples of one step move together (values/domains.py)."""
     columns = ", ".join(keys)
     return (
         f"SELECT step, {columns}, target, count(*) AS n, sum(CAST(tokens AS BIGINT)) AS tokens, sum(value) AS total, "

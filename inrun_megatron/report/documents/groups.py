@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.documents import Documents
+from inrun_megatron.report.documents.lookup import Documents
 
 NOT_GIVEN = "(none)"
 """The group of documents without a value for the field."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from inrun_megatron.report.charts_theme import BEYOND, TERMS, Chart, phase_layers, spec, step_axis
+from inrun_megatron.report.charts.theme import BEYOND, TERMS, Chart, phase_layers, spec, step_axis
 
 
 def explained_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from inrun_megatron.report.document_sums import Leading
-from inrun_megatron.report.documents import Documents, printable_lines, shorten
+from inrun_megatron.report.documents.lookup import Documents, printable_lines, shorten
+from inrun_megatron.report.documents.sums import Leading
 from inrun_megatron.report.phases import Phase, whole_run
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level, create_figures, ranked
+from inrun_megatron.report.values.ranking import Level, create_figures, ranked
 
 COMPOSITION_BINS = 40
 HISTOGRAM_WIDTH = 0.25

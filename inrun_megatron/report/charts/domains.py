@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from inrun_megatron.report.charts_explained import explained_chart
-from inrun_megatron.report.charts_theme import COLOURED, Chart, Palette, label_of, spec
-from inrun_megatron.report.charts_training import (
+from inrun_megatron.report.charts.explained import explained_chart
+from inrun_megatron.report.charts.losses import (
     composition_chart,
     histograms,
     loss_chart,
     timing_chart,
     training_chart,
 )
+from inrun_megatron.report.charts.theme import COLOURED, Chart, Palette, label_of, spec
 from inrun_megatron.report.tables import decimals_of, scale_near, scale_of
 
 MEASURES = ("normalised", "nats")

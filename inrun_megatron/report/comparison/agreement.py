@@ -20,13 +20,13 @@ import pyarrow as pa
 from inrun_megatron.data.origin import Origin, origin_of
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.documents import Documents
-from inrun_megatron.report.domains import domain_figures
+from inrun_megatron.report.documents.lookup import Documents
 from inrun_megatron.report.phases import Phase
 from inrun_megatron.report.query import Query, limit, parquet_files, quoted
-from inrun_megatron.report.ranking import Level, create_figures
-from inrun_megatron.report.scores import Measure, Per
-from inrun_megatron.report.summary import with_place
+from inrun_megatron.report.summary.figures import with_place
+from inrun_megatron.report.values.domains import domain_figures
+from inrun_megatron.report.values.ranking import Level, create_figures
+from inrun_megatron.report.values.scores import Measure, Per
 
 DECILE = 0.1
 _ORIGINS = pa.schema([("dataset", pa.int16()), ("origin", pa.string())])

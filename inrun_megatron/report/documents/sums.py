@@ -2,7 +2,7 @@
 
 GPTDataset strings documents together, cuts the stream into samples and shuffles those. In the order of the stream the
 samples of a document are neighbours, so that its sums are sums over neighbours; a piece of the stream is worked on at a
-time. What a document has of a draw is in draw_parts.py; the columns are those of `sql.moments`.
+time. What a document has of a draw is in parts.py; the columns are those of `sql.moments`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from inrun_megatron.report.documents import Documents
-from inrun_megatron.report.draw_parts import Parts, parts_of
-from inrun_megatron.report.draws import BYTES_PER_DRAW, Draws, in_order, read_draws
+from inrun_megatron.report.documents.draws import BYTES_PER_DRAW, Draws, in_order, read_draws
+from inrun_megatron.report.documents.lookup import Documents
+from inrun_megatron.report.documents.parts import Parts, parts_of
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.sql import LARGEST
 

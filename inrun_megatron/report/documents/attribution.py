@@ -7,7 +7,7 @@ documents in proportion to their tokens in it: an attribution by length, not a m
 
 from __future__ import annotations
 
-from inrun_megatron.report.documents import Documents
+from inrun_megatron.report.documents.lookup import Documents
 from inrun_megatron.report.query import Query
 
 IN_WORDS = {

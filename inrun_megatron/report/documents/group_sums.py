@@ -1,7 +1,7 @@
 """Sums of groups of documents (a file, a source) by step, without a join.
 
-What a group has of a sample is what its documents have of it (draw_parts.py). Samples of one step move together
-(report/domains.py), so that a group's samples of one step are one draw.
+What a group has of a sample is what its documents have of it (parts.py). Samples of one step move together
+(report/values/domains.py), so that a group's samples of one step are one draw.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from inrun_megatron.report.document_sums import PIECE_PARTS
-from inrun_megatron.report.documents import Documents
-from inrun_megatron.report.draw_parts import Parts, parts_of
-from inrun_megatron.report.draws import Draws, in_order, read_draws
-from inrun_megatron.report.groups import Groups
+from inrun_megatron.report.documents.draws import Draws, in_order, read_draws
+from inrun_megatron.report.documents.groups import Groups
+from inrun_megatron.report.documents.lookup import Documents
+from inrun_megatron.report.documents.parts import Parts, parts_of
+from inrun_megatron.report.documents.sums import PIECE_PARTS
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.sql import LARGEST
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from inrun_megatron.report.charts_theme import (
+from inrun_megatron.report.charts.theme import (
     BEYOND,
     TERMS,
     Chart,
@@ -15,8 +15,8 @@ from inrun_megatron.report.charts_theme import (
     spec,
     step_axis,
 )
-from inrun_megatron.report.page_values import HISTOGRAM_END, HISTOGRAM_WIDTH
 from inrun_megatron.report.tables import scale_of
+from inrun_megatron.report.values.distribution import HISTOGRAM_END, HISTOGRAM_WIDTH
 
 
 def loss_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:

@@ -10,11 +10,9 @@ from typing import Any
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.checks import setting
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.documents import Documents, parse_moved
-from inrun_megatron.report.domains import domain_figures
-from inrun_megatron.report.findings import finding
+from inrun_megatron.report.documents.lookup import Documents, parse_moved
 from inrun_megatron.report.overview import describe_run, describe_steps
-from inrun_megatron.report.page_series import (
+from inrun_megatron.report.page.losses import (
     explained,
     explained_curve,
     loss_curve,
@@ -22,10 +20,12 @@ from inrun_megatron.report.page_series import (
     timing,
     training_curve,
 )
-from inrun_megatron.report.page_values import composition, distribution, documents_of
 from inrun_megatron.report.phases import DEFAULT_CUTS, Phase, phases_of, whole_run
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.summary import audits_of, largest_samples
+from inrun_megatron.report.summary.figures import audits_of, largest_samples
+from inrun_megatron.report.values.distribution import composition, distribution, documents_of
+from inrun_megatron.report.values.domains import domain_figures
+from inrun_megatron.report.values.findings import finding
 
 TEXT_CHARACTERS = 2000
 """How much of a document's text the report holds."""

@@ -15,10 +15,10 @@ from markupsafe import Markup
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import replacing
 from inrun_megatron.ledger.schema import SCORED
-from inrun_megatron.report.attribution import IN_WORDS
-from inrun_megatron.report.charts import MEASURES, all_charts, default_charts
-from inrun_megatron.report.charts_theme import theme
-from inrun_megatron.report.documents import printable, shorten
+from inrun_megatron.report.charts.domains import MEASURES, all_charts, default_charts
+from inrun_megatron.report.charts.theme import theme
+from inrun_megatron.report.documents.attribution import IN_WORDS
+from inrun_megatron.report.documents.lookup import printable, shorten
 from inrun_megatron.report.tables import decimals_of, figure, json_ready, scale_near, scale_of
 
 CHECKS = {
@@ -43,7 +43,7 @@ PNG_WIDTH, PNG_SCALE = 720, 2
 
 def render(figures: dict[str, Any]) -> str:
     """The page of `build_figures`'s figures: one HTML text without anything that is loaded from elsewhere."""
-    loader = PackageLoader("inrun_megatron.report")
+    loader = PackageLoader("inrun_megatron.report.page")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

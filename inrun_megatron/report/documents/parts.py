@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from inrun_megatron.report.documents import Documents
-from inrun_megatron.report.draws import Draws
+from inrun_megatron.report.documents.draws import Draws
+from inrun_megatron.report.documents.lookup import Documents
 
 
 @dataclass(frozen=True)

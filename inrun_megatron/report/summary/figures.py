@@ -14,15 +14,15 @@ from inrun_megatron.ledger.audits import check_additivity, check_coverage, check
 from inrun_megatron.ledger.checks import Check
 from inrun_megatron.ledger.columns import numbers, places, taken
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.document_sums import Leading
-from inrun_megatron.report.documents import Documents, parse_moved
-from inrun_megatron.report.domains import domain_figures
+from inrun_megatron.report.documents.lookup import Documents, parse_moved
+from inrun_megatron.report.documents.sums import Leading
 from inrun_megatron.report.overview import describe_run, describe_steps, describe_targets
 from inrun_megatron.report.phases import DEFAULT_CUTS, Phase, phases_of, whole_run
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level, create_figures, ranked
-from inrun_megatron.report.summary_text import render
+from inrun_megatron.report.summary.text import render
 from inrun_megatron.report.tables import console, print_json
+from inrun_megatron.report.values.domains import domain_figures
+from inrun_megatron.report.values.ranking import Level, create_figures, ranked
 
 SNIPPET_CHARACTERS = 160
 

@@ -11,10 +11,10 @@ from rich.text import Text
 
 from inrun_megatron.ledger.checks import Check
 from inrun_megatron.ledger.schema import SCORED
-from inrun_megatron.report.attribution import IN_WORDS
-from inrun_megatron.report.documents import shorten
-from inrun_megatron.report.findings import finding
+from inrun_megatron.report.documents.attribution import IN_WORDS
+from inrun_megatron.report.documents.lookup import shorten
 from inrun_megatron.report.tables import decimals_of, in_nats, scale_near, scale_of, signed, table, with_error
+from inrun_megatron.report.values.findings import finding
 
 
 def render(summary: dict[str, Any], audits: Sequence[Check], out: Console) -> None:

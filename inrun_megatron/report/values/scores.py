@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.documents import Documents
+from inrun_megatron.report.documents.lookup import Documents
 from inrun_megatron.report.phases import Phase
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import KEYS, Level, create_figures
+from inrun_megatron.report.values.ranking import KEYS, Level, create_figures
 
 
 class Measure(StrEnum):

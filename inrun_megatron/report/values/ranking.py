@@ -1,6 +1,6 @@
 """Values by sample, document, dataset, file or metadata field: the relation `figures`, ranked or exported.
 
-How values of documents come about is said in report/attribution.py, how they are summed in report/moments.py.
+How values of documents come about is said in report/documents/attribution.py, how they are summed in report/documents/moments.py.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from enum import StrEnum
 from typing import Any
 
 from inrun_megatron.report import sql
-from inrun_megatron.report.document_sums import Leading
-from inrun_megatron.report.documents import Documents
-from inrun_megatron.report.groups import Groups
-from inrun_megatron.report.moments import create_document_moments, create_group_moments
+from inrun_megatron.report.documents.groups import Groups
+from inrun_megatron.report.documents.lookup import Documents
+from inrun_megatron.report.documents.moments import create_document_moments, create_group_moments
+from inrun_megatron.report.documents.sums import Leading
 from inrun_megatron.report.phases import Phase
 from inrun_megatron.report.query import Query, limit, quoted
 
@@ -69,7 +69,7 @@ def create_figures(
 
     Columns: keys_of(level), then target, samples, tokens, first_step, last_step, value, mean, standard_error,
     negative_share, per_token, normalised, relative. `samples`: scored samples that it is part of; tokens: loss tokens
-    (documents and fields: see attribution.py). The error of the mean takes steps as independent draws, for
+    (documents and fields: see documents/attribution.py). The error of the mean takes steps as independent draws, for
     samples and documents each scored sample. All levels but sample and dataset need `documents`. leading: documents that
     `ranked` would not show may be left out. Raises UserError when the data files are not there or have changed.
     """

@@ -1,6 +1,6 @@
 """Moments of documents, or of groups of them, over a phase: the relation `moments` that figures are made of.
 
-They are summed outside SQL (document_sums.py, group_sums.py), a range of steps at a time, so that memory does not grow with
+They are summed outside SQL (sums.py, group_sums.py), a range of steps at a time, so that memory does not grow with
 the run; attribution.py has the same attribution as SQL, for single documents and samples.
 """
 
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from inrun_megatron.ledger.schema import VALUES
 from inrun_megatron.report import sql
-from inrun_megatron.report.document_sums import Leading, document_sums, draws_at_a_time
-from inrun_megatron.report.documents import Documents
-from inrun_megatron.report.group_sums import group_sums
-from inrun_megatron.report.groups import Groups
+from inrun_megatron.report.documents.group_sums import group_sums
+from inrun_megatron.report.documents.groups import Groups
+from inrun_megatron.report.documents.lookup import Documents
+from inrun_megatron.report.documents.sums import Leading, document_sums, draws_at_a_time
 from inrun_megatron.report.phases import Phase
 from inrun_megatron.report.query import RANGE_ROWS, Query
 

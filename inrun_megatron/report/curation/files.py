@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 from inrun_megatron.data.filtered import document_lengths, write_filtered
 from inrun_megatron.data.origin import CURATION_FILE, KEEP_LIST_FILE, Origin, origin_of
 from inrun_megatron.errors import UserError
-from inrun_megatron.report.curation import REASONS, Candidates
-from inrun_megatron.report.documents import Documents
+from inrun_megatron.report.curation.decisions import REASONS, Candidates
+from inrun_megatron.report.documents.lookup import Documents
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.summary import with_text
+from inrun_megatron.report.summary.figures import with_text
 
 _OWN_NAMES = {Path(CURATION_FILE).stem, Path(KEEP_LIST_FILE).stem}
 """A dataset of such a name would have its files take the place of these."""
