@@ -49,19 +49,6 @@ class Groups:
             )
         self._names = list(number)
 
-    def documents(self) -> pa.Table:
-        """Columns dataset, document, grp."""
-        return pa.concat_tables(
-            pa.table(
-                {
-                    "dataset": np.full(len(group), index, dtype=np.int16),
-                    "document": np.arange(len(group)),
-                    "grp": group,
-                }
-            )
-            for index, group in enumerate(self._groups)
-        )
-
     def of(self, dataset: int) -> np.ndarray:
         """Groups of a dataset's documents, in their order."""
         return np.asarray(self._groups[dataset])
