@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 
 from inrun_megatron.ledger import Ledger
-from inrun_megatron.report.documents import group_sums, sums
+from inrun_megatron.report.documents import parts as draw_parts
+from inrun_megatron.report.documents import sums
 from inrun_megatron.report.documents.lookup import Documents
-from inrun_megatron.report.documents.moments import _ranges
+from inrun_megatron.report.documents.moments import ranges_of_steps
 from inrun_megatron.report.documents.sums import Leading
 from inrun_megatron.report.phases import Phase, whole_run
 from inrun_megatron.report.query import Query
@@ -28,7 +29,7 @@ from tests.synthetic_ledger import TARGETS
 
 once, epochs = document_figures.once, document_figures.epochs  # fixtures
 
-ONE = sums.PIECE_PARTS  # all draws in one piece
+ONE = draw_parts.PIECE_PARTS  # all draws in one piece
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def cut(once: Path, epochs: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 def test_documents(
     shape: str, phase: Phase, spans: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sums, "PIECE_PARTS", spans)
+    monkeypatch.setattr(draw_parts, "PIECE_PARTS", spans)
     assert_figures_are_defined(Ledger(request.getfixturevalue(shape)), phase)
 
 
@@ -76,7 +77,7 @@ def test_documents_of_several_ranges_of_steps(
 def test_groups(
     shape: str, spans: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_sums, "PIECE_PARTS", spans)
+    monkeypatch.setattr(draw_parts, "PIECE_PARTS", spans)
     assert_figures_are_defined(Ledger(request.getfixturevalue(shape)), LATE, "source")
 
 
@@ -102,20 +103,19 @@ def test_sql_gives_the_same(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (sums, group_sums):
-        monkeypatch.setattr(module, "PIECE_PARTS", parts)
+    monkeypatch.setattr(draw_parts, "PIECE_PARTS", parts)
     ledger = Ledger(request.getfixturevalue(shape)) if granularity == "sample" else cut[granularity, shape]
     assert_sql_gives_the_same(ledger, Phase("late", 11, 30))
 
 
 def test_ranges_of_steps_are_of_rows_where_samples_are_cut(cut: dict[tuple[str, str], Ledger]) -> None:
     with Query(cut["token", "once"]) as query:
-        ranges = _ranges(query, Phase("late", 11, 30), 3 * 8 * 64 * len(TARGETS))
+        ranges = ranges_of_steps(query, Phase("late", 11, 30), 3 * 8 * 64 * len(TARGETS))
     assert ranges == [(11, 13), (14, 16), (17, 19), (20, 22), (23, 25), (26, 28), (29, 30)]
 
 
 def test_the_leading_documents_are_those_of_all(once: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sums, "PIECE_PARTS", 40)
+    monkeypatch.setattr(draw_parts, "PIECE_PARTS", 40)
     ledger = Ledger(once)
     documents = Documents(ledger)
     with Query(ledger) as query:

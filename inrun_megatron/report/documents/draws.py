@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.ledger.schema import VALUES, PartInfo
+from inrun_megatron.report.documents.neighbours import changes, starts
 from inrun_megatron.wording import one_line
 
 Item = TypeVar("Item")
@@ -128,22 +129,15 @@ def _by_sample(keys: Sequence[np.ndarray], value: np.ndarray) -> Draws:
     """Draws of rows that are segments. keys [rows] each: KEYS and CUT."""
     step, dataset, sample, segment, tokens = keys
     rows = [step, dataset, sample]
-    fresh = _changes(rows)
+    fresh = changes(*rows)
     begin = np.flatnonzero(fresh)
     if not (segment == np.arange(len(step)) - begin[np.cumsum(fresh) - 1]).all():
         order = np.lexsort((segment, sample, dataset, step))
         rows = [key[order] for key in rows]
         segment, tokens, value = segment[order], tokens[order], value[order]
-        begin = np.flatnonzero(_changes(rows))
+        begin = starts(*rows)
     step, dataset, sample = (key[begin] for key in rows)
     return Draws(step, dataset, sample, value, begin, tokens, segment)
-
-
-def _changes(keys: Sequence[np.ndarray]) -> np.ndarray:
-    """Where a row differs from the one before; the first does."""
-    fresh = np.ones(len(keys[0]), bool)
-    fresh[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
-    return fresh
 
 
 def _rows(path: Path, columns: list[str], first: int, last: int) -> pa.Table:

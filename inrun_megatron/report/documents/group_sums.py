@@ -15,8 +15,8 @@ import pyarrow as pa
 from inrun_megatron.report.documents.draws import Draws, in_order, read_draws
 from inrun_megatron.report.documents.groups import Groups
 from inrun_megatron.report.documents.lookup import Documents
-from inrun_megatron.report.documents.parts import Parts, parts_of
-from inrun_megatron.report.documents.sums import PIECE_PARTS
+from inrun_megatron.report.documents.neighbours import added, starts
+from inrun_megatron.report.documents.parts import Parts, parts_of, pieces_of
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.sql import LARGEST
 
@@ -32,11 +32,8 @@ def group_sums(
     draws = read_draws(query.ledger, targets, first, last)
     for dataset in np.unique(draws.dataset).tolist():
         own = np.flatnonzero(draws.dataset == dataset)
-        rows = len(draws.value) / len(draws.step)
-        size = max(1, int(PIECE_PARTS / max(rows, documents.resolver.spans_per_sample(dataset))))
-        pieces = (own[start : start + size] for start in range(0, len(own), size))
         work = _Work(documents, draws, targets, dataset, groups.of(dataset))
-        for tables in in_order(work.of_piece, pieces):
+        for tables in in_order(work.of_piece, pieces_of(documents, draws, dataset, own)):
             yield from tables
 
 
@@ -69,16 +66,16 @@ class _ByGroup:
         if tokens.dtype.kind == "f":
             # Shares of segments: a document's tokens of a sample are whole.
             parts = parts.by_document()
-            starts = _starts(parts.draw, parts.document)
+            begin = starts(parts.draw, parts.document)
             tokens = np.zeros(len(parts.draw), np.int64)
-            tokens[starts] = np.rint(_added(parts.tokens, starts))
+            tokens[begin] = np.rint(added(parts.tokens, begin))
         group = group_of[parts.document]
         # Samples of which a group has several documents count once.
         order = np.lexsort((group, parts.draw))
         draw, group = parts.draw[order], group[order]
         self._at, self._share = parts.at[order], parts.share[order]
-        self._starts = _starts(draw, group)
-        self._tokens = _added(tokens[order], self._starts)
+        self._starts = starts(draw, group)
+        self._tokens = added(tokens[order], self._starts)
         draw, group = draw[self._starts], group[self._starts]
         count = int(group.max(initial=0)) + 1
         key, self._cell = np.unique(step[draw].astype(np.int64) * count + group, return_inverse=True)
@@ -86,10 +83,10 @@ class _ByGroup:
 
     def table(self, target: str, value: np.ndarray) -> pa.Table:
         """value: of the parts' rows."""
-        own = _added(value[self._at] * self._share, self._starts)
+        own = added(value[self._at] * self._share, self._starts)
         cells = len(self._step)
 
-        def added(weights: np.ndarray | None) -> np.ndarray:
+        def per_cell(weights: np.ndarray | None) -> np.ndarray:
             return np.bincount(self._cell, weights, minlength=cells)
 
         return pa.table(
@@ -97,21 +94,9 @@ class _ByGroup:
                 "step": self._step,
                 "grp": self._group,
                 "target": pa.DictionaryArray.from_arrays(np.zeros(cells, np.int32), pa.array([target])),
-                "n": added(None),
-                "tokens": np.rint(added(self._tokens)).astype(np.int64),
-                "total": added(own),
-                "negatives": np.rint(added(own < 0)).astype(np.int64),
+                "n": per_cell(None),
+                "tokens": np.rint(per_cell(self._tokens)).astype(np.int64),
+                "total": per_cell(own),
+                "negatives": np.rint(per_cell(own < 0)).astype(np.int64),
             }
         )
-
-
-def _starts(*keys: np.ndarray) -> np.ndarray:
-    """Where runs of equal keys begin."""
-    fresh = np.ones(len(keys[0]), bool)
-    fresh[1:] = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
-    return np.flatnonzero(fresh)
-
-
-def _added(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Sums of runs; `reduceat` knows no empty arrays."""
-    return np.add.reduceat(numbers, starts) if len(starts) else numbers[:0]

@@ -42,7 +42,7 @@ def create_document_moments(
     _create(query, "moments", DOCUMENT)
     _create(query, "partial_moments", DOCUMENT)
     targets = query.ledger.target_names if target is None else [target]
-    ranges = _ranges(query, phase, draws_at_a_time(len(targets)) * len(query.ledger.target_names))
+    ranges = ranges_of_steps(query, phase, draws_at_a_time(len(targets)) * len(query.ledger.target_names))
     for first, last in ranges:
         only = leading if len(ranges) == 1 else None
         for sums in document_sums(query, documents, targets, first, last, only):
@@ -61,7 +61,7 @@ def create_group_moments(
     targets = query.ledger.target_names if target is None else [target]
     query.drop("TABLE", "group_draws")
     query.run(f"CREATE TEMP TABLE group_draws AS {_NO_CELLS.format(keys='CAST(0 AS BIGINT) AS grp')}")
-    for first, last in _ranges(query, phase, RANGE_ROWS):
+    for first, last in ranges_of_steps(query, phase, RANGE_ROWS):
         for table in group_sums(query, documents, groups, targets, first, last):
             query.register("new_draws", table)
             query.run("INSERT INTO group_draws BY NAME SELECT * FROM new_draws")
@@ -70,7 +70,7 @@ def create_group_moments(
     _finish(query, GROUP)
 
 
-def _ranges(query: Query, phase: Phase, rows: int) -> list[tuple[int, int]]:
+def ranges_of_steps(query: Query, phase: Phase, rows: int) -> list[tuple[int, int]]:
     """Ranges of steps with about `rows` rows of the ledger each."""
     samples = query.rows("SELECT CAST(sum(n) AS BIGINT) AS n FROM cells")[0]["n"]
     # Where samples are cut, one has a row for each segment.

@@ -7,12 +7,17 @@ scored by document or token it has its segments' values, or a share of those tha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from inrun_megatron.report.documents.draws import Draws
 from inrun_megatron.report.documents.lookup import Documents
+from inrun_megatron.report.documents.neighbours import within
+
+PIECE_PARTS = 1 << 19
+"""Parts of samples that one thread works on at a time, about."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,13 @@ class Parts:
         return Parts(self.value, *(column[which] for column in columns))
 
 
+def pieces_of(documents: Documents, draws: Draws, dataset: int, own: np.ndarray) -> Iterator[np.ndarray]:
+    """The draws `own` of a dataset, in pieces of about PIECE_PARTS parts."""
+    rows = len(draws.value) / len(draws.step)
+    size = max(1, int(PIECE_PARTS / max(rows, documents.resolver.spans_per_sample(dataset))))
+    return (own[start : start + size] for start in range(0, len(own), size))
+
+
 def parts_of(documents: Documents, draws: Draws, dataset: int, piece: np.ndarray) -> Parts:
     """Parts of the draws `piece`, in its order."""
     if draws.begin is None:
@@ -61,7 +73,7 @@ def _parts_of_segments(documents: Documents, draws: Draws, dataset: int, piece: 
     assert draws.begin is not None and draws.segment is not None and draws.tokens is not None
     begin = draws.begin[piece]
     count = np.append(draws.begin, len(draws.value))[piece + 1] - begin
-    rows = np.repeat(begin, count) + _within(count)
+    rows = np.repeat(begin, count) + within(count)
     segment, tokens = draws.segment[rows].astype(np.int64), draws.tokens[rows]
     draw = np.repeat(np.arange(len(piece)), count)
     places = documents.places(dataset, draws.sample[piece], segment[np.cumsum(count) - 1] + 1)
@@ -73,13 +85,8 @@ def _parts_of_segments(documents: Documents, draws: Draws, dataset: int, piece: 
     key = draw * base + segment
     first = np.searchsorted(key, places.row * base + places.first)
     size = np.searchsorted(key, places.row * base + places.last, side="right") - first
-    at = np.repeat(first, size) + _within(size)
+    at = np.repeat(first, size) + within(size)
     place = np.repeat(np.arange(len(size)), size)
     share = places.share[place]
     value = np.ascontiguousarray(draws.value[rows].T)
     return Parts(value, draw[at], at, places.document[place], tokens[at] * share, share)
-
-
-def _within(size: np.ndarray) -> np.ndarray:
-    """0, 1, ... size - 1 of each run, one after another."""
-    return np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)

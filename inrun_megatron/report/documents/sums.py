@@ -16,15 +16,13 @@ import pyarrow as pa
 
 from inrun_megatron.report.documents.draws import BYTES_PER_DRAW, Draws, in_order, read_draws
 from inrun_megatron.report.documents.lookup import Documents
-from inrun_megatron.report.documents.parts import Parts, parts_of
+from inrun_megatron.report.documents.neighbours import starts
+from inrun_megatron.report.documents.parts import Parts, parts_of, pieces_of
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.sql import LARGEST
 
 DRAW_BYTES = 3 << 29
 """Draws that are held at a time: about 100 million rows with 4 targets."""
-
-PIECE_PARTS = 1 << 19
-"""Parts of samples that one thread works on at a time, about."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,8 @@ def document_sums(
         once = documents.resolver.reads_once(dataset) and bool((place[1:] > place[:-1]).all())
         own = own[order]
         del place, order
-        rows = len(draws.value) / len(draws.step)
-        size = max(1, int(PIECE_PARTS / max(rows, documents.resolver.spans_per_sample(dataset))))
-        pieces = (own[start : start + size] for start in range(0, len(own), size))
         work = _Work(documents, draws, scales, targets, dataset, once, leading)
-        for sums in in_order(work.of_piece, pieces):
+        for sums in in_order(work.of_piece, pieces_of(documents, draws, dataset, own)):
             yield from sums
 
 
@@ -179,11 +174,6 @@ class _Work:
         return pa.concat_tables(tables).unify_dictionaries()
 
 
-def _starts(changes: np.ndarray) -> np.ndarray:
-    """Where runs begin, of entries [n] of which [n - 1] tell whether they differ from the one before."""
-    return np.concatenate(([0], np.flatnonzero(changes) + 1))
-
-
 class _ByDocument:
     """Parts summed by draw and document, and those by document: what does not depend on the target, once."""
 
@@ -192,14 +182,14 @@ class _ByDocument:
         self.document = parts.document[:0]
         if not len(parts.draw):
             return
-        fresh = (parts.draw[1:] != parts.draw[:-1]) | (parts.document[1:] != parts.document[:-1])
-        self._inner = None if fresh.all() else _starts(fresh)
+        inner = starts(parts.draw, parts.document)
+        self._inner = None if len(inner) == len(parts.draw) else inner
         draw, document, tokens = parts.draw, parts.document, parts.tokens
         if self._inner is not None:
             draw, document = draw[self._inner], document[self._inner]
             tokens = np.add.reduceat(tokens, self._inner)
         self._step = step[draw]
-        self._starts = _starts(document[1:] != document[:-1])
+        self._starts = starts(document)
         self.document = document[self._starts]
         self._same = {
             "draws": np.diff(self._starts, append=len(draw)),
@@ -212,19 +202,19 @@ class _ByDocument:
         self, value: np.ndarray, factor: np.ndarray, per_change: np.ndarray
     ) -> dict[str, np.ndarray | pa.Array]:
         """Moments by document. value: of the parts' rows; factor, per_change: of the steps."""
-        own, starts = value[self._parts.at] * self._parts.share, self._starts
+        own, begin = value[self._parts.at] * self._parts.share, self._starts
         if self._inner is not None:
             own = np.add.reduceat(own, self._inner)
         relative = own * per_change[self._step]
         known = ~np.isnan(relative)
         columns = self._same | {
-            "value": np.add.reduceat(own, starts),
-            "squares": np.add.reduceat(own * own, starts),
-            "negatives": np.add.reduceat((own < 0).astype(np.int64), starts),
-            "normalised": np.add.reduceat(own * factor[self._step], starts),
+            "value": np.add.reduceat(own, begin),
+            "squares": np.add.reduceat(own * own, begin),
+            "negatives": np.add.reduceat((own < 0).astype(np.int64), begin),
+            "normalised": np.add.reduceat(own * factor[self._step], begin),
         }
         if known.all():
-            return columns | {"relative": np.add.reduceat(relative, starts)}
-        some = np.logical_or.reduceat(known, starts)
-        sums = np.add.reduceat(np.where(known, relative, 0.0), starts)
+            return columns | {"relative": np.add.reduceat(relative, begin)}
+        some = np.logical_or.reduceat(known, begin)
+        sums = np.add.reduceat(np.where(known, relative, 0.0), begin)
         return columns | {"relative": pa.array(sums, mask=~some)}
