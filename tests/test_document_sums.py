@@ -17,7 +17,7 @@ from inrun_megatron.report.documents.moments import ranges_of_steps
 from inrun_megatron.report.documents.sums import Leading
 from inrun_megatron.report.phases import Phase, whole_run
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.values.ranking import Level, Measure, create_figures, ranked
+from inrun_megatron.report.values.ranking import Level, RankBy, create_figures, ranked
 from tests import document_figures
 from tests.document_figures import (
     LATE,
@@ -119,7 +119,7 @@ def test_the_leading_documents_are_those_of_all(once: Path, monkeypatch: pytest.
     ledger = Ledger(once)
     documents = Documents(ledger)
     with Query(ledger) as query:
-        for measure in Measure:
+        for measure in RankBy:
             found: list[list[dict[str, Any]]] = []
             counts = []
             for leading in (None, Leading(measure.name, 3)):

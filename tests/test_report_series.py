@@ -17,8 +17,8 @@ from inrun_megatron.report.page.losses import (
     loss_curve,
     target_series,
     thinned,
-    timing,
 )
+from inrun_megatron.report.page.timing import timing
 from inrun_megatron.report.phases import Phase
 from tests.report_runs import record, short_ledger, terms
 

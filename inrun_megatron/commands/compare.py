@@ -11,11 +11,12 @@ from rich.text import Text
 from inrun_megatron.commands.options import JsonOption, PhaseOption, StepsOption
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.comparison.agreement import Side, shared_targets
 from inrun_megatron.report.comparison.agreement import compare as compare_runs
-from inrun_megatron.report.documents.lookup import Documents, parse_moved, shorten
+from inrun_megatron.report.comparison.matching import Side, shared_targets
+from inrun_megatron.report.documents.lookup import Documents, parse_moved
 from inrun_megatron.report.phases import choose_steps
 from inrun_megatron.report.tables import console, print_json, signed, table, with_error
+from inrun_megatron.report.text import shorten
 from inrun_megatron.report.values.ranking import Level
 from inrun_megatron.report.values.scores import Measure, Per
 

@@ -47,7 +47,8 @@ def report(
     With --json the figures go to stdout, and the page is written only if --output names it.
     """
     # The chart library is large; the other commands start without it.
-    from inrun_megatron.report.page.html import write_page, write_png
+    from inrun_megatron.report.page.html import write_page
+    from inrun_megatron.report.page.png import write_png
 
     if documents < 0:
         raise UserError(f"-n {documents} is no number of documents; give 0 or more")

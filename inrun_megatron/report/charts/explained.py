@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from inrun_megatron.report.charts.theme import BEYOND, TERMS, Chart, phase_layers, spec, step_axis
+from inrun_megatron.report.charts.pieces import BEYOND, Chart, clipped, phase_layers, spec, step_axis
+from inrun_megatron.report.charts.theme import TERM_COLOURS
 
 
 def explained_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:
@@ -23,8 +24,7 @@ def explained_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:
     banded = [band for point in data for band in _bands(point, list(words.values()))]
     low, high = _axis([band["y1"] for band in banded] + [point["fraction"] for point in data])
     for point in data:
-        point["at"] = min(max(point["fraction"], low), high)
-        point["beyond"] = "up" if point["fraction"] > high else "down" if point["fraction"] < low else ""
+        point["at"], point["beyond"] = clipped(point["fraction"], low, high)
     y = {
         "type": "quantitative",
         "title": "predicted / measured change",
@@ -51,7 +51,7 @@ def explained_chart(figures: dict[str, Any], target: dict[str, Any]) -> Chart:
             "color": {
                 "field": "part",
                 "type": "nominal",
-                "scale": {"domain": list(words.values()), "range": TERMS},
+                "scale": {"domain": list(words.values()), "range": TERM_COLOURS},
             },
             "tooltip": tooltip,
         },

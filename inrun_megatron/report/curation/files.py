@@ -1,4 +1,4 @@
-"""From a ledger to the candidates of curation, and from decisions to the directory that `inrun curate` writes.
+"""The directory that `inrun curate` writes.
 
 DIR/NAME.bin, .idx, .json, .documents.parquet     each dataset that lost documents
 DIR/keep_list.parquet                             every document: kept or why not, score, new number
@@ -20,13 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from inrun_megatron.data.filtered import document_lengths, write_filtered
+from inrun_megatron.data.filtered import write_filtered
 from inrun_megatron.data.origin import CURATION_FILE, KEEP_LIST_FILE, Origin, origin_of
 from inrun_megatron.errors import UserError
-from inrun_megatron.report.curation.decisions import REASONS, Candidates
+from inrun_megatron.report.curation.candidates import REASONS, Candidates
 from inrun_megatron.report.documents.lookup import Documents
-from inrun_megatron.report.query import Query
-from inrun_megatron.report.summary.figures import with_text
 
 _OWN_NAMES = {Path(CURATION_FILE).stem, Path(KEEP_LIST_FILE).stem}
 """A dataset of such a name would have its files take the place of these."""
@@ -44,49 +42,6 @@ KEEP_LIST_SCHEMA = pa.schema(
         pa.field("origin_document", pa.int64()),
     ]
 )
-
-
-def candidates(query: Query, documents: Documents) -> list[Candidates]:
-    """The documents of every dataset of the run, with the scores of the relation `scores` (by document).
-
-    Raises UserError when data files are missing or have changed.
-    """
-    found = []
-    for index, description in enumerate(query.ledger.datasets):
-        tokens = document_lengths(documents.resolver.file(index))
-        rows = query.table(f"SELECT document, samples, score FROM scores WHERE dataset = {index}")
-        place = rows["document"].to_numpy()
-        score, samples = np.full(len(tokens), np.nan), np.zeros(len(tokens), np.int64)
-        score[place], samples[place] = rows["score"].to_numpy(), rows["samples"].to_numpy()
-        train = np.zeros(len(tokens), bool)
-        chosen = documents.resolver.training_documents(index)
-        train[chosen.start : chosen.stop] = True
-        name = query.ledger.dataset_names[index]
-        found.append(Candidates(name, tokens, train, score, samples, description.get("weight")))
-    return found
-
-
-def lowest(
-    documents: Documents, datasets: Sequence[Candidates], index: int, chosen: np.ndarray, n: int
-) -> list[dict[str, Any]]:
-    """The n documents of `chosen` with the lowest scores, with source and text."""
-    data = datasets[index]
-    places = np.flatnonzero(chosen)
-    order = places[np.argsort(data.score[places], kind="stable")][:n]
-    return [
-        with_text(
-            documents,
-            {
-                "dataset": index,
-                "document": int(place),
-                "reason": REASONS[data.fate[place]],
-                "score": float(data.score[place]),
-                "samples": int(data.samples[place]),
-                "tokens": int(data.tokens[place]),
-            },
-        )
-        for place in order
-    ]
 
 
 def output_names(names: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from inrun_megatron.data.identity import SampleResolver, Span
 from inrun_megatron.data.segments import SegmentPlaces, places_of_documents, places_of_tokens
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
-
-_SHORT_ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+from inrun_megatron.report.text import printable, shorten
 
 
 class Documents:
@@ -107,34 +105,6 @@ class Documents:
         wanted = start + 4 * characters + 64
         text = self.text(dataset, document, start, wanted if end is None else min(end, wanted))
         return shorten(printable(text.strip()), characters)
-
-
-def printable(text: str) -> str:
-    """`text` on one line: control, format and other invisible characters as escapes, so that no text from the data
-    can steer the terminal or hide."""
-    return "".join(_SHORT_ESCAPES.get(character) or _escape(character) for character in text)
-
-
-def printable_lines(text: str) -> str:
-    """`printable` with line breaks and tabs left as they are."""
-    lines = text.replace("\r\n", "\n").split("\n")
-    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in lines)
-
-
-def _escape(character: str) -> str:
-    # C*: control, format (bidi overrides), surrogate, private, unassigned. Zl, Zp: line and paragraph separators.
-    category = unicodedata.category(character)
-    if category[0] != "C" and category not in ("Zl", "Zp"):
-        return character
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-def shorten(text: str, characters: int, keep_end: bool = False) -> str:
-    """Cut to `characters` with "..." at the cut; `keep_end` cuts the beginning (paths)."""
-    if len(text) <= characters:
-        return text
-    return "..." + text[len(text) - characters + 3 :] if keep_end else text[: characters - 3] + "..."
 
 
 def parse_moved(ledger: Ledger, entries: Sequence[str]) -> dict[int, str]:

@@ -7,28 +7,23 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.checks import setting
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.documents.lookup import Documents, parse_moved
-from inrun_megatron.report.overview import describe_run, describe_steps
+from inrun_megatron.report.overview import audits_of, committed_ledger, describe_run, describe_steps
+from inrun_megatron.report.page.documents import best_and_worst
 from inrun_megatron.report.page.losses import (
     explained,
     explained_curve,
     loss_curve,
     target_series,
-    timing,
     training_curve,
 )
-from inrun_megatron.report.phases import DEFAULT_CUTS, Phase, phases_of, whole_run
+from inrun_megatron.report.page.timing import timing
+from inrun_megatron.report.phases import DEFAULT_CUTS, Phase, phases_of, with_whole_run
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.summary.figures import audits_of, largest_samples
-from inrun_megatron.report.values.distribution import composition, distribution, documents_of
+from inrun_megatron.report.values.distribution import composition, distribution
 from inrun_megatron.report.values.domains import domain_figures
-from inrun_megatron.report.values.findings import finding
-
-TEXT_CHARACTERS = 2000
-"""How much of a document's text the report holds."""
+from inrun_megatron.report.values.findings import finding, largest_samples
 
 VERIFY_ROWS = 20_000_000
 """Ledgers with more rows are verified only when asked: reading and hashing every row takes minutes."""
@@ -50,16 +45,14 @@ def build_figures(
 
     Raises UserError when there is no ledger, nothing is committed yet, or a part cannot be read.
     """
-    ledger = Ledger(run)
-    if ledger.last_step < 1:
-        raise UserError(f"{ledger.directory} has no committed step: no step is scored, or none committed yet")
+    ledger = committed_ledger(run)
     last, steps = ledger.last_step, ledger.steps()
     phases = phases_of(last, cuts)
-    shown = [whole_run(last), *(phases if len(phases) > 1 else [])]
+    shown = with_whole_run(phases, last)
     figures: dict[str, Any] = {
         "run": describe_run(ledger) | {"estimator": setting(ledger.run, "estimator", group="shapley")},
         "steps": describe_steps(ledger, steps),
-        "phases": [{"name": phase.name, "first": phase.first, "last": phase.last} for phase in shown],
+        "phases": [phase.to_dict() for phase in shown],
         "datasets": [_dataset(index, dataset) for index, dataset in enumerate(ledger.datasets)],
         "targets": [_target(ledger, steps, target, phases) for target in ledger.targets],
         "training": training_curve(ledger, steps),
@@ -74,7 +67,7 @@ def build_figures(
         figures["composition"] = composition(query, last)
         figures["distribution"] = distribution(query, phases, last)
         figures["largest"] = largest_samples(query, phases[-1])
-        figures |= _documents(query, phases[-1], documents, moved)
+        figures |= best_and_worst(query, phases[-1], documents, moved)
         rows = figures["rows"]["rows"]
         full = rows <= VERIFY_ROWS if verify is None else verify
         checks = ledger.verify() if full else audits_of(query, steps)
@@ -99,19 +92,3 @@ def _target(ledger: Ledger, steps: Any, target: dict[str, Any], phases: Sequence
         "explained_curve": explained_curve(series),
         "curve": loss_curve(series, phases),
     }
-
-
-def _documents(query: Query, phase: Phase, n: int, moved: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "documents": None,
-        "documents_error": None,
-        "documents_phase": {"name": phase.name, "first": phase.first, "last": phase.last},
-    }
-    if n > 0:
-        try:
-            documents = Documents(query.ledger, parse_moved(query.ledger, moved))
-            found["documents"] = documents_of(query, documents, phase, n, TEXT_CHARACTERS)
-        except UserError as error:
-            # Figures per domain need no data files: a ledger read on another machine still gives its report.
-            found["documents_error"] = str(error)
-    return found

@@ -1,4 +1,4 @@
-"""`inrun report`: the page, its charts as PNG files."""
+"""From the figures of a run to its page."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from markupsafe import Markup
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import replacing
 from inrun_megatron.ledger.schema import SCORED
-from inrun_megatron.report.charts.domains import MEASURES, all_charts, default_charts
+from inrun_megatron.report.charts.collection import MEASURES, all_charts
 from inrun_megatron.report.charts.theme import theme
 from inrun_megatron.report.documents.attribution import IN_WORDS
-from inrun_megatron.report.documents.lookup import printable, shorten
 from inrun_megatron.report.tables import decimals_of, figure, json_ready, scale_near, scale_of
+from inrun_megatron.report.text import printable, shorten
 
 CHECKS = {
     "commits": "Every commit record can be read.",
@@ -38,7 +38,6 @@ GENERATOR = '<meta name="generator" content="inrun report">'
 """Marks our pages, so that --output replaces those and no other file."""
 
 SNIPPET_CHARACTERS = 180
-PNG_WIDTH, PNG_SCALE = 720, 2
 
 
 def render(figures: dict[str, Any]) -> str:
@@ -88,24 +87,6 @@ def write_page(figures: dict[str, Any], path: Path) -> None:
             temporary.write_text(render(figures), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another --output") from error
-
-
-def write_png(figures: dict[str, Any], directory: Path) -> list[str]:
-    """The charts that the page shows when it is opened, as PNG files. Returns their names."""
-    names = []
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for chart in default_charts(figures):
-            sized = chart.spec | {"width": PNG_WIDTH, "title": chart.title}
-            image = vl_convert.vegalite_to_png(
-                sized, config=theme("light") | {"background": "white"}, scale=PNG_SCALE
-            )
-            name = re.sub(r"[^\w.-]+", "_", chart.name) + ".png"
-            (directory / name).write_bytes(image)
-            names.append(name)
-    except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror}; choose another --png") from error
-    return names
 
 
 def _embedded(record: Any) -> Markup:

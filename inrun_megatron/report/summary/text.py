@@ -12,8 +12,17 @@ from rich.text import Text
 from inrun_megatron.ledger.checks import Check
 from inrun_megatron.ledger.schema import SCORED
 from inrun_megatron.report.documents.attribution import IN_WORDS
-from inrun_megatron.report.documents.lookup import shorten
-from inrun_megatron.report.tables import decimals_of, in_nats, scale_near, scale_of, signed, table, with_error
+from inrun_megatron.report.tables import (
+    checks_table,
+    decimals_of,
+    in_nats,
+    scale_near,
+    scale_of,
+    signed,
+    table,
+    with_error,
+)
+from inrun_megatron.report.text import shorten
 from inrun_megatron.report.values.findings import finding
 
 
@@ -37,19 +46,6 @@ def render(summary: dict[str, Any], audits: Sequence[Check], out: Console) -> No
     if not_finite:
         _say(f"{not_finite:,} rows have values that are not finite and are left out of every figure.", out)
     _say(f"Files and rows of the ledger are checked by: inrun verify {summary['run']['directory']}", out)
-
-
-def checks_table(checks: Sequence[Check]) -> Table:
-    """Checks or audits with their verdict in words."""
-    made = table([("Check", "left"), ("Verdict", "left"), ("Detail", "left")])
-    made.columns[2].no_wrap = False
-    made.columns[2].overflow = "fold"
-    for check in checks:
-        verdict = Text("ok", style="green") if check.ok else Text("FAILED", style="bold red")
-        if check.ok and check.note:
-            verdict = Text("note", style="yellow")
-        made.add_row(Text(check.name), verdict, Text(check.detail))
-    return made
 
 
 def _run(summary: dict[str, Any], out: Console) -> None:

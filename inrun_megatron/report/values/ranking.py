@@ -25,7 +25,7 @@ class Level(StrEnum):
     dataset = "dataset"
 
 
-class Measure(StrEnum):
+class RankBy(StrEnum):
     """What ranks.
 
     value: the sum. mean: per sample. per-token: per token. normalised, relative: the sum of normalised or relative
@@ -111,7 +111,7 @@ def ranked(
     query: Query,
     level: Level | str,
     target: str,
-    measure: Measure = Measure.value,
+    measure: RankBy = RankBy.value,
     worst: bool = False,
     n: int = 10,
 ) -> list[dict[str, Any]]:
