@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from inrun_megatron.data.identity import SampleResolver
 from inrun_megatron.ledger import Ledger, LedgerWriter, commit, create_ledger
 from inrun_megatron.report import sql
-from inrun_megatron.report.attribution import create_document_rows
-from inrun_megatron.report.documents import Documents
-from inrun_megatron.report.groups import Groups
-from inrun_megatron.report.moments import create_document_moments, create_group_moments
+from inrun_megatron.report.documents.attribution import create_document_rows
+from inrun_megatron.report.documents.groups import Groups
+from inrun_megatron.report.documents.lookup import Documents
+from inrun_megatron.report.documents.moments import create_document_moments, create_group_moments
 from inrun_megatron.report.phases import Phase
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level, create_figures
+from inrun_megatron.report.values.ranking import Level, create_figures
 from tests.synthetic_ledger import Shape, description, prepared_datasets, step_record, write_run
 
 LATE = Phase("late", 21, 60)
@@ -152,16 +153,39 @@ def assert_figures_are_defined(ledger: Ledger, phase: Phase, group: str | None =
             assert row[name] == near, (key, name)
 
 
+# What a group's documents have in each sample, and all of that in one step: samples of one step move together.
+GROUP_DRAWS = """
+WITH group_rows AS (
+    SELECT r.step, r.dataset, r.sample, g.grp, r.target, sum(r.tokens) AS tokens, sum(r.value) AS value
+    FROM document_rows r JOIN document_groups g ON r.dataset = g.dataset AND r.document = g.document
+    GROUP BY r.step, r.dataset, r.sample, g.grp, r.target
+)
+SELECT step, grp, target, count(*) AS n, sum(CAST(tokens AS BIGINT)) AS tokens, sum(value) AS total,
+       sum(CASE WHEN value < 0 THEN 1 ELSE 0 END) AS negatives
+FROM group_rows GROUP BY step, grp, target
+"""
+
+
+def _groups_of_documents(ledger: Ledger, groups: Groups) -> pa.Table:
+    """Columns dataset, document, grp."""
+    tables = []
+    for dataset in range(len(ledger.datasets)):
+        group = groups.of(dataset)
+        own = np.full(len(group), dataset, np.int16)
+        tables.append(pa.table({"dataset": own, "document": np.arange(len(group)), "grp": group}))
+    return pa.concat_tables(tables)
+
+
 def assert_sql_gives_the_same(ledger: Ledger, phase: Phase) -> None:
     """Moments against the attribution in SQL that `inrun show` reads: rows joined with their samples' documents."""
     documents = Documents(ledger)
     groups = Groups(ledger, documents, "source")
     with Query(ledger) as query:
         create_document_rows(query, documents, f"step BETWEEN {phase.first} AND {phase.last}")
-        query.register("document_groups", groups.documents())
+        query.register("document_groups", _groups_of_documents(ledger, groups))
         for keys, draws in (
             (["dataset", "document"], sql.rows_of(["dataset", "document"], "document_rows")),
-            (["grp"], sql.steps_of(["grp"], f"({sql.GROUP_ROWS})")),
+            (["grp"], GROUP_DRAWS),
         ):
             if keys == ["grp"]:
                 create_group_moments(query, phase, None, documents, groups)

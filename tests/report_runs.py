@@ -9,7 +9,7 @@ import numpy as np
 
 from inrun_megatron.data.corpora import write_corpus
 from inrun_megatron.ledger import Ledger, LedgerWriter, StepRecord, commit, create_ledger
-from inrun_megatron.report.page_series import target_series
+from inrun_megatron.report.page.losses import target_series
 from tests.synthetic_ledger import DOMAINS, Shape, blended, description, write_run
 
 HOSTILE = (

@@ -16,7 +16,7 @@ import pytest
 
 from inrun_megatron import cli
 from inrun_megatron.ledger import Ledger, LedgerWriter, commit, create_ledger
-from inrun_megatron.report.summary import build_summary, print_summary
+from inrun_megatron.report.summary.figures import build_summary, print_summary
 from inrun_megatron.report.tables import decimals_of, scale_near, scale_of, with_error
 from tests.command_line import inrun
 from tests.synthetic_ledger import TARGETS, Shape, description, prepared_datasets, write_run

@@ -24,20 +24,11 @@ from inrun_megatron.data.megatron import IndexedDataset, IndexedDatasetBuilder
 from inrun_megatron.data.origin import origin_of
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import Ledger
-from inrun_megatron.report.curation import (
-    BOTTOM,
-    HELD_OUT,
-    KEPT,
-    NEGATIVE,
-    UNJUDGED,
-    Blend,
-    Candidates,
-    Rules,
-    Unit,
-    blend_weights,
-    decide,
-)
-from inrun_megatron.report.curation_data import output_names, pasted
+from inrun_megatron.report.curation.blend import blend_weights
+from inrun_megatron.report.curation.candidates import BOTTOM, HELD_OUT, KEPT, NEGATIVE, UNJUDGED, Candidates
+from inrun_megatron.report.curation.decisions import decide
+from inrun_megatron.report.curation.files import output_names, pasted
+from inrun_megatron.report.curation.rules import Blend, Rules, Unit
 from tests.command_line import answer
 from tests.synthetic_ledger import DOMAINS, Shape, description, prepared_datasets, write_run
 

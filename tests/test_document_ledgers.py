@@ -14,7 +14,7 @@ import pytest
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import Ledger, LedgerWriter, commit, open_ledger, rollback
-from inrun_megatron.report.draws import read_draws
+from inrun_megatron.report.documents.draws import read_draws
 from inrun_megatron.report.phases import Phase, whole_run
 from inrun_megatron.report.query import Query
 from tests import document_figures

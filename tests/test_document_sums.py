@@ -10,13 +10,14 @@ import pyarrow as pa
 import pytest
 
 from inrun_megatron.ledger import Ledger
-from inrun_megatron.report import document_sums, group_sums
-from inrun_megatron.report.document_sums import Leading
-from inrun_megatron.report.documents import Documents
-from inrun_megatron.report.moments import _ranges
+from inrun_megatron.report.documents import parts as draw_parts
+from inrun_megatron.report.documents import sums
+from inrun_megatron.report.documents.lookup import Documents
+from inrun_megatron.report.documents.moments import ranges_of_steps
+from inrun_megatron.report.documents.sums import Leading
 from inrun_megatron.report.phases import Phase, whole_run
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level, Measure, create_figures, ranked
+from inrun_megatron.report.values.ranking import Level, RankBy, create_figures, ranked
 from tests import document_figures
 from tests.document_figures import (
     LATE,
@@ -28,7 +29,7 @@ from tests.synthetic_ledger import TARGETS
 
 once, epochs = document_figures.once, document_figures.epochs  # fixtures
 
-ONE = document_sums.PIECE_PARTS  # all draws in one piece
+ONE = draw_parts.PIECE_PARTS  # all draws in one piece
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def cut(once: Path, epochs: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 def test_documents(
     shape: str, phase: Phase, spans: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document_sums, "PIECE_PARTS", spans)
+    monkeypatch.setattr(draw_parts, "PIECE_PARTS", spans)
     assert_figures_are_defined(Ledger(request.getfixturevalue(shape)), phase)
 
 
@@ -63,10 +64,10 @@ def test_documents(
 def test_documents_of_several_ranges_of_steps(
     shape: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(document_sums, "DRAW_BYTES", 50 * (document_sums.BYTES_PER_DRAW + 8 * len(TARGETS)))
+    monkeypatch.setattr(sums, "DRAW_BYTES", 50 * (sums.BYTES_PER_DRAW + 8 * len(TARGETS)))
     ledger = Ledger(request.getfixturevalue(shape))
     with Query(ledger) as query:
-        limit = document_sums.draws_at_a_time(len(TARGETS)) * len(TARGETS)
+        limit = sums.draws_at_a_time(len(TARGETS)) * len(TARGETS)
         assert len(list(query.step_ranges(1, 60, limit))) == 10
     assert_figures_are_defined(ledger, LATE)
 
@@ -76,7 +77,7 @@ def test_documents_of_several_ranges_of_steps(
 def test_groups(
     shape: str, spans: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(group_sums, "PIECE_PARTS", spans)
+    monkeypatch.setattr(draw_parts, "PIECE_PARTS", spans)
     assert_figures_are_defined(Ledger(request.getfixturevalue(shape)), LATE, "source")
 
 
@@ -102,24 +103,23 @@ def test_sql_gives_the_same(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in (document_sums, group_sums):
-        monkeypatch.setattr(module, "PIECE_PARTS", parts)
+    monkeypatch.setattr(draw_parts, "PIECE_PARTS", parts)
     ledger = Ledger(request.getfixturevalue(shape)) if granularity == "sample" else cut[granularity, shape]
     assert_sql_gives_the_same(ledger, Phase("late", 11, 30))
 
 
 def test_ranges_of_steps_are_of_rows_where_samples_are_cut(cut: dict[tuple[str, str], Ledger]) -> None:
     with Query(cut["token", "once"]) as query:
-        ranges = _ranges(query, Phase("late", 11, 30), 3 * 8 * 64 * len(TARGETS))
+        ranges = ranges_of_steps(query, Phase("late", 11, 30), 3 * 8 * 64 * len(TARGETS))
     assert ranges == [(11, 13), (14, 16), (17, 19), (20, 22), (23, 25), (26, 28), (29, 30)]
 
 
 def test_the_leading_documents_are_those_of_all(once: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(document_sums, "PIECE_PARTS", 40)
+    monkeypatch.setattr(draw_parts, "PIECE_PARTS", 40)
     ledger = Ledger(once)
     documents = Documents(ledger)
     with Query(ledger) as query:
-        for measure in Measure:
+        for measure in RankBy:
             found: list[list[dict[str, Any]]] = []
             counts = []
             for leading in (None, Leading(measure.name, 3)):

@@ -10,11 +10,11 @@ import pytest
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import Ledger, LedgerWriter, commit, create_ledger
-from inrun_megatron.report.documents import Documents
-from inrun_megatron.report.draws import in_order
+from inrun_megatron.report.documents.draws import in_order
+from inrun_megatron.report.documents.lookup import Documents
 from inrun_megatron.report.phases import whole_run
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level, create_figures
+from inrun_megatron.report.values.ranking import Level, create_figures
 from tests import document_figures
 from tests.document_figures import assert_figures_are_defined
 from tests.synthetic_ledger import description, step_record

@@ -11,7 +11,7 @@ import pytest
 from inrun_megatron.ledger import Ledger, audits
 from inrun_megatron.ledger.rows import SUM_TOLERANCE
 from inrun_megatron.ledger.schema import SCHEMA_VERSION, SCHEMAS
-from inrun_megatron.report.findings import LARGE_SHARE
+from inrun_megatron.report.values.findings import LARGE_SHARE
 from tests.synthetic_ledger import Shape, write_run
 
 TEXT = (Path(__file__).resolve().parents[1] / "docs" / "ledger.md").read_text(encoding="utf-8")

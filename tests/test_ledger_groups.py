@@ -14,11 +14,11 @@ import pytest
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import Ledger, LedgerWriter, commit, create_ledger
 from inrun_megatron.report import sql
-from inrun_megatron.report.documents import Documents
-from inrun_megatron.report.groups import NOT_GIVEN, Groups
+from inrun_megatron.report.documents.groups import NOT_GIVEN, Groups
+from inrun_megatron.report.documents.lookup import Documents
 from inrun_megatron.report.phases import Phase, whole_run
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level, create_figures
+from inrun_megatron.report.values.ranking import Level, create_figures
 from tests.synthetic_ledger import (
     DOMAINS,
     TARGETS,

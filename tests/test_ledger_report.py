@@ -10,8 +10,7 @@ import pytest
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import Ledger, LedgerWriter, StepRecord, commit, create_ledger
-from inrun_megatron.report.documents import Documents, printable, shorten
-from inrun_megatron.report.domains import domain_figures
+from inrun_megatron.report.documents.lookup import Documents
 from inrun_megatron.report.phases import (
     Phase,
     choose_steps,
@@ -22,7 +21,9 @@ from inrun_megatron.report.phases import (
     whole_run,
 )
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level, Measure, create_figures, ranked
+from inrun_megatron.report.text import printable, shorten
+from inrun_megatron.report.values.domains import domain_figures
+from inrun_megatron.report.values.ranking import Level, RankBy, create_figures, ranked
 from tests.synthetic_ledger import DOMAINS, TARGETS, Shape, description, prepared_datasets, write_run
 
 
@@ -120,7 +121,7 @@ def test_samples_and_datasets_are_ranked(run: tuple[Path, np.ndarray]) -> None:
         assert [row["sample"] for row in worst] == expected["sample"].tolist()
         assert [row["value"] for row in worst] == expected["prose"].tolist()
         create_figures(query, Level.dataset, Phase("late", 21, 60), target="code")
-        best = ranked(query, Level.dataset, "code", Measure.mean, n=10)
+        best = ranked(query, Level.dataset, "code", RankBy.mean, n=10)
         assert [row["dataset_name"] for row in best] == ["code", "prose", "shuffled"]
         assert best[0]["mean"] == pytest.approx(late["code"][late["dataset"] == 0].mean())
         assert ranked(query, Level.dataset, "prose") == []  # only the target that was asked for

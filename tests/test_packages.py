@@ -24,8 +24,8 @@ def _rows() -> list[tuple[set[str], set[str]]]:
     return found
 
 
-def _imported(path: Path) -> set[str]:
-    """Parts of the package that a file imports anywhere, as folders and files at the top."""
+def _imported(path: Path, package: Path = PACKAGE) -> set[str]:
+    """Parts of `package` that a file imports anywhere, as folders and files at its top."""
     inside = ("inrun_megatron", *path.relative_to(PACKAGE).parts[:-1])
     modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -35,8 +35,9 @@ def _imported(path: Path) -> set[str]:
             above = inside[: len(inside) - node.level + 1] if node.level else ()
             base = ".".join([*above, *([node.module] if node.module else [])])
             modules |= {f"{base}.{alias.name}" for alias in node.names}
-    names = {module.split(".")[1] for module in modules if module.startswith("inrun_megatron.")}
-    return {f"{name}/" if (PACKAGE / name).is_dir() else f"{name}.py" for name in names}
+    prefix = ".".join(("inrun_megatron", *package.relative_to(PACKAGE).parts, ""))
+    names = {module.removeprefix(prefix).split(".")[0] for module in modules if module.startswith(prefix)}
+    return {f"{name}/" if (package / name).is_dir() else f"{name}.py" for name in names}
 
 
 def test_the_map_is_the_imports() -> None:
@@ -52,6 +53,16 @@ def test_the_map_is_the_imports() -> None:
         assert found[number] - {0, number} == said, (
             f"{sorted(about)}: {sorted(found[number])} != {sorted(said)}"
         )
+
+
+def test_reports_import_in_the_order_of_their_list() -> None:
+    package = PACKAGE / "report"
+    order = re.findall(r"^(\w+(?:/|\.py))  ", (package / "__init__.py").read_text(), flags=re.M)
+    for path in set(package.rglob("*.py")) - {package / "__init__.py"}:
+        own = path.relative_to(package).parts[0]
+        own = own if path.parent == package else f"{own}/"
+        above = set(order[: order.index(own)])
+        assert _imported(path, package) - {own} <= above, f"{path.relative_to(package)}"
 
 
 def test_the_commands_need_no_torch() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inrun_megatron.report.page import render, write_page, write_png
-from inrun_megatron.report.page_figures import build_figures
+from inrun_megatron.report.page.figures import build_figures
+from inrun_megatron.report.page.html import render, write_page
+from inrun_megatron.report.page.png import write_png
 from tests.command_line import inrun
 from tests.report_runs import HOSTILE, record, short_ledger, write_reported_run
 

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from inrun_megatron.ledger import Ledger
-from inrun_megatron.report.charts import all_charts
-from inrun_megatron.report.charts_explained import explained_chart
-from inrun_megatron.report.charts_theme import OTHER, TERMS, Palette, theme
-from inrun_megatron.report.charts_training import loss_chart, stacked
+from inrun_megatron.report.charts.collection import all_charts
+from inrun_megatron.report.charts.composition import stacked
+from inrun_megatron.report.charts.explained import explained_chart
+from inrun_megatron.report.charts.losses import loss_chart
+from inrun_megatron.report.charts.pieces import OTHER, Palette
+from inrun_megatron.report.charts.theme import TERM_COLOURS, theme
 from inrun_megatron.report.overview import describe_targets
-from inrun_megatron.report.page import render
-from inrun_megatron.report.page_figures import build_figures
-from inrun_megatron.report.page_values import HISTOGRAM_WIDTH
+from inrun_megatron.report.page.figures import build_figures
+from inrun_megatron.report.page.html import render
+from inrun_megatron.report.values.distribution import HISTOGRAM_WIDTH
 from tests.report_runs import write_reported_run
 from tests.synthetic_ledger import DOMAINS, TARGETS
 
@@ -198,4 +200,4 @@ def test_rows_stand_in_the_order_of_the_run_while_there_are_few(
 
 def test_terms_and_times_have_no_colour_of_a_domain() -> None:
     domains = {colour for mode in ("light", "dark") for colour in theme(mode)["range"]["category"]}
-    assert not domains & set(TERMS) and len(set(TERMS)) == 3
+    assert not domains & set(TERM_COLOURS) and len(set(TERM_COLOURS)) == 3

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page
 
-from inrun_megatron.report.page import write_page
-from inrun_megatron.report.page_figures import build_figures
+from inrun_megatron.report.page.figures import build_figures
+from inrun_megatron.report.page.html import write_page
 from tests.browser import browser
 from tests.report_runs import write_reported_run
 

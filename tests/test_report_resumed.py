@@ -11,9 +11,10 @@ import pytest
 from inrun_megatron.ledger import Ledger, LedgerWriter, StepRecord, commit, open_ledger
 from inrun_megatron.ledger.description import Starts
 from inrun_megatron.report.overview import describe_run
-from inrun_megatron.report.page import render
-from inrun_megatron.report.page_figures import build_figures
-from inrun_megatron.report.page_series import loss_curve, target_series, timing
+from inrun_megatron.report.page.figures import build_figures
+from inrun_megatron.report.page.html import render
+from inrun_megatron.report.page.losses import loss_curve, target_series
+from inrun_megatron.report.page.timing import timing
 from inrun_megatron.report.phases import Phase
 from tests.report_runs import record, short_ledger, terms
 from tests.synthetic_ledger import description

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from inrun_megatron.report.overview import describe_targets
-from inrun_megatron.report.page import render
-from inrun_megatron.report.page_figures import build_figures
-from inrun_megatron.report.page_series import (
+from inrun_megatron.report.page.figures import build_figures
+from inrun_megatron.report.page.html import render
+from inrun_megatron.report.page.losses import (
     POINTS,
     explained,
     explained_curve,
     loss_curve,
     target_series,
     thinned,
-    timing,
 )
+from inrun_megatron.report.page.timing import timing
 from inrun_megatron.report.phases import Phase
 from tests.report_runs import record, short_ledger, terms
 

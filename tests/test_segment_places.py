@@ -19,11 +19,11 @@ from inrun_megatron.data.train import IdentifiedDataset
 from inrun_megatron.dots.segments import Segments
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import Ledger, LedgerWriter, StepRecord, commit, create_ledger, open_ledger
-from inrun_megatron.report.documents import Documents
-from inrun_megatron.report.domains import domain_figures
+from inrun_megatron.report.documents.lookup import Documents
 from inrun_megatron.report.phases import whole_run
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level, create_figures
+from inrun_megatron.report.values.domains import domain_figures
+from inrun_megatron.report.values.ranking import Level, create_figures
 from tests.command_line import answer
 from tests.data_cases import build, write_pair
 from tests.synthetic_ledger import TARGETS, description

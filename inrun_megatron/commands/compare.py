@@ -11,13 +11,14 @@ from rich.text import Text
 from inrun_megatron.commands.options import JsonOption, PhaseOption, StepsOption
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.compare import Side, shared_targets
-from inrun_megatron.report.compare import compare as compare_runs
-from inrun_megatron.report.documents import Documents, parse_moved, shorten
+from inrun_megatron.report.comparison.agreement import compare as compare_runs
+from inrun_megatron.report.comparison.matching import Side, shared_targets
+from inrun_megatron.report.documents.lookup import Documents, parse_moved
 from inrun_megatron.report.phases import choose_steps
-from inrun_megatron.report.ranking import Level
-from inrun_megatron.report.scores import Measure, Per
 from inrun_megatron.report.tables import console, print_json, signed, table, with_error
+from inrun_megatron.report.text import shorten
+from inrun_megatron.report.values.ranking import Level
+from inrun_megatron.report.values.scores import Measure, Per
 
 _RUN_HELP = "Run directory, or its ledger directory (shapley/)."
 _DATA_HELP = "Where a dataset of RUN_{} lies now, if it has moved. Repeatable."

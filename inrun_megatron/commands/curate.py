@@ -12,32 +12,18 @@ from inrun_megatron.commands.options import DataOption, JsonOption, PhaseOption,
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.ledger.schema import now
-from inrun_megatron.report.curation import (
-    KEPT,
-    UNJUDGED,
-    Blend,
-    Candidates,
-    Rules,
-    Unit,
-    blend_weights,
-    decide,
-    domain_record,
-)
-from inrun_megatron.report.curation_data import (
-    candidates,
-    check_output,
-    data_path,
-    lowest,
-    output_names,
-    pasted,
-    write_curation,
-)
-from inrun_megatron.report.documents import Documents, parse_moved, shorten
+from inrun_megatron.report.curation.blend import blend_weights
+from inrun_megatron.report.curation.candidates import KEPT, UNJUDGED, Candidates, lowest, read_candidates
+from inrun_megatron.report.curation.decisions import decide, domain_record
+from inrun_megatron.report.curation.files import check_output, data_path, output_names, pasted, write_curation
+from inrun_megatron.report.curation.rules import Blend, Rules, Unit
+from inrun_megatron.report.documents.lookup import Documents, parse_moved
 from inrun_megatron.report.phases import choose_steps
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level
-from inrun_megatron.report.scores import Measure, Per, create_scores, parse_weights
 from inrun_megatron.report.tables import console, figure, print_json, signed, table
+from inrun_megatron.report.text import shorten
+from inrun_megatron.report.values.ranking import Level
+from inrun_megatron.report.values.scores import Measure, Per, create_scores, parse_weights
 
 
 def curate(
@@ -131,7 +117,7 @@ def curate(
         check_output(directory, overwrite, read)
     with Query(ledger) as query:
         create_scores(query, Level.document, chosen, weights, measure, per, documents)
-        found = candidates(query, documents)
+        found = read_candidates(query, documents)
     decide(found, rules)
     record: dict[str, Any] = {
         "run": ledger.run_id,

@@ -21,11 +21,11 @@ from inrun_megatron.commands.targets import chosen_targets
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import replacing
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.documents import Documents, parse_moved
+from inrun_megatron.report.documents.lookup import Documents, parse_moved
 from inrun_megatron.report.phases import choose_steps
 from inrun_megatron.report.query import Query, quoted
-from inrun_megatron.report.ranking import create_figures, keys_of, level_of
 from inrun_megatron.report.tables import print_json
+from inrun_megatron.report.values.ranking import create_figures, keys_of, level_of
 
 
 class Format(StrEnum):

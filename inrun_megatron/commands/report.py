@@ -9,7 +9,7 @@ import typer
 
 from inrun_megatron.commands.options import DataOption, JsonOption, RunArgument
 from inrun_megatron.errors import UserError
-from inrun_megatron.report.page_figures import build_figures
+from inrun_megatron.report.page.figures import build_figures
 from inrun_megatron.report.phases import parse_cuts
 from inrun_megatron.report.tables import print_json
 
@@ -47,7 +47,8 @@ def report(
     With --json the figures go to stdout, and the page is written only if --output names it.
     """
     # The chart library is large; the other commands start without it.
-    from inrun_megatron.report.page import write_page, write_png
+    from inrun_megatron.report.page.html import write_page
+    from inrun_megatron.report.page.png import write_png
 
     if documents < 0:
         raise UserError(f"-n {documents} is no number of documents; give 0 or more")

@@ -10,11 +10,12 @@ from rich.text import Text
 from inrun_megatron.commands.options import DataOption, JsonOption, PhaseOption, RunArgument, StepsOption
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.attribution import create_document_rows
-from inrun_megatron.report.documents import Documents, dataset_index, parse_moved, printable, shorten
+from inrun_megatron.report.documents.attribution import create_document_rows
+from inrun_megatron.report.documents.lookup import Documents, dataset_index, parse_moved
 from inrun_megatron.report.phases import Phase, choose_steps
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.tables import console, figure, print_json, signed, table
+from inrun_megatron.report.text import printable, shorten
 
 
 def show(

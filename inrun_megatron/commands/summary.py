@@ -9,7 +9,7 @@ import typer
 from inrun_megatron.commands.options import DataOption, JsonOption, RunArgument
 from inrun_megatron.errors import UserError
 from inrun_megatron.report.phases import parse_cuts
-from inrun_megatron.report.summary import print_summary
+from inrun_megatron.report.summary.figures import print_summary
 
 
 def summary(

@@ -19,12 +19,10 @@ from inrun_megatron.commands.options import (
 from inrun_megatron.commands.targets import chosen_targets
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.document_sums import Leading
-from inrun_megatron.report.documents import Documents, parse_moved, printable, shorten
+from inrun_megatron.report.documents.lookup import Documents, parse_moved
+from inrun_megatron.report.documents.sums import Leading
 from inrun_megatron.report.phases import Phase, choose_steps, phases_of
 from inrun_megatron.report.query import Query
-from inrun_megatron.report.ranking import Level, Measure, create_figures, level_of, ranked
-from inrun_megatron.report.summary import with_place
 from inrun_megatron.report.tables import (
     console,
     decimals_of,
@@ -35,6 +33,9 @@ from inrun_megatron.report.tables import (
     signed,
     table,
 )
+from inrun_megatron.report.text import printable, shorten
+from inrun_megatron.report.values.ranking import Level, RankBy, create_figures, level_of, ranked
+from inrun_megatron.report.values.sources import with_place
 
 
 def top(
@@ -48,11 +49,11 @@ def top(
         ),
     ] = "document",
     rank: Annotated[
-        Measure,
+        RankBy,
         typer.Option(
             help="What ranks: the sum, per sample, per token, or the sum of normalised or relative values."
         ),
-    ] = Measure.value,
+    ] = RankBy.value,
     worst: Annotated[bool, typer.Option("--worst", help="The lowest first.")] = False,
     n: Annotated[int, typer.Option("-n", help="How many.")] = 10,
     steps: StepsOption = None,
@@ -76,7 +77,7 @@ def top(
     level = level_of(by)
     documents = Documents(ledger, parse_moved(ledger, data or ()))
     with Query(ledger) as query:
-        if rank is Measure.relative:
+        if rank is RankBy.relative:
             query.require_relative(chosen.first, chosen.last)
         create_figures(query, level, chosen, documents, target, Leading(rank.name, n))
         found = {
@@ -101,7 +102,7 @@ def top(
     for name, rows in found.items():
         title = f"{'Worst' if worst else 'Best'} {by}s for target {name}"
         _print(out, rows, title, level, rank, chosen, units)
-    if rank is Measure.value and steps is None and phase is None and len(phases_of(ledger.last_step)) > 1:
+    if rank is RankBy.value and steps is None and phase is None and len(phases_of(ledger.last_step)) > 1:
         out.print(
             Text(
                 "Early steps rule sums over a whole run: see --phase late, or --rank normalised.",
@@ -130,7 +131,7 @@ def _print(
     rows: list[dict[str, Any]],
     title: str,
     by: Level | str,
-    rank: Measure,
+    rank: RankBy,
     phase: Phase,
     units: tuple[tuple[float, str], tuple[float, str]],
 ) -> None:
@@ -144,7 +145,7 @@ def _print(
         f"Value\n{in_nats(name)}",
         f"{heading}\n{in_nats(each_name)}",
         *([] if texts else ["± s.e.", "Negative", "Samples"]),
-        "Relative" if rank is Measure.relative else "Normalised",
+        "Relative" if rank is RankBy.relative else "Normalised",
         "Tokens",
     ]
     if texts:
@@ -163,7 +164,7 @@ def _print(
             signed(row["value"] / unit),
             signed(None if row[each] is None else row[each] / each_unit, digits),
             *([] if texts else _spread(row, each_unit, digits)),
-            signed(row["relative" if rank is Measure.relative else "normalised"]),
+            signed(row["relative" if rank is RankBy.relative else "normalised"]),
             f"{row['tokens']:,}",
         ]
         if texts:

@@ -6,8 +6,7 @@ import typer
 
 from inrun_megatron.commands.options import JsonOption, RunArgument
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.summary_text import checks_table
-from inrun_megatron.report.tables import console, print_json
+from inrun_megatron.report.tables import checks_table, console, print_json
 
 
 def verify(run: RunArgument, json: JsonOption = False) -> None:

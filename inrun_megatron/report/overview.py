@@ -1,22 +1,38 @@
-"""What was trained, in words, and how each target's loss went."""
+"""What the summary and the page say of a run as a whole: what was trained, its steps, losses and audits."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from inrun_megatron.ledger.audits import precision_of
-from inrun_megatron.ledger.checks import setting
-from inrun_megatron.ledger.columns import integers, is_known, numbers, texts
+from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.audits import check_additivity, check_coverage, check_efficiency, precision_of
+from inrun_megatron.ledger.checks import Check, setting
+from inrun_megatron.ledger.columns import integers, is_known, numbers, places, taken, texts
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.ledger.step_table import loss_changes
+from inrun_megatron.report.query import Query
 
 LINES = ("model", "training", "layout", "scoring")
+
+
+def committed_ledger(run: Path | str) -> Ledger:
+    """The ledger of a run. Raises UserError where there is none, or nothing is committed yet."""
+    ledger = Ledger(run)
+    if ledger.last_step < 1:
+        raise UserError(f"{ledger.directory} has no committed step: no step is scored, or none committed yet")
+    return ledger
+
+
+def one_row_per_step(ledger: Ledger, steps: pa.Table) -> pa.Table:
+    """Of `Ledger.steps()`, which has a row for each target as well: what does not depend on the target."""
+    return steps.filter(pc.equal(pc.cast(steps["target"], pa.string()), ledger.target_names[0]))
 
 
 def describe_run(ledger: Ledger) -> dict[str, Any]:
@@ -76,7 +92,7 @@ def _lines(ledger: Ledger, run: Mapping[str, Any]) -> dict[str, str]:
 
 def describe_steps(ledger: Ledger, steps: pa.Table) -> dict[str, Any]:
     """Counts of steps by status, samples and time. steps: `Ledger.steps()`."""
-    own = steps.filter(pc.equal(pc.cast(steps["target"], pa.string()), ledger.target_names[0]))
+    own = one_row_per_step(ledger, steps)
     total, scoring = (
         float(np.where(is_known(own, name), numbers(own, name), 0.0).sum())
         for name in ("seconds_total", "seconds_scoring")
@@ -126,6 +142,17 @@ def describe_targets(ledger: Ledger, steps: pa.Table) -> list[dict[str, Any]]:
             }
         )
     return described
+
+
+def audits_of(query: Query, steps: pa.Table) -> list[Check]:
+    """The audits that need no pass over files and rows. steps: `Ledger.steps()`."""
+    found = query.table("SELECT step, target, sum(absolute) AS absolute FROM cells GROUP BY step, target")
+    run = query.ledger.run
+    return [
+        check_coverage(run),
+        check_additivity(query.ledger.starts, steps, taken(numbers(found, "absolute"), places(steps, found))),
+        check_efficiency(run, steps),
+    ]
 
 
 def _joined(*pieces: Any) -> str:

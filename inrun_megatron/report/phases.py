@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
+from typing import Any
 
 from inrun_megatron.errors import UserError
 
@@ -23,9 +24,18 @@ class Phase:
     first: int
     last: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable."""
+        return asdict(self)
+
 
 def whole_run(last_step: int) -> Phase:
     return Phase("whole run", 1, last_step)
+
+
+def with_whole_run(phases: Sequence[Phase], last_step: int) -> list[Phase]:
+    """The whole run, then its phases where it has several: what figures are given for."""
+    return [whole_run(last_step), *(phases if len(phases) > 1 else [])]
 
 
 def phases_of(last_step: int, cuts: Sequence[Fraction] = DEFAULT_CUTS) -> list[Phase]:

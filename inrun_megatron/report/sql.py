@@ -58,13 +58,6 @@ FROM (SELECT * FROM ledger_values WHERE {IS_FINITE}) v JOIN scales s ON v.step =
 """
 """Like SCORED, one row per segment."""
 
-GROUP_ROWS = """
-SELECT r.step, r.dataset, r.sample, g.grp, r.target, sum(r.tokens) AS tokens, sum(r.value) AS value
-FROM document_rows r JOIN document_groups g ON r.dataset = g.dataset AND r.document = g.document
-GROUP BY r.step, r.dataset, r.sample, g.grp, r.target
-"""
-"""What a group's documents have in each sample: document_rows of report/attribution.py, document_groups of groups.py."""
-
 DOMAINS = """
 SELECT c.target, c.dataset, CAST(sum(c.tokens) AS BIGINT) AS tokens, CAST(sum(c.negatives) AS BIGINT) AS negatives,
        count(*) AS raw_steps, CAST(sum(c.n) AS BIGINT) AS raw_n, sum(CAST(c.n AS DOUBLE) * c.n) AS raw_n_squared,
@@ -78,7 +71,7 @@ FROM cells c JOIN scales s ON c.step = s.step AND c.target = s.target
 WHERE c.step BETWEEN {first} AND {last}
 GROUP BY c.target, c.dataset
 """
-"""Sums that `domains.py` makes means and standard errors of: raw, and normalised over the steps whose values can be (at
+"""Sums that `values/domains.py` makes means and standard errors of: raw, and normalised over the steps whose values can be (at
 learning rate 0 all are zero)."""
 
 
@@ -88,15 +81,6 @@ def rows_of(keys: Sequence[str], source: str) -> str:
     return (
         f"SELECT step, {', '.join(keys)}, target, 1 AS n, tokens, value AS total, "
         f"CASE WHEN value < 0 THEN 1 ELSE 0 END AS negatives FROM {source}"
-    )
-
-
-def steps_of(keys: Sequence[str], source: str) -> str:
-    """Draws of which each is all of one step: samples of one step move together (domains.py)."""
-    columns = ", ".join(keys)
-    return (
-        f"SELECT step, {columns}, target, count(*) AS n, sum(CAST(tokens AS BIGINT)) AS tokens, sum(value) AS total, "
-        f"sum(CASE WHEN value < 0 THEN 1 ELSE 0 END) AS negatives FROM {source} GROUP BY step, {columns}, target"
     )
 
 

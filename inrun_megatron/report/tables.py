@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from inrun_megatron.ledger.checks import Check
+
 WIDTH = 100
 MAXIMUM_WIDTH = 140
 
@@ -33,6 +35,19 @@ def table(columns: Sequence[str | tuple[str, str]]) -> Table:
     for column in columns:
         heading, justify = (column, "right") if isinstance(column, str) else column
         made.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    return made
+
+
+def checks_table(checks: Sequence[Check]) -> Table:
+    """Checks or audits with their verdict in words."""
+    made = table([("Check", "left"), ("Verdict", "left"), ("Detail", "left")])
+    made.columns[2].no_wrap = False
+    made.columns[2].overflow = "fold"
+    for check in checks:
+        verdict = Text("ok", style="green") if check.ok else Text("FAILED", style="bold red")
+        if check.ok and check.note:
+            verdict = Text("note", style="yellow")
+        made.add_row(Text(check.name), verdict, Text(check.detail))
     return made
 
 

@@ -1,0 +1,1 @@
+"""`inrun compare`: two runs side by side."""

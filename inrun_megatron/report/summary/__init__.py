@@ -1,0 +1,1 @@
+"""`inrun summary`: the answer a user came for, as figures and as printed text."""
