@@ -52,7 +52,7 @@ test-long: $(READY) ## the full products of layouts as well
 	$(BIN)/python -m pytest -q --long
 
 test-gpu: $(READY)  ## on a GPU: values of the CPU, kernels against fp64, nothing that the host waits for
-	$(BIN)/python -m pytest -q tests/test_gpu.py tests/test_triton.py tests/test_triton_linear.py tests/test_triton_adam.py
+	$(BIN)/python -m pytest -q tests/test_gpu.py tests/test_triton*.py
 
 bench-smoke: $(READY) ## what scoring costs in a tiny model, in seconds: figures, no judgement
 	$(BIN)/python -m benchmarks.overhead --smoke

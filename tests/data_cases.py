@@ -1,12 +1,15 @@
-"""What the tests of training data and of sample identity share."""
+"""What the tests of prepared data, of training data and of sample identity share."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from inrun_megatron.data.corpora import tiny_corpus
@@ -69,3 +72,21 @@ def check_identity(dataset: IdentifiedDataset, resolver: SampleResolver) -> Coun
         np.testing.assert_array_equal(tokens, resolver.tokens(index, sample))
         read.update((index, span.document) for span in spans)
     return read
+
+
+def metadata(prefix: str | Path) -> list[dict]:
+    """Rows of the documents' metadata."""
+    return pq.read_table(f"{prefix}.documents.parquet").to_pylist()
+
+
+def decoded(prefix: str | Path) -> list[str]:
+    """The documents as megatron-core reads them, decoded; each must end with the end-of-document token."""
+    data = IndexedDataset(str(prefix))
+    assert all(data[i][-1] == 256 for i in range(len(data)))
+    return [ByteTokenizer().decode(data[i]) for i in range(len(data))]
+
+
+def jsonl(path: Path, records: list) -> Path:
+    """Write records as JSON, one a line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path

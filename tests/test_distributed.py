@@ -11,13 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import (
-    DistributedError,
-    Workers,
-    assert_cases,
-    run_cases,
-    run_distributed,
-)
+from tests.distributed import DistributedError, Workers, assert_cases, run_cases, run_distributed
+from tests.layouts import LayoutCase
 
 
 def add_ranks(rank: int, world_size: int, offset: torch.Tensor) -> dict[str, Any]:
@@ -54,22 +49,11 @@ def train_one_step(rank: int, world_size: int, case: tuple[int, int]) -> tuple[i
     import deepspeed
     from megatron.core import parallel_state
 
+    from inrun_megatron.training.distributed import Mpu
+
     tp_size, stage = case
     deepspeed.init_distributed(dist_backend="gloo")
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp_size)
-
-    class Mpu:
-        get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
-        get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
-        get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
-        get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
-        get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
-        get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
-        get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
-        get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
-        get_tensor_model_parallel_world_size = staticmethod(
-            parallel_state.get_tensor_model_parallel_world_size
-        )
 
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 4, bias=False)
@@ -83,7 +67,7 @@ def train_one_step(rank: int, world_size: int, case: tuple[int, int]) -> tuple[i
         "gradient_clipping": 0.0,  # DeepSpeed 0.19 clips at 1.0 where nothing is said
     }
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=config, mpu=None if tp_size == 1 else Mpu
+        model=model, model_parameters=model.parameters(), config=config, mpu=None if tp_size == 1 else Mpu()
     )
     dp_rank = parallel_state.get_data_parallel_rank()
     loss = engine(torch.full((1, 4), 1.0 + dp_rank)).sum()
@@ -161,3 +145,22 @@ def test_groups_are_built_anew_for_every_case() -> None:
         # The gradient is the mean input of the replicas: 1 for one, 1.5 for two.
         expected = (tp_size, 2 // tp_size, -1.5 if tp_size == 1 else -1.0)
         assert reports == [expected, expected]
+
+
+def modules_of_a_run(rank: int, world_size: int, case: LayoutCase) -> set[str]:
+    """What a rank that trains and scores had to import first."""
+    from tests.layout_runs import train
+
+    before = set(sys.modules)
+    train(rank, world_size, case)
+    packages = ("inrun_megatron", "megatron", "deepspeed", "pyarrow", "pandas", "tests")
+    return {name for name in sys.modules if name.partition(".")[0] in packages} - before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="ranks are not forked beside a GPU")
+def test_ranks_are_forked_with_everything_imported() -> None:
+    """Each would spend seconds on it; and an import that fails in preloaded.py is passed over without a word."""
+    partitioned = LayoutCase(2, 1, False, 3, 1, "gpt2", "adamw", steps=1)
+    staged = LayoutCase(2, 1, False, 1, 1, "gpt2", "adamw", pp=2, steps=1)
+    for case in (partitioned, staged):  # each in ranks of its own
+        assert run_distributed(modules_of_a_run, 2, case) == [set(), set()], "name them in preloaded.py"

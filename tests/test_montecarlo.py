@@ -137,7 +137,7 @@ def test_fidelity_tells_estimators_apart() -> None:
     assert max(backwards.pearson) < -0.9
     # Under a linear optimizer with a tiny step there is nothing left to be wrong about.
     linear = make_trainer(OptimizerSpec("sgd"), 2)
-    linear._lr = 1e-6
+    linear.schedule = 1e-6
     exact = fidelity(linear, batch, permutations=4)
     assert min(exact.first_order.pearson) > 0.999999
     assert max(map(abs, exact.first_order.sum_error)) < 1e-4
