@@ -15,12 +15,14 @@ from tests.oracle_shards import split_parameters
 
 def _optimizer(case: LayoutCase, model: torch.nn.Module) -> torch.optim.Optimizer:
     spec = case.spec()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim == 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1]
+    rest = [p for p in trained if p.ndim == 1]
     groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": spec.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     if spec.kind == "sgd":
         return torch.optim.SGD(groups, lr=case.lr, momentum=spec.momentum, nesterov=spec.nesterov)
     kind = torch.optim.AdamW if spec.kind == "adamw" else torch.optim.Adam
@@ -113,6 +115,7 @@ def build_engine(case: LayoutCase) -> Any:
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(shard[name])
+            parameter.requires_grad_(not name.startswith(case.frozen))
     engine = deepspeed.initialize(
         model=model,
         optimizer=_optimizer(case, model),

@@ -102,6 +102,8 @@ def train(rank: int, world: int, case: LayoutCase) -> Ran:
         results.append(step.result)
     weights = {}
     for name, parameter in named_parameters(engine.module).items():
+        if not parameter.requires_grad:
+            continue
         full = safe_get_full_fp32_param(parameter) if case.zero > 0 else parameter.detach()
         weights[name] = full.detach().float().clone()
     return Ran(

@@ -86,6 +86,7 @@ class LayoutCase:
         False  # recompute by the pipeline engine's own activation checkpoints, which know no taps
     )
     second_copy: int = 1  # ZeRO-3: ranks of a node that share a further copy of the weights (hpZ)
+    frozen: tuple[str, ...] = ()  # parameters whose names begin with one of these do not train
 
     @property
     def dp(self) -> int:
@@ -161,6 +162,7 @@ class LayoutCase:
             estimator=self.estimator,
             base=self.base,
             refresh=self.refresh,
+            frozen=[name for name in self.parameters() if name.startswith(self.frozen)],
         )
 
     def oracle(self) -> OracleRun:

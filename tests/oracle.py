@@ -10,7 +10,7 @@ Legend: n samples of the global batch, K targets, b rows of a microbatch, s toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +137,7 @@ class OracleTrainer:
             gradient (oracle_optimizer.py); Adam's first step is then not scored.
         refresh: first_order takes directions in steps 1, 1 + refresh, ...; those between use the last ones, times what J's
             scalar part has become since.
+        frozen: names of parameters that do not train.
     """
 
     def __init__(
@@ -152,9 +153,11 @@ class OracleTrainer:
         estimator: str = "first_order",
         base: str = "current",
         refresh: int = 1,
+        frozen: Collection[str] = (),
     ) -> None:
-        self.model = OracleGPT(shape)
-        self.weights = {name: value.detach().double().clone() for name, value in parameters.items()}
+        copies = {name: value.detach().double().clone() for name, value in parameters.items()}
+        self.model = OracleGPT(shape, frozen={name: copies.pop(name) for name in frozen})
+        self.weights = copies
         self.optimizer = optimizer
         self.state = OptimizerState.initial(self.weights)
         self.targets = list(targets)

@@ -134,11 +134,13 @@ class OracleGPT:
 
     own: bool [b, s]: only these positions' uses of the parameters have a gradient. Elsewhere the parameters are constants,
     so that the gradient is the part of the whole one that goes through these positions' own buffers.
+    frozen: parameters that are the model's own, beside those that its methods are given.
     """
 
-    def __init__(self, shape: GPTShape, own: Tensor | None = None) -> None:
+    def __init__(self, shape: GPTShape, own: Tensor | None = None, frozen: Parameters | None = None) -> None:
         self.shape = shape
         self.own = own
+        self.frozen = frozen or {}
 
     def _use(self, function: Callable[..., Tensor], *parameters: Tensor | None) -> Tensor:
         """`function` of parameters, a gradient only at `own` positions; its result is [b, s, .]."""
@@ -156,7 +158,7 @@ class OracleGPT:
 
     def logits(self, parameters: Parameters, tokens: Tensor, position_ids: Tensor) -> Tensor:
         """Logits of the real vocabulary, [b, s, v], from tokens and positions [b, s]."""
-        shape = self.shape
+        shape, parameters = self.shape, {**self.frozen, **parameters}
         words = parameters["embedding.word_embeddings.weight"]
         hidden = self._use(lambda w: F.embedding(tokens, w), words)  # [b, s, h]
         if shape.kind == "gpt2":

@@ -72,7 +72,7 @@ class PartTrainer(OracleTrainer):
             first = last
         assert end <= last, "a part crosses a document"
         if (begin, end) == (first, last):
-            return masked_sum(OracleGPT(self.model.shape), leaves, document)
+            return masked_sum(OracleGPT(self.model.shape, frozen=self.model.frozen), leaves, document)
         own = torch.zeros(1, last - first, dtype=torch.bool)
         own[:, begin - first : end - first] = True
-        return masked_sum(OracleGPT(self.model.shape, own), leaves, document)
+        return masked_sum(OracleGPT(self.model.shape, own, self.model.frozen), leaves, document)

@@ -89,7 +89,8 @@ def _clip_pipeline(engine: Any, maximum: float) -> float:
         if not getattr(p, "ds_pipe_replicated", False)
         and (first or getattr(p, "tensor_model_parallel", False))
     ]
-    squares = torch.stack([torch.linalg.vector_norm(g.float()).square() for g in counted]).sum()
+    nothing = torch.zeros((), device=engine.device)  # of a stage whose gradients all count elsewhere
+    squares = torch.stack([nothing, *(torch.linalg.vector_norm(g.float()).square() for g in counted)]).sum()
     dist.all_reduce(squares, group=engine.mpu.get_model_parallel_group())
     norm = float(squares.sqrt())
     factor = min(1.0, maximum / (norm + 1e-6))

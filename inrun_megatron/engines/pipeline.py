@@ -201,8 +201,9 @@ class PipelineAdapter:
             module.loss_fn, engine.total_loss = own, total
 
     def tied(self) -> list[tuple[Parameter, dist.ProcessGroup]]:
-        """Weights of this stage that another stage holds too, and the group of their replicas."""
-        return list(self.engine.module.get_tied_weights_and_groups())
+        """Trainable weights of this stage that another stage holds too, and the group of their replicas."""
+        held = self.engine.module.get_tied_weights_and_groups()
+        return [(weight, group) for weight, group in held if weight.requires_grad]
 
 
 def _detached_schedule(engine: PipelineEngine, microbatches: int) -> TrainSchedule:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -43,6 +44,17 @@ def with_tracker_states(function: Callable[..., Any]) -> Callable[..., Any]:
             tracker.set_states(now)
 
     return run
+
+
+def recomputed(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """`function(hidden)`, run again in the backward pass.
+
+    Reentrant: ZeRO-3's module hooks then fire in the recomputed forward as in any other. Such a checkpoint has a backward
+    pass only where its input has a gradient: behind frozen embeddings the parameters inside would silently get none.
+    """
+    if not hidden.requires_grad:
+        hidden = hidden.detach().requires_grad_()
+    return checkpoint(with_tracker_states(function), hidden, use_reentrant=True)
 
 
 def enable_recompute(block: TransformerBlock, num_layers: int = 1, wrap: Wrap = _unwrapped) -> None:
@@ -88,9 +100,7 @@ def enable_recompute(block: TransformerBlock, num_layers: int = 1, wrap: Wrap = 
             return run
 
         for first in range(0, len(block.layers), num_layers):
-            # Reentrant: ZeRO-3's module hooks then fire in the recomputed forward as in any other.
-            function = with_tracker_states(wrap(chunk(first)))
-            hidden_states = checkpoint(function, hidden_states, use_reentrant=True)
+            hidden_states = recomputed(wrap(chunk(first)), hidden_states)
         return hidden_states
 
     # TransformerBlock.forward calls `_checkpointed_forward` when its own `training` is set; dropout reads the flags of

@@ -17,12 +17,11 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, VocabPara
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from inrun_megatron.losses import masked_mean
 from inrun_megatron.models.gpt import layer_spec, mask_padding
 from inrun_megatron.models.norm import Norm
-from inrun_megatron.models.recompute import Wrap, with_tracker_states
+from inrun_megatron.models.recompute import Wrap, recomputed
 
 if TYPE_CHECKING:
     from inrun_megatron.config import ModelConfig
@@ -136,8 +135,7 @@ class Block(torch.nn.Module):
         """[s(/tp), b, h] -> [s(/tp), b, h]."""
         if self.wrap is None or not torch.is_grad_enabled():
             return self._run(hidden, self.attention_mask)
-        function = with_tracker_states(self.wrap(self._as_now()))
-        return checkpoint(function, hidden, use_reentrant=True)
+        return recomputed(self.wrap(self._as_now()), hidden)
 
 
 class FinalNorm(torch.nn.Module):
