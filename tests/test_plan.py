@@ -208,7 +208,7 @@ def _measure(rank: int, world: int, case: Case) -> Measured:
         task = Task(first, lambda emission: None, lambda losses: losses.sum())
         validation = _saved(lambda: shapley.passes.run([task], training=False))
         training = _saved(lambda: token_losses(engine, batches[0][0]))
-    batch, lookahead = shapley.preparation._batch, shapley.preparation._lookahead
+    batch, lookahead = shapley.preparation.batch, shapley.preparation._lookahead
     saved = lookahead._weights_to_keep()
     return Measured(
         parameters=sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
