@@ -19,7 +19,6 @@ all four; the whole step is timed by benchmarks/overhead.py.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import resource
@@ -33,11 +32,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.pairs import Case
+from benchmarks.cases import Case
+from benchmarks.output import answer, table_of
 from benchmarks.runs import random_microbatches, start
 
 Batch = dict[str, Tensor]
@@ -282,6 +281,33 @@ def disagreement(outcome: Outcome, reference: Outcome) -> float:
     return max(abs(a - b) for a, b in zip(outcome.values, reference.values, strict=True)) / largest
 
 
+def _table(setting: Setting, outcomes: list[Outcome]) -> Table:
+    plain = statistics.median(o.plain_s for o in outcomes)
+    limit = 1.0 + setting.validation / setting.train
+    table = table_of(
+        f"{setting}; plain {plain:.3f} s, limit {limit:.3f}",
+        (
+            "way",
+            "seconds",
+            "over plain",
+            "above the limit",
+            "memory MiB",
+            "disagreement with naive",
+        ),
+    )
+    for o in outcomes:
+        ratio = o.seconds / o.plain_s
+        table.add_row(
+            o.way,
+            f"{o.seconds:.3f}",
+            f"{ratio:.3f}",
+            f"{100 * (ratio / limit - 1):+.1f}%",
+            f"{o.memory_mb:.0f}",
+            f"{disagreement(o, outcomes[0]):.1e}",
+        )
+    return table
+
+
 def main(
     hidden: Annotated[int, typer.Option(help="hidden size")] = 256,
     layers: Annotated[int, typer.Option(help="transformer layers")] = 4,
@@ -298,32 +324,8 @@ def main(
     for way in WAYS:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             outcomes.append(pool.submit(measure, way, setting).result())
-    if as_json:
-        print(json.dumps({"setting": asdict(setting), "ways": [asdict(o) for o in outcomes]}))
-        return
-    plain = statistics.median(o.plain_s for o in outcomes)
-    limit = 1.0 + validation / train
-    table = Table(title=f"{setting}; plain {plain:.3f} s, limit {limit:.3f}")
-    for column in (
-        "way",
-        "seconds",
-        "over plain",
-        "above the limit",
-        "memory MiB",
-        "disagreement with naive",
-    ):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    for o in outcomes:
-        ratio = o.seconds / o.plain_s
-        table.add_row(
-            o.way,
-            f"{o.seconds:.3f}",
-            f"{ratio:.3f}",
-            f"{100 * (ratio / limit - 1):+.1f}%",
-            f"{o.memory_mb:.0f}",
-            f"{disagreement(o, outcomes[0]):.1e}",
-        )
-    Console(width=max(120, Console().width)).print(table)
+    record = {"setting": asdict(setting), "ways": [asdict(o) for o in outcomes]}
+    answer(record, lambda: _table(setting, outcomes), as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,16 @@ pipeline drains once more. The last two columns are that price in half-steps (be
 
 from __future__ import annotations
 
-import json
 import statistics
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.pairs import Batch, Case, Pairs, Step, alternate, median_ratio
-from benchmarks.runs import build_engine, on_ranks, random_microbatches, scored_step, scoring_of, synchronise
+from benchmarks.cases import Case
+from benchmarks.output import answer, table_of
+from benchmarks.pairs import Batch, Pairs, Step, alternate, median_ratio
+from benchmarks.runs import batches_of, build_engine, on_ranks, scored_step, scoring_of, synchronise
 from benchmarks.schedule import timeline
 
 VOCABULARY = 4096
@@ -55,11 +55,10 @@ def measured(case: Case, pairs: int) -> dict[str, Any]:
 
 
 def _both_bases(case: Case, pairs: int) -> Pairs:
-    from inrun_megatron.parallel import Layout
     from inrun_megatron.shapley.estimators import Estimator
 
     shapley = scoring_of(build_engine(case, VOCABULARY), case, VOCABULARY)
-    step, rows, replica = scored_step(shapley, case), case.train // case.dp, Layout.current().dp_rank
+    step = scored_step(shapley, case)
 
     def at(base: str) -> Step:
         estimator = Estimator.of("first_order", base)
@@ -70,19 +69,22 @@ def _both_bases(case: Case, pairs: int) -> Pairs:
 
         return scored
 
-    def batch(iteration: int) -> Batch:
-        return random_microbatches(case, VOCABULARY, rows, iteration * case.dp + replica)
-
     try:
-        return alternate(at("current"), at("drift"), batch=batch, pairs=pairs, synchronise=synchronise)
+        return alternate(
+            at("current"),
+            at("drift"),
+            batch=batches_of(case, VOCABULARY),
+            pairs=pairs,
+            synchronise=synchronise,
+        )
     finally:
         shapley.close()
 
 
 def _table(lines: list[dict[str, Any]], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in ("layout", "current, CPU s", "drift", "ratio (quartiles)", "half-steps", "with drift"):
-        table.add_column(column, justify="left" if column == "layout" else "right")
+    table = table_of(
+        title, ("layout", "current, CPU s", "drift", "ratio (quartiles)", "half-steps", "with drift")
+    )
     for line in lines:
         table.add_row(
             line["layout"],
@@ -113,11 +115,8 @@ def main(
         for name, (zero, dp, pp) in LAYOUTS.items()
         if only in name
     ]
-    if as_json:
-        print(json.dumps(lines))
-        return
     title = f"A scored step at both base points: hidden {hidden}, {layers} layers, {train}:{validation} x {seq_length}"
-    Console(width=max(120, Console().width)).print(_table(lines, title))
+    answer(lines, lambda: _table(lines, title), as_json=as_json)
 
 
 if __name__ == "__main__":

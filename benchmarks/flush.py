@@ -11,7 +11,6 @@ then shows on any machine, and a half-step is about as long as the pause.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -20,11 +19,12 @@ from typing import Annotated, Any
 import torch.distributed as dist
 import typer
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.pairs import Batch, Case, Pairs, alternate, median_ratio
-from benchmarks.runs import build_engine, on_ranks, random_microbatches, scored_step, scoring_of
+from benchmarks.cases import Case
+from benchmarks.output import answer
+from benchmarks.pairs import Batch, Pairs, alternate, median_ratio
+from benchmarks.runs import batches_of, build_engine, on_ranks, scored_step, scoring_of
 from benchmarks.schedule import FlushedSchedule, timeline
 
 VOCABULARY = 256
@@ -82,7 +82,7 @@ def _both_ways(case: Case, pairs: int, pause: float) -> Pairs:
         return alternate(
             scored,
             flushed_step,
-            batch=lambda iteration: random_microbatches(case, VOCABULARY, case.train, iteration),
+            batch=batches_of(case, VOCABULARY),
             pairs=pairs,
             synchronise=dist.barrier,
         )
@@ -144,11 +144,9 @@ def main(
     if measure:
         for line in lines:
             line |= measured(case, line["stages"], pairs=pairs, pause=pause_ms / 1e3)
-    if as_json:
-        print(json.dumps({"case": asdict(case), "pause_ms": pause_ms, "lines": lines}))
-        return
     title = f"Half-steps of a scored step: {validation} validation and {training} training microbatches"
-    Console(width=max(130, Console().width)).print(_table(lines, title))
+    record = {"case": asdict(case), "pause_ms": pause_ms, "lines": lines}
+    answer(record, lambda: _table(lines, title), as_json=as_json, width=130)
 
 
 if __name__ == "__main__":

@@ -17,23 +17,23 @@ that does not fit says so, and the others go on.
 from __future__ import annotations
 
 import gc
-import json
 import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.pairs import Case, Pairs, alternate, outcome
+from benchmarks.cases import Case
+from benchmarks.output import answer, table_of
+from benchmarks.pairs import Pairs, alternate, outcome
 from benchmarks.runs import (
+    batches_of,
     build_engine,
     on_ranks,
     plain_step,
-    random_microbatches,
     scored_step,
     scoring_of,
     synchronise,
@@ -139,7 +139,7 @@ class _Engines:
     def _build(self, case: Case, vocab: int) -> Any:
         engine = build_engine(case, vocab)
         step = plain_step(engine, case)
-        step(1, random_microbatches(case, vocab, case.train, 1, device=engine.device))
+        step(1, batches_of(case, vocab, engine.device)(1))
         return engine  # the optimizer's state exists from here on
 
     def set_microbatch(self, case: Case) -> None:
@@ -174,11 +174,7 @@ def _device_seconds(step: Any, iteration: int, batch: Any) -> float:
 
 def _measure(engines: _Engines, case: Case, pairs: int, vocab: int) -> Found:
     engines.set_microbatch(case)
-    device = engines.plain.device
-
-    def batch(iteration: int) -> Any:
-        return random_microbatches(case, vocab, case.train, iteration, device=device)
-
+    batch = batches_of(case, vocab, engines.plain.device)
     plain = plain_step(engines.plain, case)
     plain_peak = _peak(plain, 1, batch(1)) - engines.scored_bytes
     shapley = scoring_of(engines.scored, case, vocab)
@@ -210,7 +206,6 @@ def _measure(engines: _Engines, case: Case, pairs: int, vocab: int) -> Found:
 
 
 def _table(answers: list[Found], device: str) -> Table:
-    table = Table(title=f"Scored over plain training steps in bf16 on {device}")
     columns = (
         "case",
         "plain ms",
@@ -224,8 +219,7 @@ def _table(answers: list[Found], device: str) -> Table:
         "added",
         "limit",
     )
-    for column in columns:
-        table.add_column(column, justify="left" if column == "case" else "right")
+    table = table_of(f"Scored over plain training steps in bf16 on {device}", columns)
     for one in answers:
         if one.error is not None:
             table.add_row(one.name, one.error)
@@ -269,10 +263,8 @@ def main(
         raise typer.BadParameter(f"no case's name contains {only!r}", param_hint="--only")
     [answers] = on_ranks(1, 1, 1, 1, measure, found, pairs, 128 if smoke else VOCABULARY)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (memory is not measured)"
-    if as_json:
-        print(json.dumps({"device": device, "cases": [asdict(answer) for answer in answers]}))
-        return
-    Console(width=max(150, Console().width)).print(_table(answers, device))
+    record = {"device": device, "cases": [asdict(one) for one in answers]}
+    answer(record, lambda: _table(answers, device), as_json=as_json, width=150)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,17 @@ of the same case takes the time that it took, memory and network at the rates of
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cases import Case
+from benchmarks.output import answer
 from benchmarks.overhead import measure_together
-from benchmarks.pairs import Case, Outcome
-from benchmarks.runs import LLAMA
-from inrun_megatron.config import ModelConfig
+from benchmarks.pairs import Outcome
 from inrun_megatron.dots.cost import CPU_MOVED
 from inrun_megatron.plan import predict, times
 from inrun_megatron.plan.job import Job
@@ -55,14 +53,8 @@ class Point:
 
 def job_of(case: Case, vocab: int) -> Job:
     """The plan's description of a case."""
-    model = ModelConfig(
-        num_layers=case.layers,
-        hidden_size=case.hidden,
-        num_attention_heads=max(1, case.hidden // 64),
-        **(LLAMA if case.shape == "llama" else {}),
-    )
     return Job(
-        model=model,
+        model=case.config(),
         vocab_size=vocab,
         seq_length=case.seq_length,
         world_size=case.tp * case.dp * case.pp,
@@ -165,12 +157,9 @@ def main(
     ]
     if output is not None:
         plot(points, output / "growth.png")
-    if as_json:
-        records: list[dict[str, Any]] = [asdict(point) | {"extra": point.extra} for point in points]
-        print(json.dumps({"base": asdict(BASE), "points": records}))
-        return
+    record = {"base": asdict(BASE), "points": [asdict(point) | {"extra": point.extra} for point in points]}
     title = f"Hidden {BASE.hidden}, {BASE.layers} layers, sequence {BASE.seq_length}, {BASE.train}:{BASE.validation}"
-    Console(width=max(100, Console().width)).print(_table(points, title))
+    answer(record, lambda: _table(points, title), as_json=as_json, width=100)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,17 @@ and V validation microbatches the stream that scoring makes longer, ``(V + M + P
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.pairs import Case, Outcome, outcome
+from benchmarks.cases import Case
+from benchmarks.output import answer, table_of
+from benchmarks.pairs import Outcome, outcome
 from benchmarks.runs import Measured, on_ranks, plain_and_scored
 
 # One setting at a time changed from the base case. Two ranks at most: the machine that CI has.
@@ -85,20 +85,21 @@ def _all(found: list[Case], pairs: int, vocab: int) -> list[Measured]:
 
 
 def _table(outcomes: list[Outcome], title: str) -> Table:
-    table = Table(title=title)
-    for column in (
-        "case",
-        "plain s",
-        "scored s",
-        "ratio (quartiles)",
-        "ideal",
-        "above",
-        "CPU",
-        "CPU ideal",
-        "above",
-        "RSS MB",
-    ):
-        table.add_column(column, justify="left" if column == "case" else "right")
+    table = table_of(
+        title,
+        (
+            "case",
+            "plain s",
+            "scored s",
+            "ratio (quartiles)",
+            "ideal",
+            "above",
+            "CPU",
+            "CPU ideal",
+            "above",
+            "RSS MB",
+        ),
+    )
     for o in outcomes:
         table.add_row(
             o.name,
@@ -191,12 +192,9 @@ def main(
         f"hidden {first.hidden}, {first.layers} layers, vocabulary {vocab}, microbatch {first.micro_batch}, "
         f"ZeRO-{first.zero_stage}, TP {tp}, DP {dp}, PP {pp}, {threads if tp * dp * pp == 1 else 1} threads a rank"
     )
-    if as_json:
-        print(json.dumps({"setting": setting, "cases": [asdict(o) for o in outcomes]}))
-    else:
-        Console(width=max(120, Console().width)).print(
-            _table(outcomes, f"Scored over plain training steps: {setting}")
-        )
+    record = {"setting": setting, "cases": [asdict(o) for o in outcomes]}
+    title = f"Scored over plain training steps: {setting}"
+    answer(record, lambda: _table(outcomes, title), as_json=as_json)
 
 
 if __name__ == "__main__":

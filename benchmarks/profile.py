@@ -15,7 +15,6 @@ products of the same buffers take is measured beside and left out of ``dots``.
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -25,15 +24,16 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.pairs import WARM_UP, Batch, Case, Pairs, alternate
+from benchmarks.cases import Case
+from benchmarks.output import answer, table_of
+from benchmarks.pairs import WARM_UP, Batch, Pairs, alternate
 from benchmarks.runs import (
+    batches_of,
     build_engine,
     on_ranks,
     plain_step,
-    random_microbatches,
     scored_step,
     scoring_of,
     synchronise,
@@ -124,7 +124,6 @@ def _instrument(phases: Phases, shapley: Any, case: Case) -> None:
 def profile(case: Case, pairs: int, vocab: int) -> Profile:
     """Both kinds of steps on this rank, the scored ones with timers; a function for `on_ranks`."""
     from inrun_megatron.dots.products import weight_gradient
-    from inrun_megatron.parallel import Layout
     from inrun_megatron.shapley.scored_step import ScoredStep
 
     plain, scored = build_engine(case, vocab), build_engine(case, vocab)
@@ -147,12 +146,11 @@ def profile(case: Case, pairs: int, vocab: int) -> Profile:
         step(iteration, batch)
         found.append({name: (spent[0], spent[1]) for name, spent in phases.spent.items()})
 
-    rows, replica = case.train // case.dp, Layout.current().dp_rank
     try:
         whole = alternate(
             plain_step(plain, case),
             timed,
-            batch=lambda iteration: random_microbatches(case, vocab, rows, iteration * case.dp + replica),
+            batch=batches_of(case, vocab),
             pairs=pairs,
             synchronise=synchronise,
         )
@@ -194,13 +192,12 @@ def lines(case: Case, found: Profile) -> dict[str, Any]:
 def _table(record: dict[str, Any]) -> Table:
     steps, case = record["steps"], record["case"]
     plain, scored = steps["plain"], steps["scored"]
-    table = Table(
-        title=f"TP {case['tp']}, DP {case['dp']}, PP {case['pp']}, ZeRO-{case['zero_stage']}, hidden {case['hidden']}, "
+    table = table_of(
+        f"TP {case['tp']}, DP {case['dp']}, PP {case['pp']}, ZeRO-{case['zero_stage']}, hidden {case['hidden']}, "
         f"sequence {case['seq_length']}: scored over plain {scored[0] / plain[0]:.3f} wall (ideal {record['ideal']:.3f}), "
-        f"{scored[1] / plain[1]:.3f} processor (ideal {record['work']:.3f})"
+        f"{scored[1] / plain[1]:.3f} processor (ideal {record['work']:.3f})",
+        ("phase", "processor ms", "% of a plain step", "wall ms", "% of a plain step"),
     )
-    for column in ("phase", "processor ms", "% of a plain step", "wall ms", "% of a plain step"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
     for name, (wall, cpu) in {"plain step": plain, "scored step": scored, **record["phases"]}.items():
         table.add_row(
             name, f"{cpu:.1f}", f"{100 * cpu / plain[1]:.1f}", f"{wall:.1f}", f"{100 * wall / plain[0]:.1f}"
@@ -239,10 +236,7 @@ def main(
         pp=pp,
     )
     record = lines(case, on_ranks(tp, dp, pp, threads, profile, case, pairs, vocab)[0])
-    if as_json:
-        print(json.dumps(record))
-        return
-    Console(width=max(120, Console().width)).print(_table(record))
+    answer(record, lambda: _table(record), as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.pairs import Batch, Case, Pairs, Step, alternate
+from benchmarks.cases import Case
+from benchmarks.pairs import Batch, Pairs, Step, alternate
 
-LLAMA: dict[str, Any] = {
-    "swiglu": True,
-    "normalization": "RMSNorm",
-    "position_embedding_type": "rope",
-    "disable_bias_linear": True,
-    "untie_embeddings_and_output_weights": True,
-}
 DOCUMENT = 64  # tokens of a document where samples are cut
 
 
@@ -84,21 +78,12 @@ def build_engine(case: Case, vocab: int) -> Any:
     """This rank's engine: AdamW, clipping at 1."""
     import deepspeed
 
-    from inrun_megatron.config import ModelConfig
     from inrun_megatron.models import build_gpt
     from inrun_megatron.models.pipeline import build_pipeline
     from inrun_megatron.training.distributed import Mpu
 
-    config = ModelConfig(
-        num_layers=case.layers,
-        hidden_size=case.hidden,
-        num_attention_heads=max(1, case.hidden // 64),
-        attention_dropout=case.dropout,
-        hidden_dropout=case.dropout,
-        **(LLAMA if case.shape == "llama" else {}),
-    )
     build = build_gpt if case.pp == 1 else build_pipeline
-    model = build(config, vocab_size=vocab, seq_length=case.seq_length, seed=1)
+    model = build(case.config(), vocab_size=vocab, seq_length=case.seq_length, seed=1)
     settings = {
         "train_micro_batch_size_per_gpu": case.micro_batch,
         "gradient_accumulation_steps": case.accumulation,
@@ -132,6 +117,16 @@ def random_microbatches(
         batch["segments"] = positions if case.granularity == "token" else positions // DOCUMENT
     size = size or case.micro_batch
     return [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, rows, size)]
+
+
+def batches_of(case: Case, vocab: int, device: Any = "cpu") -> Callable[[int], Batch]:
+    """This replica's training microbatches of any iteration."""
+    from inrun_megatron.parallel import Layout
+
+    rows, replica = case.train // case.dp, Layout.current().dp_rank
+    return lambda iteration: random_microbatches(
+        case, vocab, rows, iteration * case.dp + replica, device=device
+    )
 
 
 def plain_step(engine: Any, case: Case) -> Step:
@@ -214,18 +209,13 @@ class Measured:
 
 def plain_and_scored(case: Case, pairs: int, vocab: int) -> Measured:
     """Alternate both kinds of steps on this rank; two copies of one model train side by side."""
-    from inrun_megatron.parallel import Layout
-
     plain, scored = build_engine(case, vocab), build_engine(case, vocab)
     shapley = scoring_of(scored, case, vocab)
-    rows, replica = case.train // case.dp, Layout.current().dp_rank
     try:
         timed = alternate(
             plain_step(plain, case),
             scored_step(shapley, case),
-            batch=lambda iteration: random_microbatches(
-                case, vocab, rows, iteration * case.dp + replica, device=scored.device
-            ),
+            batch=batches_of(case, vocab, scored.device),
             pairs=pairs,
             synchronise=synchronise,
         )

@@ -64,7 +64,6 @@ def build_engine(case: LayoutCase) -> Any:
     import deepspeed
     from megatron.core import parallel_state
 
-    from inrun_megatron.config import ModelConfig
     from inrun_megatron.engines.gradients import keep_fp32_norm, sum_sequence_parallel_gradients
     from inrun_megatron.models import build_gpt, cpu
     from inrun_megatron.models.pipeline import build_pipeline
@@ -81,26 +80,8 @@ def build_engine(case: LayoutCase) -> Any:
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     cpu.seed_everything(1, tp_rank=tp_rank, dp_rank=parallel_state.get_data_parallel_rank())
     shape = case.model()
-    llama = {
-        "position_embedding_type": "rope",
-        "normalization": "RMSNorm",
-        "swiglu": True,
-        "disable_bias_linear": True,
-        "group_query_attention": True,
-        "num_query_groups": shape.groups,
-    }
-    sizes = {
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": shape.ffn,
-        "num_attention_heads": shape.num_attention_heads,
-        "make_vocab_size_divisible_by": 1,
-        "untie_embeddings_and_output_weights": not shape.is_tied,
-        "hidden_dropout": case.dropout,
-        "attention_dropout": case.dropout,
-    }
     model = (build_gpt if case.pp == 1 else build_pipeline)(
-        ModelConfig(**sizes, **(llama if case.shape == "llama" else {})),
+        case.config(),
         vocab_size=VOCABULARY,
         seq_length=SEQUENCE,
         seed=1,

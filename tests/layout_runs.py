@@ -13,6 +13,10 @@ from tests.layout_engine import build_engine, forward_backward, named_parameters
 from tests.layouts import TARGET_SEQUENCES, LayoutCase
 from tests.oracle import OracleRun, Parameters
 
+TOLERANCE = {"fp32": 1e-5, "bf16": 0.15, "fp16": 5e-2}
+"""How far values may be from the oracle's, of the largest, by precision."""
+STEPS_CHECKED = (0, 2)  # the first step, and the last
+
 
 @dataclass(frozen=True)
 class Ran:
@@ -175,3 +179,37 @@ def deviation(ranks: list[Ran], oracle: OracleRun, step: int) -> float:
         worst = torch.maximum(worst, (found[sample] - value).abs())
         largest = torch.maximum(largest, value.abs())
     return float((worst / largest).max())
+
+
+def side_figures(
+    case: LayoutCase, ranks: list[Ran], oracle: OracleRun, tolerances: dict[str, float] = TOLERANCE
+) -> list[str]:
+    """What differs from the oracle of target losses, clip coefficient, drift terms and both sides of the additivity audit,
+    on any rank."""
+    failures = []
+    tolerance = tolerances[case.precision]
+    for step, truth in enumerate(oracle.steps):
+        assert truth.clip_coefficient < 1.0, "clipping must be active"
+        for ran in ranks:
+            checks = {
+                "target losses": (
+                    ran.target_losses[step],
+                    truth.target_losses,
+                    truth.target_losses.abs().max(),
+                ),
+                "clip coefficient": (ran.clip[step], truth.clip_coefficient, truth.clip_coefficient),
+                "additivity": (
+                    *ran.additivity[step],
+                    truth.values.abs().sum(0).max() / truth.clip_coefficient,
+                ),
+            }
+            if not case.proxy:
+                scale = truth.drift.abs().max() + truth.values.abs().sum(0).max()
+                checks["drift"] = (ran.drift[step], truth.drift, scale)
+            for name, (found, expected, scale) in checks.items():
+                difference = (
+                    (torch.as_tensor(found).double() - torch.as_tensor(expected).double()).abs().max()
+                )
+                if not difference <= tolerance * scale:
+                    failures.append(f"{case}: step {step + 1}: {name} {found}, expected {expected}")
+    return failures

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from inrun_megatron.config import ModelConfig
 from tests.oracle import (
     GlobalBatch,
     OracleRun,
@@ -19,6 +21,7 @@ from tests.oracle import (
 )
 from tests.oracle_gpt import GPTShape, random_parameters
 from tests.oracle_optimizer import OptimizerSpec
+from tests.small_models import LLAMA
 
 VOCABULARY, SEQUENCE, EOD = 61, 12, 0
 TARGET_SEQUENCES = (5, 3)  # two targets, of several sequences each; microbatches of 2 divide neither
@@ -99,6 +102,23 @@ class LayoutCase:
             self.shape, self.layers, 32, 4, VOCABULARY, SEQUENCE, num_query_groups=groups, tied=self.tied
         )
 
+    def config(self) -> ModelConfig:
+        """The package's description of the same model; dropout, which the oracle has not, is the case's."""
+        model = self.model()
+        llama = {**LLAMA, "group_query_attention": True, "num_query_groups": model.groups}
+        settings = {
+            "num_layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "ffn_hidden_size": model.ffn,
+            "num_attention_heads": model.num_attention_heads,
+            "make_vocab_size_divisible_by": 1,
+            "hidden_dropout": self.dropout,
+            "attention_dropout": self.dropout,
+            **(llama if self.shape == "llama" else {}),
+            "untie_embeddings_and_output_weights": not model.is_tied,
+        }
+        return ModelConfig(**settings)
+
     def spec(self) -> OptimizerSpec:
         clip = 0.5
         return {
@@ -166,4 +186,10 @@ class LayoutCase:
         )
 
     def oracle(self) -> OracleRun:
-        return self.trainer(OracleTrainer).run(self.batches())
+        """The oracle's run; equal cases share one."""
+        return _oracle(self)
+
+
+@functools.lru_cache(maxsize=64)
+def _oracle(case: LayoutCase) -> OracleRun:
+    return case.trainer(OracleTrainer).run(case.batches())

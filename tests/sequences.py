@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.test_models import VOCABULARY
+from tests.small_models import VOCABULARY
 
 SEQUENCE = 16
 

@@ -8,7 +8,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from inrun_megatron.models import transformer_config
 from inrun_megatron.models.attention import SdpaCoreAttention, document_mask, for_every_head
-from tests.test_models import SEQUENCE, model_config
+from tests.small_models import SEQUENCE, model_config
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])

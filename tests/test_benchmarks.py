@@ -12,7 +12,8 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import gpu, growth, overhead
-from benchmarks.pairs import Case, Pairs, outcome
+from benchmarks.cases import Case
+from benchmarks.pairs import Pairs, outcome
 from benchmarks.profile import Phases
 
 BASE = Case("base", 64, 2, 64, 16, 2, 4, 2)

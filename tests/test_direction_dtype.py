@@ -13,9 +13,8 @@ from inrun_megatron.dots import copy_engine
 from inrun_megatron.errors import UserError
 from tests.distributed import assert_cases, run_cases, run_distributed
 from tests.layout_engine import build_engine, forward_backward, share
-from tests.layout_runs import deviation, train
+from tests.layout_runs import TOLERANCE, deviation, train
 from tests.layouts import LayoutCase
-from tests.test_exactness import TOLERANCE
 from tests.test_reductions import adding, publish_sums
 
 CASES = [

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import pytest
-import torch
 
 from tests.distributed import assert_cases, run_cases
-from tests.layout_runs import Ran, deviation, train
+from tests.layout_runs import STEPS_CHECKED, TOLERANCE, Ran, deviation, side_figures, train
 from tests.layouts import LayoutCase
 from tests.oracle import OracleRun
-
-TOLERANCE = {"fp32": 1e-5, "bf16": 0.15, "fp16": 5e-2}
-STEPS_CHECKED = (0, 2)  # the first step, and the last
 
 # Pairwise covering of {TP 1, 2, 4} x {SP} x {ZeRO 0-3} x {accumulation 1, 2} x {shape} x {optimizer}, on four ranks.
 PAIRWISE = [
@@ -62,28 +57,21 @@ def full_product() -> list[LayoutCase]:
     ]
 
 
-@functools.lru_cache(maxsize=64)
-def _oracle(case: LayoutCase) -> OracleRun:
-    return case.oracle()
-
-
 def _reference(case: LayoutCase) -> OracleRun:
     """The oracle's run; layouts that differ in nothing it knows share one."""
     groups = case.model().groups
-    return _oracle(
-        LayoutCase(
-            case.dp * groups if case.shape == "llama" else case.dp,
-            groups if case.shape == "llama" else 1,
-            False,
-            0,
-            case.accumulation,
-            case.shape,
-            case.optimizer,
-            precision=case.precision,
-            micro_batch=case.micro_batch,
-            proxy=case.proxy,
-        )
-    )
+    return LayoutCase(
+        case.dp * groups if case.shape == "llama" else case.dp,
+        groups if case.shape == "llama" else 1,
+        False,
+        0,
+        case.accumulation,
+        case.shape,
+        case.optimizer,
+        precision=case.precision,
+        micro_batch=case.micro_batch,
+        proxy=case.proxy,
+    ).oracle()
 
 
 def _check(cases: list[LayoutCase]) -> None:
@@ -97,39 +85,8 @@ def _check(cases: list[LayoutCase]) -> None:
                 print(f"{case}: step {step + 1}: {found:.1e}")
                 if not found < TOLERANCE[case.precision]:
                     failures.append(f"{case}: step {step + 1}: {found:.2e} of the largest value")
-            failures += _side_figures(case, ranks, oracle)
+            failures += side_figures(case, ranks, oracle)
     assert not failures, "\n".join(failures)
-
-
-def _side_figures(case: LayoutCase, ranks: list[Ran], oracle: OracleRun) -> list[str]:
-    """Target losses, clip coefficient, drift terms and both sides of the additivity audit, on every rank."""
-    failures = []
-    tolerance = TOLERANCE[case.precision]
-    for step, truth in enumerate(oracle.steps):
-        assert truth.clip_coefficient < 1.0, "clipping must be active"
-        for ran in ranks:
-            checks = {
-                "target losses": (
-                    ran.target_losses[step],
-                    truth.target_losses,
-                    truth.target_losses.abs().max(),
-                ),
-                "clip coefficient": (ran.clip[step], truth.clip_coefficient, truth.clip_coefficient),
-                "additivity": (
-                    *ran.additivity[step],
-                    truth.values.abs().sum(0).max() / truth.clip_coefficient,
-                ),
-            }
-            if not case.proxy:
-                scale = truth.drift.abs().max() + truth.values.abs().sum(0).max()
-                checks["drift"] = (ran.drift[step], truth.drift, scale)
-            for name, (found, expected, scale) in checks.items():
-                difference = (
-                    (torch.as_tensor(found).double() - torch.as_tensor(expected).double()).abs().max()
-                )
-                if not difference <= tolerance * scale:
-                    failures.append(f"{case}: step {step + 1}: {name} {found}, expected {expected}")
-    return failures
 
 
 @pytest.mark.parametrize(

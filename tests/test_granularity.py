@@ -12,10 +12,9 @@ import torch
 from inrun_megatron.data.corpora import tiny_corpus
 from inrun_megatron.ledger import Ledger
 from tests.distributed import Workers, assert_cases, run_cases
-from tests.layout_runs import Ran, by_sample, deviation, train
+from tests.layout_runs import TOLERANCE, Ran, by_sample, deviation, train
 from tests.layouts import LayoutCase
 from tests.oracle_parts import PartTrainer
-from tests.test_exactness import TOLERANCE
 
 # Each granularity, with attention over whole rows and cut at documents, through every way of sharding.
 TWO = [

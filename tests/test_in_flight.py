@@ -6,6 +6,7 @@ its work is waited for, and its input must be then what it was when it was start
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +17,10 @@ from torch import Tensor
 
 from tests.counting import standing_in
 from tests.distributed import DistributedError, assert_cases, run_cases, run_distributed
-from tests.layout_runs import Ran, deviation, train
+from tests.layout_runs import TOLERANCE, Ran, deviation, train
 from tests.layouts import LayoutCase
-from tests.test_exactness import TOLERANCE
 
-MODULES = ("directions.gathers", "directions.reductions", "directions.vectors", "engines.buckets")
+SUMS, OTHERS = "directions.reductions", ("directions.gathers", "directions.vectors", "engines.buckets")
 
 
 class LateWork:
@@ -81,27 +81,55 @@ CASES = [
     LayoutCase(4, 2, True, 3, 1, "llama", "sgd", steps=3, recompute=True),
     LayoutCase(4, 1, False, 1, 2, "gpt2", "adamw", steps=3, pp=2),
     LayoutCase(4, 1, False, 1, 2, "gpt2", "adamw", steps=3, pp=2, base="drift"),
+    LayoutCase(4, 1, False, 0, 2, "llama", "adamw", steps=3, pp=2),
     LayoutCase(4, 1, False, 2, 1, "llama", "adamw", steps=3, refresh=2),
 ]
 
 
-def _train_late(rank: int, world: int, case: LayoutCase) -> tuple[Ran, int]:
+@dataclass(frozen=True)
+class Flown:
+    """A run, the collectives that ran on, and those of sums by validation pass: (before it had ended, at its end)."""
+
+    ran: Ran
+    started: int
+    sums: list[tuple[int, int]]
+
+
+def _train_late(rank: int, world: int, case: LayoutCase) -> Flown:
+    """Buckets are smaller than a weight."""
     from inrun_megatron.engines import buckets
+    from inrun_megatron.shapley.preparation import Preparation
 
     buckets.BUCKET_SIZE = 500
-    stand_in = Late()
-    with standing_in(stand_in, MODULES):
-        return train(rank, world, case), stand_in.started
+    sums, others, reduce = Late(), Late(), Preparation.reduce
+    passes: list[tuple[int, int]] = []
+
+    def counted(self: Preparation, scale: float) -> None:
+        early = sums.started - sum(sum(one) for one in passes)
+        reduce(self, scale)
+        passes.append((early, sums.started - early - sum(sum(one) for one in passes)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Preparation, "reduce", counted)
+        with standing_in(sums, [SUMS]), standing_in(others, OTHERS):
+            return Flown(train(rank, world, case), sums.started + others.started, passes)
 
 
 def test_values_where_nothing_comes_before_it_is_waited_for() -> None:
+    """And from the second pass on every sum is on its way when the pass ends, but for those that another stage adds to."""
     for case, ranks in zip(CASES, assert_cases(run_cases(_train_late, 4, CASES, timeout=180)), strict=True):
         oracle = case.oracle()
-        assert min(started for _, started in ranks) > 20, case
+        assert min(rank.started for rank in ranks) > 20, case
         for step in range(case.steps):
-            found = deviation([ran for ran, _ in ranks], oracle, step)
+            found = deviation([rank.ran for rank in ranks], oracle, step)
             print(f"{case}: step {step + 1}: {found:.1e}")
             assert found < TOLERANCE["fp32"], f"{case}: step {step + 1}"
+        tied_stages = case.pp > 1 and case.model().is_tied
+        for (first, _), *later in (rank.sums for rank in ranks):
+            # At first a pass has to see how often weights are used; midpoint's batch gradient is summed before its reduction.
+            assert (first == 0) == (case.zero < 3 and case.estimator == "first_order"), f"{case}: {first}"
+            for early, late in later:
+                assert early > 8 and (late > 0) == tied_stages, f"{case}: {early} early, {late} late"
 
 
 def _careless(rank: int, world: int, mistake: str) -> float:

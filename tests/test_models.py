@@ -16,31 +16,12 @@ from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from inrun_megatron.config import ModelConfig
 from inrun_megatron.models import GPT, build_gpt, cpu, padded_vocabulary, token_losses, transformer_config
 from inrun_megatron.models.initialise import shard
 from inrun_megatron.models.norm import Norm
 from inrun_megatron.models.recompute import enable_recompute
 from tests.distributed import Workers
-
-VOCABULARY, SEQUENCE = 257, 12
-LLAMA = {
-    "group_query_attention": True,
-    "num_query_groups": 2,
-    "position_embedding_type": "rope",
-    "normalization": "RMSNorm",
-    "swiglu": True,
-    "ffn_hidden_size": 48,
-    "disable_bias_linear": True,
-    "untie_embeddings_and_output_weights": True,
-}
-SHAPES: dict[str, dict[str, Any]] = {"gpt2": {}, "llama": LLAMA}
-
-
-def model_config(shape: str, dropout: float = 0.0, **changes: Any) -> ModelConfig:
-    settings: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
-    settings |= {"attention_dropout": dropout, "hidden_dropout": dropout}
-    return ModelConfig(**(settings | SHAPES[shape] | changes))
+from tests.small_models import SEQUENCE, SHAPES, VOCABULARY, model_config
 
 
 def microbatch(rows: int = 3) -> dict[str, torch.Tensor]:

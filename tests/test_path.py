@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
 
 import pytest
@@ -12,9 +10,8 @@ import torch
 from inrun_megatron.optimizers import SGDStep
 from inrun_megatron.shapley.credit import credit_factor
 from tests.distributed import assert_cases, run_cases
-from tests.layout_runs import Ran, by_sample, deviation, train
+from tests.layout_runs import STEPS_CHECKED, Ran, by_sample, deviation, side_figures, train
 from tests.layouts import LayoutCase
-from tests.oracle import OracleRun
 
 TOLERANCE = {"fp32": 2e-5, "bf16": 0.15, "fp16": 5e-2}
 
@@ -37,70 +34,22 @@ TWO = [
 ]
 
 
-@functools.lru_cache(maxsize=64)
-def _oracle(case: LayoutCase) -> OracleRun:
-    return case.oracle()
-
-
 @pytest.mark.parametrize("cases", [FOUR, TWO], ids=["fp32", "besides"])
 def test_values_equal_the_oracle(cases: list[LayoutCase]) -> None:
     failures = []
     for case, ranks in zip(
         cases, assert_cases(run_cases(train, cases[0].world, cases, timeout=180)), strict=True
     ):
-        oracle = _oracle(case)
-        for step in (0, 2):
+        oracle = case.oracle()
+        for step in STEPS_CHECKED:
             found = deviation(ranks, oracle, step)
             print(f"{case}: step {step + 1}: {found:.1e}")
             # Coupled decay u joins the gradient: the first step's quotient jumps where u + G crosses 0.
             jumps = 10 if step == 0 and case.optimizer == "adam" and case.estimator != "first_order" else 1
             if not found < jumps * TOLERANCE[case.precision]:
                 failures.append(f"{case}: step {step + 1}: {found:.2e} of the largest value")
-        for step, truth in enumerate(oracle.steps):
-            scale = truth.values.abs().sum(0).max()
-            for ran in ranks:
-                left, right = (torch.tensor(x) for x in ran.additivity[step])
-                if (
-                    not (left - right).abs().max()
-                    <= TOLERANCE[case.precision] * scale / truth.clip_coefficient
-                ):
-                    failures.append(f"{case}: step {step + 1}: additivity {left} {right}")
-                drift = torch.tensor(ran.drift[step], dtype=torch.float64)
-                if not case.proxy and not (drift - truth.drift).abs().max() <= TOLERANCE[case.precision] * (
-                    scale + truth.drift.abs().max()
-                ):
-                    failures.append(f"{case}: step {step + 1}: drift {drift}, expected {truth.drift}")
-                losses = torch.tensor(ran.target_losses[step], dtype=torch.float64)
-                if not (losses - truth.target_losses).abs().max() <= TOLERANCE[case.precision] * 5:
-                    failures.append(
-                        f"{case}: step {step + 1}: losses {losses}, expected {truth.target_losses}"
-                    )
+        failures += side_figures(case, ranks, oracle, TOLERANCE)
     assert not failures, "\n".join(failures)
-
-
-QUIET = [
-    LayoutCase(2, 1, False, 0, 2, "gpt2", "adamw", micro_batch=1, dropout=0.1, estimator="midpoint"),
-    LayoutCase(2, 2, True, 1, 2, "llama", "adamw", micro_batch=1, dropout=0.1, estimator="simpson"),
-    LayoutCase(2, 1, False, 2, 2, "gpt2", "momentum", micro_batch=1, dropout=0.1, base="drift"),
-    LayoutCase(
-        2, 1, False, 3, 2, "gpt2", "adamw", micro_batch=1, dropout=0.1, estimator="simpson", recompute=True
-    ),
-    LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", micro_batch=1, dropout=0.1, estimator="midpoint", pp=2),
-    LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", micro_batch=1, precision="bf16", estimator="midpoint"),
-]
-
-
-def test_training_is_bitwise_what_it_would_have_been() -> None:
-    """Weights, counters, random numbers after three steps with dropout; moments through the weights they lead to."""
-    plain = [dataclasses.replace(case, scoring=False) for case in QUIET]
-    ran = assert_cases(run_cases(train, 2, [*QUIET, *plain], timeout=180))
-    for case, scored, without in zip(QUIET, ran[: len(QUIET)], ran[len(QUIET) :], strict=True):
-        for one, other in zip(scored, without, strict=True):
-            for name in one.weights:
-                assert torch.equal(one.weights[name], other.weights[name]), f"{case}: {name}"
-            assert one.counters == other.counters, case
-            assert torch.equal(one.rng, other.rng), case
-            assert one.losses == other.losses, case
 
 
 def test_trajectory_credit_is_a_factor_of_the_step() -> None:

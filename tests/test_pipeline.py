@@ -1,4 +1,4 @@
-"""Values through DeepSpeed's pipeline: against the oracle, against the same run without stages, and training left alone.
+"""Values through DeepSpeed's pipeline: against the oracle, and against the same run without stages.
 
 Both targets have several validation microbatches, of other counts, the last one filled up (tests/layouts.py).
 """
@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from tests.distributed import assert_cases, run_cases
-from tests.layout_runs import Ran, by_sample, deviation, train
+from tests.layout_runs import STEPS_CHECKED, TOLERANCE, Ran, by_sample, deviation, side_figures, train
 from tests.layouts import LayoutCase
-from tests.test_exactness import STEPS_CHECKED, TOLERANCE, _oracle, _side_figures
 
 
 def four(
@@ -108,7 +107,7 @@ def _check(cases: list[LayoutCase], *, against_one_stage: bool) -> None:
     ran = _run([*cases, *(without_stages(case) for case in cases if against_one_stage)])
     failures = []
     for case in cases:
-        oracle = _oracle(replace(without_stages(case), zero=0))
+        oracle = replace(without_stages(case), zero=0).oracle()
         alone = ran[without_stages(case)] if against_one_stage else None
         for step in range(case.steps):
             found, allowed = deviation(ran[case], oracle, step), TOLERANCE[case.precision]
@@ -128,7 +127,7 @@ def _check(cases: list[LayoutCase], *, against_one_stage: bool) -> None:
             for rank in ran[case]:
                 if abs(rank.losses[step] - oracle.steps[step].train_loss) > TOLERANCE[case.precision] * 10:
                     failures.append(f"{case}: step {step + 1}: training loss {rank.losses[step]}")
-        failures += _side_figures(case, ran[case], oracle)
+        failures += side_figures(case, ran[case], oracle)
     assert not failures, "\n".join(failures)
 
 
@@ -159,33 +158,3 @@ def _without_tying_directions(rank: int, world: int, case: LayoutCase) -> Ran:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PipelineAdapter, "tied", lambda self: [])
         return train(rank, world, case)
-
-
-# --- training is left alone ------------------------------------------------------------------------------------------
-
-ALONE = [
-    LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, micro_batch=1, steps=6, dropout=0.1, recompute=True),
-    LayoutCase(2, 1, False, 0, 3, "llama", "sgd", pp=2, micro_batch=1, steps=6, dropout=0.1),
-    LayoutCase(2, 1, False, 1, 2, "llama", "adamw", pp=2, micro_batch=1, steps=6, precision="bf16"),
-]
-ALONE_ON_FOUR = [
-    LayoutCase(4, 2, True, 1, 2, "gpt2", "adamw", pp=2, micro_batch=1, steps=6, recompute=True),
-    LayoutCase(4, 1, False, 1, 4, "gpt2", "adamw", pp=4, layers=4, micro_batch=1, steps=6, dropout=0.1),
-    LayoutCase(4, 1, False, 1, 2, "llama", "adamw", pp=2, micro_batch=1, steps=6, precision="fp16"),
-]
-
-
-@pytest.mark.parametrize(
-    "cases", [ALONE, pytest.param(ALONE_ON_FOUR, marks=pytest.mark.long)], ids=["two ranks", "four ranks"]
-)
-def test_training_is_bitwise_the_same_with_scoring(cases: list[LayoutCase]) -> None:
-    """Weights, reported losses, counters and random streams; one row per microbatch, so that no sum is reordered."""
-    both = _run([c for case in cases for c in (case, replace(case, scoring=False))])
-    for case in cases:
-        for on, off in zip(both[case], both[replace(case, scoring=False)], strict=True):
-            assert on.statuses == ["scored"] * case.steps
-            assert on.losses == off.losses and len(on.losses) == case.steps, case
-            assert on.counters == off.counters and on.counters[0] == case.steps, case
-            assert torch.equal(on.rng, off.rng), case
-            for name, weight in off.weights.items():
-                assert torch.equal(on.weights[name], weight), f"{case}: {name}"

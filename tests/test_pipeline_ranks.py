@@ -13,19 +13,15 @@ def _parameters(rank: int, world: int, shape: str, pp: int) -> dict[str, torch.T
     import deepspeed
     from megatron.core import parallel_state
 
-    from inrun_megatron.config import ModelConfig
     from inrun_megatron.models import build_gpt
     from inrun_megatron.models.pipeline import build_pipeline
     from tests.layout_engine import named_parameters
-    from tests.test_models import LLAMA
+    from tests.small_models import model_config
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     parallel_state.initialize_model_parallel(world // pp, pp)
-    model = ModelConfig(
-        num_layers=4, hidden_size=32, num_attention_heads=4, **(LLAMA if shape == "llama" else {})
-    )
     build = build_gpt if pp == 1 else build_pipeline
-    built = build(model, vocab_size=61, seq_length=16, seed=3)
+    built = build(model_config(shape, num_layers=4), vocab_size=61, seq_length=16, seed=3)
     return {name: parameter.detach().clone() for name, parameter in named_parameters(built).items()}
 
 

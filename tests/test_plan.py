@@ -45,25 +45,9 @@ class Case:
 
     def job(self) -> Job:
         """The plan's description of the run that `_measure` makes."""
-        case, shape = self.layout, self.layout.model()
-        llama: dict[str, Any] = {
-            "position_embedding_type": "rope",
-            "normalization": "RMSNorm",
-            "swiglu": True,
-            "disable_bias_linear": True,
-            "group_query_attention": True,
-            "num_query_groups": shape.groups,
-        }
-        model = ModelConfig(
-            num_layers=shape.num_layers,
-            hidden_size=shape.hidden_size,
-            ffn_hidden_size=shape.ffn,
-            num_attention_heads=shape.num_attention_heads,
-            untie_embeddings_and_output_weights=not shape.is_tied,
-            **(llama if case.shape == "llama" else {}),
-        )
+        case = self.layout
         return Job(
-            model=model,
+            model=case.config(),
             vocab_size=-(-61 // case.tp) * case.tp,
             seq_length=12,
             world_size=case.world,

@@ -12,10 +12,7 @@ from torch.nn import Parameter
 
 from inrun_megatron.engines.shards import FlatGroup, Residence, Span
 from tests.counting import Collectives
-from tests.distributed import DistributedError, assert_cases, run_cases, run_distributed
-from tests.layout_runs import Ran, deviation, train
-from tests.layouts import LayoutCase
-from tests.test_exactness import TOLERANCE
+from tests.distributed import DistributedError, run_distributed
 
 SIZES = [
     (7, 3),
@@ -198,51 +195,3 @@ def test_layers_are_gathered_ahead() -> None:
         assert found[1] == found[2] == ([2, 1, 3, 0, None], 5, True)
         assert found[3] == ([None] * 3, 3, True)  # what had been learned is dropped where the order changes
         assert found[4] == ([2, 1, None], 3, True)
-
-
-CASES = [
-    LayoutCase(4, 1, False, 0, 1, "llama", "adamw", steps=3),
-    LayoutCase(4, 1, False, 1, 1, "gpt2", "adamw", steps=3),
-    LayoutCase(4, 2, True, 2, 2, "gpt2", "adamw", steps=3),
-    LayoutCase(4, 1, False, 2, 1, "llama", "adamw", steps=3, estimator="midpoint"),
-    LayoutCase(4, 1, False, 1, 2, "gpt2", "adamw", steps=3, pp=2),
-    LayoutCase(4, 1, False, 0, 2, "llama", "adamw", steps=3, pp=2),
-    LayoutCase(4, 1, False, 1, 2, "gpt2", "adamw", steps=3, pp=2, base="drift"),
-]
-
-
-def _small_buckets(rank: int, world: int, case: LayoutCase) -> tuple[Ran, list[tuple[int, int]]]:
-    """A run whose buckets are smaller than a weight; sums that were running when each pass had ended, and that could be."""
-    from inrun_megatron.engines import buckets
-    from inrun_megatron.shapley import preparation
-
-    buckets.BUCKET_SIZE = 500
-    running: list[tuple[int, int]] = []
-    original = preparation.Preparation.reduce
-
-    def reduce(self: Any, scale: float) -> None:
-        sums = self.directions._reductions
-        running.append((sums.started, sum(place not in sums._held for _, place in sums._queue)))
-        original(self, scale)
-
-    preparation.Preparation.reduce = reduce  # type: ignore[method-assign]
-    try:
-        return train(rank, world, case), running
-    finally:
-        preparation.Preparation.reduce = original  # type: ignore[method-assign]
-
-
-def test_values_through_small_buckets_are_those_of_the_oracle() -> None:
-    """Real models, embeddings tied and not, with everything but the first step's sums sent before the pass ended."""
-    for case, ranks in zip(
-        CASES, assert_cases(run_cases(_small_buckets, 4, CASES, timeout=180)), strict=True
-    ):
-        oracle = case.oracle()
-        for step in range(case.steps):
-            found = deviation([ran for ran, _ in ranks], oracle, step)
-            print(f"{case}: step {step + 1}: {found:.1e}")
-            assert found < TOLERANCE["fp32"], f"{case}: step {step + 1}"
-        for _, (first, *later) in ranks:
-            assert first[0] == 0 and min(later) == max(later), f"{case}: {first}, {later}"
-            started, possible = later[0]
-            assert started == possible > 8, f"{case}: {started} of {possible}"

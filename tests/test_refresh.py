@@ -13,9 +13,8 @@ from inrun_megatron.shapley.refresh import RefreshSchedule, require_refresh
 from tests.counting import Collectives
 from tests.distributed import assert_cases, run_cases
 from tests.layout_engine import build_engine
-from tests.layout_runs import deviation, train
+from tests.layout_runs import TOLERANCE, deviation, train
 from tests.layouts import LayoutCase
-from tests.test_exactness import TOLERANCE
 
 STEPS = 4
 AGES = {2: [0, 1, 0, 1], 3: [0, 1, 2, 0]}
@@ -56,20 +55,6 @@ def test_values_equal_the_oracle_with_the_same_stale_direction() -> None:
             for (left, right), scale in zip(ran.additivity, truths, strict=True):
                 gap = (torch.tensor(left) - torch.tensor(right)).abs().max()
                 assert gap < TOLERANCE["fp32"] * scale, case
-
-
-def test_training_is_that_without_scoring() -> None:
-    """Weights and random numbers, one row per microbatch, dropout on: stale steps leave no trace either."""
-    cases = [
-        LayoutCase(2, 1, False, 2, 2, "gpt2", "adamw", micro_batch=1, dropout=0.1, refresh=2),
-        LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", micro_batch=1, dropout=0.1, refresh=2, pp=2),
-    ]
-    plain = [replace(case, scoring=False) for case in cases]
-    results = assert_cases(run_cases(train, 2, [*cases, *plain], timeout=180))
-    for scored, without in zip(results[:2], results[2:], strict=True):
-        for one, other in zip(scored, without, strict=True):
-            assert all(torch.equal(one.weights[name], other.weights[name]) for name in other.weights)
-            assert torch.equal(one.rng, other.rng) and one.losses == other.losses
 
 
 def test_a_step_after_a_skipped_one_takes_its_own() -> None:

@@ -10,7 +10,6 @@ import torch
 from inrun_megatron.config import (
     Config,
     DataConfig,
-    ModelConfig,
     ParallelConfig,
     ShapleyConfig,
     TrainingConfig,
@@ -20,7 +19,7 @@ from inrun_megatron.training.batches import StepLoader
 from inrun_megatron.training.deepspeed_config import merge
 from tests.distributed import Workers
 from tests.sequences import SEQUENCE, Sequences
-from tests.test_models import LLAMA, VOCABULARY
+from tests.small_models import VOCABULARY, model_config
 
 STEPS = 3
 
@@ -33,14 +32,7 @@ def settings(*, shape: str = "gpt2", tp: int = 1, sp: bool = False, zero: int = 
         "lr": 0.1,
     }
     return Config(
-        model=ModelConfig(
-            num_layers=2,
-            hidden_size=32,
-            num_attention_heads=4,
-            attention_dropout=0.0,
-            hidden_dropout=0.0,
-            **(LLAMA if shape == "llama" else {}),
-        ),
+        model=model_config(shape),
         data=DataConfig(data_path=("unused",), seq_length=SEQUENCE),
         training=TrainingConfig(**(arguments | training)),
         parallel=ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sp, zero_stage=zero),
