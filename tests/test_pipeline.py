@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.distributed import assert_cases, run_cases
+from inrun_megatron.errors import UserError
+from tests.distributed import assert_cases, run_cases, run_distributed
 from tests.layout_runs import Ran, by_sample, deviation, train
 from tests.layouts import LayoutCase
 from tests.test_exactness import STEPS_CHECKED, TOLERANCE, _oracle, _side_figures
@@ -153,6 +154,22 @@ def test_control_half_of_a_tied_embedding_is_seen() -> None:
     assert deviation(ranks, case.oracle(), 0) > 100 * TOLERANCE["fp32"]
 
 
+def _documents_under_checkpoints(rank: int, world: int, case: LayoutCase) -> str:
+    with pytest.raises(UserError) as refusal:
+        train(rank, world, case)
+    return str(refusal.value)
+
+
+def test_checkpoints_that_would_forget_the_documents_are_refused() -> None:
+    """By all ranks, scored or not; the recomputed forward saw the whole row, and values were off by as much as the largest."""
+    for scoring in (True, False):
+        case = LayoutCase(
+            2, 1, False, 0, 2, "gpt2", "sgd", pp=2, checkpoints=True, reset_attention=True, scoring=scoring
+        )
+        for refusal in run_distributed(_documents_under_checkpoints, 2, case, timeout=180):
+            assert refusal.startswith("activation_checkpoint_interval 1 with microbatches that are cut")
+
+
 def _without_tying_directions(rank: int, world: int, case: LayoutCase) -> Ran:
     from inrun_megatron.engines.pipeline import PipelineAdapter
 
@@ -167,6 +184,11 @@ ALONE = [
     LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, micro_batch=1, steps=6, dropout=0.1, recompute=True),
     LayoutCase(2, 1, False, 0, 3, "llama", "sgd", pp=2, micro_batch=1, steps=6, dropout=0.1),
     LayoutCase(2, 1, False, 1, 2, "llama", "adamw", pp=2, micro_batch=1, steps=6, precision="bf16"),
+    # DeepSpeed's own checkpoints run a validation forward again in its backward: without dropout, there too.
+    LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, micro_batch=1, dropout=0.1, checkpoints=True),
+    LayoutCase(
+        2, 1, False, 0, 2, "llama", "sgd", pp=2, micro_batch=1, dropout=0.1, checkpoints=True, base="drift"
+    ),
 ]
 ALONE_ON_FOUR = [
     LayoutCase(4, 2, True, 1, 2, "gpt2", "adamw", pp=2, micro_batch=1, steps=6, recompute=True),
