@@ -96,6 +96,7 @@ def test_vocabulary_embedding_is_what_the_tap_replaces() -> None:
                 "self.gradient_average = ",
                 "gradient_predivide_factor",
                 "postscale_gradients",
+                "zero_hpz_partition_size",
                 "global_steps",
                 "skipped_steps",
                 "global_samples",

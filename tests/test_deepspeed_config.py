@@ -131,6 +131,11 @@ def test_a_monitor_of_the_flags_keeps_what_the_json_says_of_it(tmp_path: Path) -
         ("", {"data_efficiency": {"enabled": True}}, "data_efficiency.* would be ignored"),
         ("", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, 'torch_autocast.* use "bf16"'),
         (
+            "--zero-stage 3 --tensor-model-parallel-size 2",
+            {"zero_optimization": {"zero_hpz_partition_size": 2}},
+            "zero_hpz_partition_size.* is 2 with --tensor-model-parallel-size 2: .* remove it",
+        ),
+        (
             "--pipeline-model-parallel-size 2",
             {"pipeline": {"activation_checkpoint_interval": 1}},
             "activation_checkpoint_interval.* is 1: .* give --recompute-granularity full",

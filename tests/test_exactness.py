@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
-from tests.distributed import assert_cases, run_cases
+from inrun_megatron.errors import UserError
+from tests.distributed import assert_cases, run_cases, run_distributed
 from tests.layout_runs import STEPS_CHECKED, TOLERANCE, Ran, deviation, side_figures, train
 from tests.layouts import LayoutCase
 from tests.oracle import OracleRun
@@ -106,6 +108,24 @@ def test_control_a_wrong_value_is_seen() -> None:
     case = LayoutCase(1, 1, False, 0, 1, "gpt2", "sgd", steps=1)
     [ranks] = assert_cases(run_cases(_without_output_layer, 1, [case]))
     assert deviation(ranks, case.oracle(), 0) > 100 * TOLERANCE["fp32"]
+
+
+def _shared_with_other_shards(rank: int, world: int, case: LayoutCase) -> bool:
+    """Canary: does DeepSpeed still share hpZ's copies among ranks that hold other tensor-parallel shards?"""
+    from deepspeed.utils import groups
+
+    with pytest.raises(
+        UserError, match=r"zero_hpz_partition_size 2 with tensor parallel size 2.* leave it out"
+    ):
+        train(rank, world, case)
+    copies = torch.distributed.get_process_group_ranks(groups._get_zero_param_intra_parallel_group())
+    return copies == [0, 1]
+
+
+def test_copies_of_weights_that_deepspeed_mixes_up_are_refused() -> None:
+    """Values were those of no model: off by up to nine times the largest, and every audit held."""
+    case = LayoutCase(2, 2, False, 3, 1, "gpt2", "adamw", second_copy=2)
+    assert run_distributed(_shared_with_other_shards, 2, case, timeout=180) == [True, True]
 
 
 def _without_output_layer(rank: int, world: int, case: LayoutCase) -> Ran:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from tests.distributed import assert_cases, run_cases
-from tests.layout_runs import deviation, train
+from tests.layout_runs import TOLERANCE, deviation, side_figures, train
 from tests.layouts import LayoutCase
-from tests.test_exactness import TOLERANCE, _side_figures
 
 EMBEDDINGS = ("embedding.",)  # with them the tied output layer
 # Recomputed layers behind frozen embeddings have an input without a gradient. Under a pipeline the first stage may hold no
@@ -30,5 +29,5 @@ def test_values_equal_the_oracle() -> None:
             print(f"{case}: step {step + 1}: {found:.1e}")
             if not found < TOLERANCE["fp32"]:
                 failures.append(f"{case}: step {step + 1}: {found:.2e} of the largest value")
-        failures += _side_figures(case, ranks, oracle)
+        failures += side_figures(case, ranks, oracle)
     assert not failures, "\n".join(failures)

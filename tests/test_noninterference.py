@@ -35,6 +35,9 @@ ONE_ROW = [
     LayoutCase(2, 1, False, 0, 3, "llama", "sgd", pp=2, dropout=0.1),
     LayoutCase(2, 1, False, 1, 2, "llama", "adamw", pp=2, precision="bf16"),
     LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, dropout=0.1, estimator="midpoint"),
+    # DeepSpeed's own checkpoints run a validation forward again in its backward: without dropout, there too.
+    LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, dropout=0.1, checkpoints=True),
+    LayoutCase(2, 1, False, 0, 2, "llama", "sgd", pp=2, dropout=0.1, checkpoints=True, base="drift"),
     LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, dropout=0.1, refresh=2),
 ]
 ON_FOUR_RANKS = [

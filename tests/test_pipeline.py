@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from tests.distributed import assert_cases, run_cases
+from inrun_megatron.errors import UserError
+from tests.distributed import Workers, assert_cases, run_cases, run_distributed
+from tests.layout_engine import build_engine, share
 from tests.layout_runs import STEPS_CHECKED, TOLERANCE, Ran, by_sample, deviation, side_figures, train
 from tests.layouts import LayoutCase
 
@@ -150,6 +153,57 @@ def test_control_half_of_a_tied_embedding_is_seen() -> None:
     case = LayoutCase(2, 1, False, 0, 2, "gpt2", "sgd", pp=2, steps=1)
     [ranks] = assert_cases(run_cases(_without_tying_directions, 2, [case]))
     assert deviation(ranks, case.oracle(), 0) > 100 * TOLERANCE["fp32"]
+
+
+def _documents_under_checkpoints(rank: int, world: int, case: LayoutCase) -> str:
+    with pytest.raises(UserError) as refusal:
+        train(rank, world, case)
+    return str(refusal.value)
+
+
+def test_checkpoints_that_would_forget_the_documents_are_refused() -> None:
+    """By all ranks, scored or not; the recomputed forward saw the whole row, and values were off by as much as the largest."""
+    for scoring in (True, False):
+        case = LayoutCase(
+            2, 1, False, 0, 2, "gpt2", "sgd", pp=2, checkpoints=True, reset_attention=True, scoring=scoring
+        )
+        for refusal in run_distributed(_documents_under_checkpoints, 2, case, timeout=180):
+            assert refusal.startswith("activation_checkpoint_interval 1 with microbatches that are cut")
+
+
+def _stages_apart(rank: int, world: int, setting: str, options: dict[str, Any]) -> str | list[float | None]:
+    """The refusal where the last stage's parameter groups go another way than the first's; else the credit factors."""
+    from inrun_megatron import Layout, PipelineShapley, ShapleyTarget
+
+    case = LayoutCase(2, 1, False, 0, 2, "llama", "adamw", pp=2)
+    engine, layout = build_engine(case), Layout.current()
+    targets = [
+        ShapleyTarget(t.name, share(t, layout, 2, pipeline=True), t.num_tokens) for t in case.targets()
+    ]
+    shapley = PipelineShapley(engine, targets, engine.module.loss_fn, layout=layout, **options)
+    factors = []
+    for iteration, batch in enumerate(case.batches(), start=1):
+        for group in engine.optimizer.param_groups if rank == 1 else ():
+            group[setting] = (0.5, 0.999) if setting == "betas" else group["lr"] / iteration
+        try:
+            with shapley.step(iteration) as step:
+                step.train_batch(batch[layout.dp_rank])
+        except UserError as refusal:
+            return str(refusal)
+        factors.append(step.result.credit_factor)
+    return factors
+
+
+def test_stages_whose_values_would_have_other_factors_are_refused() -> None:
+    """By all of them; no stage sees the others' parameter groups. Values were scaled by each stage's own factor."""
+    with Workers(2) as workers:
+        for refusal in workers.run(_stages_apart, "lr", {"refresh": 3}):
+            assert "of pipeline stages moved by different factors" in refusal and "use refresh 1" in refusal
+        for refusal in workers.run(_stages_apart, "betas", {"credit": "trajectory", "total_steps": 3}):
+            assert "the same betas (momentum) on all stages; use credit step" in refusal
+        assert workers.run(_stages_apart, "betas", {"total_steps": 2}) == [[None, 1.0, 1.0]] * 2
+        first, last = workers.run(_stages_apart, "lr", {})  # fresh directions hold each group's own
+        assert first == last and None not in first
 
 
 def _without_tying_directions(rank: int, world: int, case: LayoutCase) -> Ran:

@@ -200,6 +200,10 @@ class PipelineAdapter:
         finally:
             module.loss_fn, engine.total_loss = own, total
 
+    def detached_backward(self, *, training: bool = False) -> AbstractContextManager[None]:
+        """Around the backward of a ``detached_forward``, in which a checkpoint of DeepSpeed's may run the forward again."""
+        return nullcontext() if training else evaluating(self.engine.module)
+
     def tied(self) -> list[tuple[Parameter, dist.ProcessGroup]]:
         """Trainable weights of this stage that another stage holds too, and the group of their replicas."""
         held = self.engine.module.get_tied_weights_and_groups()

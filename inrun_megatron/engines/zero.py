@@ -177,6 +177,12 @@ def _refuse_partitioned(engine: Any, layout: Layout) -> None:
             f"gradient_predivide_factor {predivided:g} at ZeRO stage 3 with as many data-parallel ranks: DeepSpeed 0.19 divides "
             f"gradients by it and never multiplies them again; leave it out"
         )
+    copies = engine.zero_hpz_partition_size()
+    if copies > 1 and layout.tp_size > 1:
+        raise UserError(
+            f"zero_hpz_partition_size {copies} with tensor parallel size {layout.tp_size}: DeepSpeed 0.19 shares the further "
+            f"copy of the weights among neighbouring ranks, which hold other shards of a layer, and mixes them up; leave it out"
+        )
 
 
 def refuse_offload(config: Any) -> None:

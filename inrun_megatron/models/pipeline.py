@@ -46,8 +46,18 @@ class GPTPipeline(PipelineModule):
 
         Only hidden states travel between stages, but every stage's attention needs to know the documents. All ranks of
         a replica hold the microbatches, and every stage runs their forwards in the same order.
+
+        Raises:
+            UserError: documents, and DeepSpeed's own activation checkpoints.
         """
-        self._documents = deque(documents[0] if documents else None for _, _, *documents in inputs)
+        coming = [documents[0] if documents else None for _, _, *documents in inputs]
+        interval = self.activation_checkpoint_interval
+        if interval and any(documents is not None for documents in coming):
+            raise UserError(
+                f"activation_checkpoint_interval {interval} with microbatches that are cut at documents: the recomputed forward "
+                f"would not cut its attention; leave it at 0 and call module.recompute()"
+            )
+        self._documents = deque(coming)
 
     def forward(self, forward_input: Any) -> Any:
         """This stage's layers for the next microbatch."""

@@ -213,7 +213,7 @@ class ScoringStream:
                     self._scorers[index - self.prepended].flush()
                 return
             with self._timed():
-                with self.owner.taps.untouched():
+                with self.owner.taps.untouched(), self.owner.pipeline.detached_backward():
                     yield
             self._due = index == self.prepended - 1
             if self.owner.layout.pp_rank == 0:  # which sends no gradient

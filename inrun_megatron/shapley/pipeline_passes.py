@@ -41,9 +41,10 @@ class PipelinePasses:
             yield
 
     @contextmanager
-    def backward(self, run: Pass) -> Iterator[None]:
+    def backward(self, run: Pass, training: bool) -> Iterator[None]:
         """Around its backward, in which a checkpoint may run the forward again."""
-        with self._taps.during(run), self._taps.untouched():
+        again = self._pipeline.detached_backward(training=training)
+        with self._taps.during(run), self._taps.untouched(), again:
             yield
 
     def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
@@ -71,7 +72,7 @@ class _DetachedStream:
         return self._passes.forward(self._tasks[index], self._runs[index], self._training)
 
     def backward(self, index: int) -> AbstractContextManager[None]:
-        return self._passes.backward(self._runs[index])
+        return self._passes.backward(self._runs[index], self._training)
 
     def sent(self) -> None:
         """Nothing follows from it."""

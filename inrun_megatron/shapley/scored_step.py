@@ -40,6 +40,10 @@ PATH_TOLERANCE = 0.1
 far above rounding, below what a loss of another scale comes to."""
 
 
+APART = 1e-5
+"""Relative deviation of ranks' factors from each other from which on they are not one number."""
+
+
 class ScoredStep:
     """One optimizer step; made by ``InRunShapley.step``.
 
@@ -214,8 +218,9 @@ class ScoredStep:
             )
 
     def _sum_scores(self, clip: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values of all parts ``[parts, K]``; over all ranks ``[4, K]``: sums, ``<d, c_t G_t>``, the drift terms; and, of
-        path estimators, ``<p, c_t G_t> / |p|^2`` with the p that was integrated along: 1 if it is what is stepped."""
+        """Values of all parts ``[parts, K]``; over all ranks ``[4, K]``: sums, ``<d, c_t G_t>``, the drift terms, with stages
+        four rows more, sums of this step's factors and of their squares; and, of path estimators, ``<p, c_t G_t> / |p|^2``
+        with the p that was integrated along: 1 if it is what is stepped."""
         owner, layout = self.owner, self.owner.layout
         for scorer in self._scorers:  # of backwards that ran outside their ``samples`` block
             scorer.flush()
@@ -225,27 +230,31 @@ class ScoredStep:
             dist.all_reduce(scores, group=layout.mp_group)
         # DeepSpeed averages gradients over data-parallel ranks (or adds them up): g_i carries the 1/DP.
         scores *= clip * self._factor / (owner.adapter.gradient_divisor * self._unscale)
-        # Additivity, the path and the drift terms need sums over all ranks; one small all-reduce for all.
         products, targets = owner.probe.collect(), len(owner.targets)
-        figures = torch.stack(
-            [
-                scores.sum(0) if layout.writes_ledger else torch.zeros_like(scores[0]),
-                products[:targets] * self._factor,
-                *terms,
-            ]
-        )
-        both = torch.cat([figures.flatten(), products[targets:]])
-        dist.all_reduce(both)
-        figures = both[: figures.numel()].view_as(figures)
+        rows = [
+            scores.sum(0) if layout.writes_ledger else torch.zeros_like(scores[0]),
+            products[:targets] * self._factor,
+            *terms,
+        ]
+        if layout.pp_size > 1:  # a stage knows the factors of its own parameter groups
+            credit = self.result.credit_factor or 0.0
+            factors = (self._factor, self._factor**2, credit, credit**2)
+            rows += [torch.full_like(scores[0], factor) for factor in factors]
+        # All of them, and the path, need sums over all ranks: one small all-reduce.
+        sums = torch.cat([*rows, products[targets:]])
+        dist.all_reduce(sums)
+        figures = sums[: len(rows) * targets].view(len(rows), targets)
         if self._path_norm is None:
             return scores, figures, None
         path = self._path_norm * owner.adapter.clip_coefficients(self._path_norm)
-        return scores, figures, both[-1] / path.square()
+        return scores, figures, sums[-1] / path.square()
 
     def _fill_values(self, scores: Tensor, figures: list[list[float]]) -> None:
         """What ``_sum_scores`` made, on the host."""
         result, clip = self.result, self.result.clip_coefficient
-        sums, optimizer_side, momentum, decay = figures
+        sums, optimizer_side, momentum, decay, *factors = figures
+        if factors:
+            self._require_one_factor([row[0] for row in factors])
         # A NaN loss in fp32 or bf16; or c_t is 0: the gradient is finite, and its norm is not.
         if clip == 0.0 or not all(math.isfinite(x) for x in sums):
             result.status = "skipped: values are not finite"
@@ -262,6 +271,25 @@ class ScoredStep:
         result.additivity_rhs = [x / clip for x in optimizer_side]
         if self.fresh:
             result.momentum_terms, result.decay_terms = momentum, decay
+
+    def _require_one_factor(self, sums: list[float]) -> None:
+        """Raise UserError where stages scaled values differently: their parameter groups moved apart. On all ranks."""
+        ranks = dist.get_world_size()
+        stale, credit = (
+            ranks * squares - total**2 <= (APART * total) ** 2 for total, squares in (sums[:2], sums[2:])
+        )
+        if not stale:
+            raise UserError(
+                f"learning rates of the parameter groups of pipeline stages moved by different factors since the direction was "
+                f"taken: refresh {self.owner.refresh.every} needs one schedule for all groups; use refresh 1"
+            )
+        if not credit and self.owner.credit == "trajectory":
+            raise UserError(
+                "the optimizer's momentum carries gradients of the pipeline stages' parameter groups unequally far, so that a "
+                "sample has no one factor: trajectory credit needs the same betas (momentum) on all stages; use credit step"
+            )
+        if not credit:
+            self.result.credit_factor = None
 
     def _append(self) -> None:
         owner, result = self.owner, self.result

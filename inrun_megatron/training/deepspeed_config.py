@@ -112,6 +112,7 @@ def merge(config: Config, data_parallel: int) -> tuple[Config, dict[str, Any], B
     if stage not in (0, 1, 2, 3):
         raise UserError(f"ZeRO stage {stage} does not exist: --zero-stage takes 0, 1, 2 or 3")
     _refuse_lost_predivision(content, path, stage, data_parallel)
+    _refuse_mixed_copies(content, path, stage, config.parallel.tensor_model_parallel_size)
     scaling = _loss_scaling(resolver, config) if fp16 else _no_loss_scaling(config)
     _monitors(resolver, config)
     # DeepSpeed's own progress lines would break the progress bar.
@@ -203,6 +204,20 @@ def _refuse_lost_predivision(
         raise UserError(
             f'"gradient_predivide_factor" in {path} is {factor:g}, as are the data-parallel ranks: at ZeRO stage 3 DeepSpeed '
             "divides gradients by it and never multiplies them again; remove it"
+        )
+
+
+def _refuse_mixed_copies(
+    content: Mapping[str, Any], path: str | None, stage: int, tensor_parallel: int
+) -> None:
+    """deepspeed 0.19 (utils/groups.py) makes hpZ's groups of neighbouring ranks, whatever these hold of the model."""
+    zero = content.get("zero_optimization")
+    ranks = zero.get("zero_hpz_partition_size", 1) if isinstance(zero, Mapping) else 1
+    if stage == 3 and tensor_parallel > 1 and ranks != 1:
+        raise UserError(
+            f'"zero_optimization.zero_hpz_partition_size" in {path} is {json.dumps(ranks)} with '
+            f"--tensor-model-parallel-size {tensor_parallel}: DeepSpeed shares the further copy of the weights among "
+            "neighbouring ranks, which hold other shards of a layer, and mixes them up; remove it"
         )
 
 
