@@ -251,6 +251,16 @@ def test_pipeline_engine_runs_the_map_and_the_schedule_that_the_adapter_replaces
     assert "if reduce is None:" in _source(PipelineEngine._reduce_outputs)
 
 
+def test_zero_1_still_sums_the_norm_of_each_group_over_the_stages() -> None:
+    """Else stages may have parameter groups of other numbers."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    assert "for i, group in enumerate(self.bit16_groups)" in _source(
+        DeepSpeedZeroOptimizer.scaled_global_norm
+    )
+    assert "_model_parallel_all_reduce" in _source(DeepSpeedZeroOptimizer.get_grad_norm_direct)
+
+
 def test_a_schedule_ends_with_the_three_instructions_that_detached_runs_leave_out() -> None:
     from deepspeed.runtime.pipe.schedule import OptimizerStep, ReduceGrads, ReduceTiedGrads, TrainSchedule
 

@@ -206,6 +206,24 @@ def test_stages_whose_values_would_have_other_factors_are_refused() -> None:
         assert first == last and None not in first
 
 
+def _groups_of_other_numbers(rank: int, world: int) -> str:
+    from inrun_megatron.engines.pipeline import PipelineAdapter
+
+    engine = build_engine(LayoutCase(2, 1, False, 1, 2, "llama", "adamw", pp=2))
+    if rank == 1:
+        engine.optimizer.param_groups.append(dict(engine.optimizer.param_groups[0]))
+    with pytest.raises(UserError) as refusal:
+        PipelineAdapter(engine)
+    return str(refusal.value)
+
+
+def test_stages_that_would_wait_for_each_others_groups_are_refused() -> None:
+    for refusal in run_distributed(_groups_of_other_numbers, 2, timeout=180):
+        assert refusal.startswith(
+            "the optimizer has 2 parameter groups on one pipeline stage and 3 on another"
+        )
+
+
 def _without_tying_directions(rank: int, world: int, case: LayoutCase) -> Ran:
     from inrun_megatron.engines.pipeline import PipelineAdapter
 

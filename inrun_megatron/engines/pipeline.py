@@ -92,6 +92,7 @@ class PipelineAdapter:
                 "the pipeline partitions what its stages exchange, which mixes up sequence shards; pass the DeepSpeed "
                 "configuration through inrun_megatron.engines.pipeline.unpartitioned"
             )
+        _require_equal_groups(engine)
         self.engine = engine
         self._stream: Stream | None = None
         self._forwards = self._backwards = 0
@@ -208,6 +209,24 @@ class PipelineAdapter:
         """Trainable weights of this stage that another stage holds too, and the group of their replicas."""
         held = self.engine.module.get_tied_weights_and_groups()
         return [(weight, group) for weight, group in held if weight.requires_grad]
+
+
+def _require_equal_groups(engine: PipelineEngine) -> None:
+    """Raise UserError where stages would wait for each other: ZeRO-1 sums the norm of each parameter group over the stages.
+
+    On all ranks of a replica, before the first step hangs.
+    """
+    if type(engine.optimizer).__name__ != "DeepSpeedZeroOptimizer":
+        return
+    own = len(engine.optimizer.param_groups)
+    counts = torch.tensor([own, -own], device=engine.device)
+    dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=engine.mpu.get_model_parallel_group())
+    most, least = counts[0].item(), -counts[1].item()
+    if most != least:
+        raise UserError(
+            f"the optimizer has {least} parameter groups on one pipeline stage and {most} on another: DeepSpeed's ZeRO stage 1 "
+            f"sums each group's norm over the stages and would wait forever; give all stages the same groups, or use stage 0"
+        )
 
 
 def _detached_schedule(engine: PipelineEngine, microbatches: int) -> TrainSchedule:
