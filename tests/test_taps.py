@@ -68,6 +68,15 @@ def test_a_forward_of_an_instances_own_is_not_replaced() -> None:
     attach_taps(model)
 
 
+def test_a_bias_that_trains_beside_a_frozen_weight_says_what_is_wrong() -> None:
+    model = _layers()
+    model[1].weight.requires_grad_(False)
+    with pytest.raises(UserError) as refusal:
+        attach_taps(model)
+    assert "1.bias (LayerNorm); a layer has one where its weight trains" in str(refusal.value)
+    assert "supported" not in str(refusal.value)
+
+
 def test_a_copy_of_a_tapped_model_computes_with_its_own_weights() -> None:
     model = _layers()
     ids = torch.tensor([[1, 2]])

@@ -279,14 +279,20 @@ def _require_full_coverage(taps: Taps) -> None:
     coverage, model = taps.coverage(), taps.model
     if coverage.missing:
         owners = {
-            f"{name}.{own}" if name else own: type(module).__name__
+            f"{name}.{own}" if name else own: module
             for name, module in model.named_modules()
             for own, _ in module.named_parameters(recurse=False)
         }
-        listed = ", ".join(f"{n} ({owners.get(n, '?')})" for n in coverage.missing[:5])
+        listed = ", ".join(f"{n} ({_type_name(owners.get(n))})" for n in coverage.missing[:5])
         more = f" and {len(coverage.missing) - 5} more" if len(coverage.missing) > 5 else ""
+        supported = ", ".join(sorted(t.__name__ for t in REGISTRY.keys() - _REFUSING))
+        remedy = f"freeze them (requires_grad=False), use a supported layer, or register a tap for the type (supported: {supported})"
+        if all(name in owners and _attacher(owners[name]) is not None for name in coverage.missing):
+            remedy = "a layer has one where its weight trains: freeze them, too (requires_grad=False), or train the weights"
         raise UserError(
-            f"{len(coverage.missing)} of {coverage.parameters} trainable parameters have no tap: {listed}{more}; "
-            f"freeze them (requires_grad=False), use a supported layer, or register a tap for the type "
-            f"(supported: {', '.join(sorted(t.__name__ for t in REGISTRY.keys() - _REFUSING))})"
+            f"{len(coverage.missing)} of {coverage.parameters} trainable parameters have no tap: {listed}{more}; {remedy}"
         )
+
+
+def _type_name(module: nn.Module | None) -> str:
+    return "?" if module is None else type(module).__name__
