@@ -281,6 +281,17 @@ def test_a_path_along_another_gradient_is_refused(two_ranks: Workers, stage: int
         assert refusal.startswith("estimator midpoint integrated along a gradient of norm")
 
 
+def _along_nothing_finite(rank: int, world: int) -> str:
+    torch.manual_seed(0)
+    model = Tiny()
+    engine = make_engine(model, torch.optim.AdamW(model.parameters(), lr=1e-3), {"stage": 0})
+    return scored_steps(engine, 1, factor=float("nan"), estimator="midpoint")[0].status
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_no_other_path(two_ranks: Workers) -> None:
+    assert two_ranks.run(_along_nothing_finite) == ["skipped: values are not finite"] * 2
+
+
 def _along_other_microbatches(rank: int, world: int, zero: int, clip: float) -> tuple[str, float]:
     torch.manual_seed(0)
     model = Tiny()

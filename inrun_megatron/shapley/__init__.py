@@ -7,5 +7,6 @@ preparation, refresh        directions: taken, reduced, multiplied by the Jacobi
 passes, pipeline_passes     forwards and backwards for them that leave training alone
 consumers                   what the taps feed: directions, and dots of rows
 rows, row_watch             whose values these are, and whether layers keep rows apart
-audit, result               <d, G> from the optimizer's own gradient; what a step came to
+audit, step_checks          <d, G> from the optimizer's own gradient; what no audit sees of a step
+result                      what a step came to
 """

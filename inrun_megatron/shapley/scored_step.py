@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import UserError
 from ..host import Stopwatch, to_host
 from ..ledger.schema import CURRENT, DRIFT, StepRecord
 from ..taps import Consumer, Pass
@@ -31,17 +30,16 @@ from .credit import credit_of_groups
 from .passes import Microbatch
 from .result import StepResult
 from .rows import StepRows
+from .step_checks import (
+    refuse_stages_credits,
+    require_one_factor,
+    require_one_step,
+    require_the_path,
+    same_on_all,
+)
 
 if TYPE_CHECKING:
     from .in_run import InRunShapley
-
-PATH_TOLERANCE = 0.1
-"""Relative difference of the norms of the gradient that a path estimator integrated along and of the one that was stepped:
-far above rounding, below what a loss of another scale comes to."""
-
-
-APART = 1e-5
-"""Relative deviation of ranks' factors from each other from which on they are not one number."""
 
 
 class ScoredStep:
@@ -146,7 +144,12 @@ class ScoredStep:
             result.gradient_norm = owner.adapter.norm_on_host()
             return
         if result.scored:
-            self._require_one_step()
+            require_one_step(
+                self.iteration,
+                seen=len(self._rows),
+                accumulated=owner.adapter.gradient_accumulation_steps,
+                steps=owner.adapter.steps_taken - self._steps_before,
+            )
         with self.scoring.running():
             if result.scored and not owner.adapter.step_applied():
                 result.status = "skipped: overflow"
@@ -186,36 +189,17 @@ class ScoredStep:
         if not result.scored:
             return
         if "path_norm" in read:
-            self._require_the_path(float(read["path_norm"]), float(read["along"]))
+            require_the_path(
+                self.iteration,
+                self.owner.estimator.name,
+                integrated=float(read["path_norm"]),
+                stepped=result.gradient_norm,
+                along=float(read["along"]),
+            )
         self._rows.read(read["tokens"])
         self._fill_values(torch.from_numpy(read["scores"]), read["figures"].tolist())
         if not result.scored:  # what spoiled this step's values may be in its directions
             self.owner.refresh.expire()
-
-    def _require_one_step(self) -> None:
-        """Raise UserError where this step's microbatches are not those of one step of the optimizer."""
-        adapter = self.owner.adapter
-        seen, expected = len(self._rows), adapter.gradient_accumulation_steps
-        steps = adapter.steps_taken - self._steps_before
-        if seen != expected or steps != 1:
-            raise UserError(
-                f"step {self.iteration} saw {seen} microbatches and {steps} steps of the engine's optimizer, but the engine "
-                f"accumulates {expected}; put all microbatches of one optimizer step inside one `with shapley.step(...)`"
-            )
-
-    def _require_the_path(self, integrated: float, along: float) -> None:
-        """Raise UserError where a path estimator integrated along another gradient than was stepped: the additivity audit
-        holds along any. ``along``: of ``_sum_scores``."""
-        norm = self.result.gradient_norm
-        stepped = integrated if norm is None else norm
-        close = abs(integrated - stepped) <= PATH_TOLERANCE * max(integrated, stepped)
-        if not close or abs(along - 1.0) > PATH_TOLERANCE:
-            found = "one" if norm is None else f"one of norm {stepped:.3g}"
-            raise UserError(
-                f"estimator {self.owner.estimator.name} integrated along a gradient of norm {integrated:.3g}, but {found} that "
-                f"goes {along:.2f} times as far along it was stepped in step {self.iteration}: give step() the microbatches that "
-                f"are trained on, and InRunShapley as training_loss what engine.backward gets"
-            )
 
     def _sum_scores(self, clip: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values of all parts ``[parts, K]``; over all ranks ``[4, K]``: sums, ``<d, c_t G_t>``, the drift terms, with stages
@@ -254,7 +238,7 @@ class ScoredStep:
         result, clip = self.result, self.result.clip_coefficient
         sums, optimizer_side, momentum, decay, *factors = figures
         if factors:
-            self._require_one_factor([row[0] for row in factors])
+            self._compare_factors([row[0] for row in factors])
         # A NaN loss in fp32 or bf16; or c_t is 0: the gradient is finite, and its norm is not.
         if clip == 0.0 or not all(math.isfinite(x) for x in sums):
             result.status = "skipped: values are not finite"
@@ -272,23 +256,14 @@ class ScoredStep:
         if self.fresh:
             result.momentum_terms, result.decay_terms = momentum, decay
 
-    def _require_one_factor(self, sums: list[float]) -> None:
-        """Raise UserError where stages scaled values differently: their parameter groups moved apart. On all ranks."""
-        ranks = dist.get_world_size()
-        stale, credit = (
-            ranks * squares - total**2 <= (APART * total) ** 2 for total, squares in (sums[:2], sums[2:])
-        )
-        if not stale:
-            raise UserError(
-                f"learning rates of the parameter groups of pipeline stages moved by different factors since the direction was "
-                f"taken: refresh {self.owner.refresh.every} needs one schedule for all groups; use refresh 1"
-            )
-        if not credit and self.owner.credit == "trajectory":
-            raise UserError(
-                "the optimizer's momentum carries gradients of the pipeline stages' parameter groups unequally far, so that a "
-                "sample has no one factor: trajectory credit needs the same betas (momentum) on all stages; use credit step"
-            )
-        if not credit:
+    def _compare_factors(self, sums: list[float]) -> None:
+        """Stages must have scaled values alike. ``sums``: over ranks, of the stale direction's factor, its square, and those
+        of the credit factor, which is not known where stages differ in it."""
+        owner, ranks = self.owner, dist.get_world_size()
+        require_one_factor(ranks, sums[:2], owner.refresh.every)
+        if not same_on_all(ranks, *sums[2:]):
+            if owner.credit == "trajectory":
+                refuse_stages_credits()
             self.result.credit_factor = None
 
     def _append(self) -> None:
