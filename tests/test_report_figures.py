@@ -125,7 +125,7 @@ def test_documents(run: tuple[Path, np.ndarray, dict[str, Any]]) -> None:
                 if target not in d["lists"][kind]
             ]
             assert max(unlisted) <= values[-1]
-    assert all(set(d["values"]) == set(TARGETS) and d["text"] for d in figures["documents"])
+    assert all(list(d["values"]) == list(TARGETS) and d["text"] for d in figures["documents"])
 
 
 def test_losses_explained_agree_with_the_summary(run: tuple[Path, np.ndarray, dict[str, Any]]) -> None:

@@ -55,7 +55,7 @@ def _listed(query: Query, documents: Documents, phase: Phase, n: int) -> list[di
         entry = found.setdefault(
             key,
             {name: row[name] for name in ("dataset", "dataset_name", "document", "tokens", "samples")}
-            | {"values": {}, "lists": lists[key]},
+            | {"values": dict.fromkeys(query.ledger.target_names), "lists": lists[key]},
         )
         entry["values"][row["target"]] = {name: row[name] for name in ("value", "per_token", "normalised")}
     return [entry | _text(documents, entry) for entry in found.values()]
