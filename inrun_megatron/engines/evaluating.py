@@ -52,9 +52,8 @@ def over_ranks(sums: Tensor, layout: Layout) -> Tensor:
     Collective over the data-parallel group, through a pipeline over the world.
     """
     if layout.pp_size > 1:
-        if (
-            layout.tp_rank > 0
-        ):  # all tensor-parallel ranks of the last stage have the same sums, the other stages none
+        # All tensor-parallel ranks of the last stage have the same sums, the other stages none.
+        if layout.tp_rank > 0:
             sums.zero_()
         dist.all_reduce(sums)
     elif layout.dp_size > 1:
