@@ -6,11 +6,13 @@ through torch's reentrant checkpoint, and the states of Megatron's RNG tracker a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer import transformer_block
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -57,6 +59,24 @@ def recomputed(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
     return checkpoint(with_tracker_states(function), hidden, use_reentrant=True)
 
 
+def _ask_the_block_first() -> None:
+    """From megatron-core 0.18 on a block calls a function of its module, before that its method `_checkpointed_forward`.
+
+    The function asks the block for such an attribute then; other blocks keep upstream's.
+    """
+    upstream = getattr(transformer_block, "checkpointed_forward", None)
+    if upstream is None or hasattr(upstream, "asks_the_block"):
+        return
+
+    @functools.wraps(upstream)
+    def checkpointed_forward(block: TransformerBlock, *arguments: Any, **named: Any) -> Any:
+        own = getattr(block, "_checkpointed_forward", None)
+        return upstream(block, *arguments, **named) if own is None else own(*arguments, **named)
+
+    checkpointed_forward.asks_the_block = True  # type: ignore[attr-defined]
+    transformer_block.checkpointed_forward = checkpointed_forward
+
+
 def enable_recompute(block: TransformerBlock, num_layers: int = 1, wrap: Wrap = _unwrapped) -> None:
     """Keep only the input of every `num_layers` consecutive layers of `block`; run them again in the backward pass.
 
@@ -65,11 +85,12 @@ def enable_recompute(block: TransformerBlock, num_layers: int = 1, wrap: Wrap = 
     state at its creation and put it back in both calls.
 
     Chunks are recomputed whenever gradients are on, in evaluation mode too: a validation pass with gradients saves
-    the same memory. Only `_checkpointed_forward` of this instance is replaced
+    the same memory. Only what this instance calls for its layers is replaced
     (megatron/core/transformer/transformer_block.py); parameters and module names stay as they are.
     """
     if num_layers < 1:
         raise ValueError(f"recompute_num_layers must be at least 1, not {num_layers}")
+    _ask_the_block_first()
 
     def checkpointed_forward(
         hidden_states: torch.Tensor,
@@ -81,7 +102,14 @@ def enable_recompute(block: TransformerBlock, num_layers: int = 1, wrap: Wrap = 
         packed_seq_params: object | None,
         use_inner_quantization_context: bool,
         padding_mask: torch.Tensor | None = None,
+        extract_layer_indices: Collection[int] = (),
+        layer_offset: int = 0,
     ) -> torch.Tensor:
+        if extract_layer_indices:
+            raise ValueError(
+                f"layers {sorted(extract_layer_indices)} are recomputed: their outputs are not kept"
+            )
+
         def chunk(first: int) -> Callable[[torch.Tensor], torch.Tensor]:
             def run(hidden: torch.Tensor) -> torch.Tensor:
                 for layer in list(block.layers)[first : first + num_layers]:
@@ -103,7 +131,7 @@ def enable_recompute(block: TransformerBlock, num_layers: int = 1, wrap: Wrap = 
             hidden_states = recomputed(wrap(chunk(first)), hidden_states)
         return hidden_states
 
-    # TransformerBlock.forward calls `_checkpointed_forward` when its own `training` is set; dropout reads the flags of
+    # TransformerBlock.forward runs its layers through this function when its own `training` is set; dropout reads the flags of
     # the modules inside. The block's flag follows the gradient mode for the time of one forward pass.
     outer: list[bool] = []
 
