@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.distributed import distributed_c10d
 
 from inrun_megatron.config import ParallelConfig
 from inrun_megatron.errors import UserError
@@ -160,6 +161,18 @@ def initialise(config: ParallelConfig) -> None:
         distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
         create_gloo_process_groups=False,
     )
+
+
+def limit_waits(config: ParallelConfig) -> None:
+    """Let every group of this rank wait for as long as --distributed-timeout-minutes says, whoever made it. Local.
+
+    DeepSpeed makes the groups of a pipeline without a timeout (runtime/pipe/topology.py, comm/torch.py: deepspeed 0.19), and
+    torch's own is ten minutes under NCCL: there a longer flag would end the process all the same, and before the watchdog
+    could name the rank that all wait for. Megatron's are limited in whole minutes.
+    """
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def share_cores() -> None:
