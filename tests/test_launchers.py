@@ -136,3 +136,23 @@ def test_a_rank_that_does_not_see_its_gpu_says_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="local rank 1 has no GPU: it sees 1"):
         meet(ParallelConfig())
+
+
+def test_ranks_that_somebody_numbered_by_half_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a scheduler of containers does that starts no torchrun in them: on a GPU LOCAL_RANK says which one is the rank's."""
+    from inrun_megatron.config import ParallelConfig
+    from inrun_megatron.errors import UserError
+    from inrun_megatron.training.distributed import meet
+
+    for name in [name for name in os.environ if name.startswith(("OMPI_", "PMI", "SLURM_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="RANK is set in the environment, but not LOCAL_RANK"):
+        meet(ParallelConfig(distributed_timeout_minutes=0.01))

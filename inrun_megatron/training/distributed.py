@@ -92,8 +92,12 @@ def _discover_slurm() -> None:
 
 
 def _discover(promised: int) -> None:
-    """Fill the rendezvous variables, unless the launcher has; `promised`: the number of ranks that it started."""
-    if all(name in os.environ for name in _RENDEZVOUS):
+    """Fill the rendezvous variables, unless the launcher has; `promised`: the number of ranks that it started.
+
+    UserError where somebody has set a part of them: without LOCAL_RANK, say, no rank knows its GPU.
+    """
+    missing = [name for name in _RENDEZVOUS if name not in os.environ]
+    if not missing:
         return
     if _under_mpi():
         _discover_mpi(promised)
@@ -102,6 +106,11 @@ def _discover(promised: int) -> None:
     elif "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    else:
+        raise UserError(
+            f"RANK is set in the environment, but not {', '.join(missing)}: start the ranks with torchrun, deepspeed, mpirun "
+            f"or srun, or set what is missing for every rank (LOCAL_RANK: its number on its host, which is that of its GPU)"
+        )
 
 
 def _take_gpu(local_rank: int) -> None:
