@@ -156,3 +156,32 @@ def test_ranks_that_somebody_numbered_by_half_say_what_is_missing(monkeypatch: p
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="RANK is set in the environment, but not LOCAL_RANK"):
         meet(ParallelConfig(distributed_timeout_minutes=0.01))
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 33_000), ("7", 7)])
+def test_nccl_ends_a_rank_after_the_watchdog_has_said_whom_it_lost(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, expected: int
+) -> None:
+    """torch waits four times as long as this says, 60 s if nothing does: as long as a heartbeat may be overdue."""
+    import torch
+
+    from inrun_megatron.config import ParallelConfig
+    from inrun_megatron.training import distributed
+
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {**rank, distributed.NCCL_PATIENCE: given or ""}.items():
+        monkeypatch.setenv(name, value)
+    if given is None:
+        monkeypatch.delenv(distributed.NCCL_PATIENCE)
+    at_start: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        distributed,
+        "_start_deepspeed",
+        lambda config: at_start.append(int(os.environ[distributed.NCCL_PATIENCE])),
+    )
+    distributed.meet(ParallelConfig(heartbeat_timeout=102.0))
+    assert at_start == [expected]

@@ -6,6 +6,7 @@ Started by `deepspeed` or `torchrun` (RANK, WORLD_SIZE, ... in the environment),
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import socket
@@ -32,6 +33,13 @@ _SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
 
 OPEN_FILES = 1 << 16
 """More than any rank needs; some libraries walk through all numbers up to the limit."""
+
+NCCL_PATIENCE = "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"
+"""Four times so long after NCCL has lost a peer, 60 s by default, torch ends the process with SIGABRT (`Watchdog::runLoop`
+in ProcessGroupNCCL.cpp, torch 2.13)."""
+
+VERDICT_SECONDS = 30.0
+"""More than the ranks need, once a heartbeat is overdue, to agree on who is lost and to leave (watchdog.py, verdict.py)."""
 
 
 class AgreedError(UserError):
@@ -123,6 +131,16 @@ def _take_gpu(local_rank: int) -> None:
     torch.cuda.set_device(local_rank)
 
 
+def _let_the_watchdog_speak_first(config: ParallelConfig) -> None:
+    """Keep torch from ending ranks whose peer is gone before they have heard which one it is (watchdog.py).
+
+    gloo raises an error in such a rank, which waits with it for the verdict. Under NCCL nothing is raised: a thread of torch's
+    ends the process, with rank 0 the store of the heartbeats, and the log would name ranks that were well.
+    """
+    seconds = config.heartbeat_timeout + VERDICT_SECONDS
+    os.environ.setdefault(NCCL_PATIENCE, str(math.ceil(1000 * seconds / 4)))
+
+
 def allow_many_files() -> None:
     """Raise this process's limit of open files as far as it may, up to OPEN_FILES.
 
@@ -148,6 +166,7 @@ def meet(config: ParallelConfig) -> None:
         raise UserError("--distributed-backend nccl needs a GPU and torch sees none: use gloo or auto")
     if cuda:
         _take_gpu(int(os.environ["LOCAL_RANK"]))
+        _let_the_watchdog_speak_first(config)
         _start_deepspeed(config)
     elif not dist.is_initialized():
         # On CPUs DeepSpeed compiles an operator before it starts torch.distributed; it takes what is there.
