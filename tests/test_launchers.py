@@ -185,3 +185,25 @@ def test_nccl_ends_a_rank_after_the_watchdog_has_said_whom_it_lost(
     )
     distributed.meet(ParallelConfig(heartbeat_timeout=102.0))
     assert at_start == [expected]
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_nothing_is_on_its_way_when_nccl_splits_the_world(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool
+) -> None:
+    """On a GPU new groups are splits of its communicator; `broadcast_object_list` returns on rank 0 before it is done."""
+    import torch
+
+    from inrun_megatron.config import ParallelConfig
+    from inrun_megatron.training import distributed
+
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: done.append("barrier"))
+    monkeypatch.setattr(distributed, "_start_deepspeed", lambda config: done.append("deepspeed"))
+    monkeypatch.setattr(distributed, "release_shared_memory", lambda: done.append("memory"))
+    groups = distributed.parallel_state
+    monkeypatch.setattr(groups, "initialize_model_parallel", lambda **options: done.append("groups"))
+    distributed.initialise(ParallelConfig())
+    assert done == ["deepspeed", "memory", *(["barrier"] if cuda else []), "groups"]

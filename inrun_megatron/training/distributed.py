@@ -183,6 +183,10 @@ def initialise(config: ParallelConfig) -> None:
         meet(config)
     _start_deepspeed(config)
     release_shared_memory()
+    if torch.cuda.is_available():
+        # DeepSpeed binds ranks to their GPUs, and torch then makes each group by ncclCommSplit of the world's communicator,
+        # during which nothing may be on its way there: rank 0 does not wait for what it has broadcast.
+        dist.barrier()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
