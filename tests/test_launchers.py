@@ -136,3 +136,74 @@ def test_a_rank_that_does_not_see_its_gpu_says_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="local rank 1 has no GPU: it sees 1"):
         meet(ParallelConfig())
+
+
+def test_ranks_that_somebody_numbered_by_half_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a scheduler of containers does that starts no torchrun in them: on a GPU LOCAL_RANK says which one is the rank's."""
+    from inrun_megatron.config import ParallelConfig
+    from inrun_megatron.errors import UserError
+    from inrun_megatron.training.distributed import meet
+
+    for name in [name for name in os.environ if name.startswith(("OMPI_", "PMI", "SLURM_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="RANK is set in the environment, but not LOCAL_RANK"):
+        meet(ParallelConfig(distributed_timeout_minutes=0.01))
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 33_000), ("7", 7)])
+def test_nccl_ends_a_rank_after_the_watchdog_has_said_whom_it_lost(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, expected: int
+) -> None:
+    """torch waits four times as long as this says, 60 s if nothing does: as long as a heartbeat may be overdue."""
+    import torch
+
+    from inrun_megatron.config import ParallelConfig
+    from inrun_megatron.training import distributed
+
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in {**rank, distributed.NCCL_PATIENCE: given or ""}.items():
+        monkeypatch.setenv(name, value)
+    if given is None:
+        monkeypatch.delenv(distributed.NCCL_PATIENCE)
+    at_start: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        distributed,
+        "_start_deepspeed",
+        lambda config: at_start.append(int(os.environ[distributed.NCCL_PATIENCE])),
+    )
+    distributed.meet(ParallelConfig(heartbeat_timeout=102.0))
+    assert at_start == [expected]
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_nothing_is_on_its_way_when_nccl_splits_the_world(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool
+) -> None:
+    """On a GPU new groups are splits of its communicator; `broadcast_object_list` returns on rank 0 before it is done."""
+    import torch
+
+    from inrun_megatron.config import ParallelConfig
+    from inrun_megatron.training import distributed
+
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "barrier", lambda: done.append("barrier"))
+    monkeypatch.setattr(distributed, "_start_deepspeed", lambda config: done.append("deepspeed"))
+    monkeypatch.setattr(distributed, "release_shared_memory", lambda: done.append("memory"))
+    groups = distributed.parallel_state
+    monkeypatch.setattr(groups, "initialize_model_parallel", lambda **options: done.append("groups"))
+    distributed.initialise(ParallelConfig())
+    assert done == ["deepspeed", "memory", *(["barrier"] if cuda else []), "groups"]

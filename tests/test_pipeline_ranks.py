@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from datetime import timedelta
 
 import torch
 
-from tests.distributed import Workers
+from inrun_megatron.config import Config, DataConfig, ParallelConfig, ShapleyConfig, TrainingConfig
+from inrun_megatron.training.deepspeed_config import merge
+from tests.distributed import Workers, run_distributed
+from tests.sequences import SEQUENCE
+from tests.small_models import VOCABULARY, model_config
 
 
 def _parameters(rank: int, world: int, shape: str, pp: int) -> dict[str, torch.Tensor]:
@@ -110,3 +115,31 @@ def test_both_number_ranks_alike_at_every_size() -> None:
         for ours, theirs in (("tp", "model"), ("dp", "data"), ("pp", "pipe")):
             if len(megatron.get_ranks(ours)[0]) > 1:  # DeepSpeed lists no groups of one rank
                 assert sorted(megatron.get_ranks(ours)) == sorted(deepspeed.get_axis_comm_lists(theirs))
+
+
+def _waits(rank: int, world: int, config: Config) -> list[timedelta]:
+    """Of every group that this rank is in, how long it waits."""
+    from torch.distributed import distributed_c10d
+
+    from inrun_megatron.training import distributed, engine
+
+    distributed.initialise(config.parallel)
+    config, deepspeed_config, batch = merge(config, 1)
+    engine.build_trainer(config, deepspeed_config, batch, VOCABULARY)
+    groups = list(distributed_c10d._world.pg_map)
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+
+
+def test_every_group_waits_as_long_as_the_flag_says() -> None:
+    """DeepSpeed's groups too, which it makes without a timeout: under NCCL ten minutes would end the run, whatever the flag."""
+    config = Config(
+        model=model_config("gpt2"),
+        data=DataConfig(data_path=("unused",), seq_length=SEQUENCE),
+        training=TrainingConfig(micro_batch_size=2, global_batch_size=4, train_iters=1, lr=0.1),
+        parallel=ParallelConfig(
+            pipeline_model_parallel_size=2, zero_stage=1, distributed_timeout_minutes=12.5
+        ),
+        shapley=ShapleyConfig(enabled=False),
+    )
+    for waits in run_distributed(_waits, 2, config, initialise=False):
+        assert set(waits) == {timedelta(minutes=12.5)} and len(waits) > 20

@@ -6,6 +6,7 @@ Started by `deepspeed` or `torchrun` (RANK, WORLD_SIZE, ... in the environment),
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import socket
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from torch.distributed import distributed_c10d
 
 from inrun_megatron.config import ParallelConfig
 from inrun_megatron.errors import UserError
@@ -31,6 +33,13 @@ _SLURM = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
 
 OPEN_FILES = 1 << 16
 """More than any rank needs; some libraries walk through all numbers up to the limit."""
+
+NCCL_PATIENCE = "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"
+"""Four times so long after NCCL has lost a peer, 60 s by default, torch ends the process with SIGABRT (`Watchdog::runLoop`
+in ProcessGroupNCCL.cpp, torch 2.13)."""
+
+VERDICT_SECONDS = 30.0
+"""More than the ranks need, once a heartbeat is overdue, to agree on who is lost and to leave (watchdog.py, verdict.py)."""
 
 
 class AgreedError(UserError):
@@ -91,8 +100,12 @@ def _discover_slurm() -> None:
 
 
 def _discover(promised: int) -> None:
-    """Fill the rendezvous variables, unless the launcher has; `promised`: the number of ranks that it started."""
-    if all(name in os.environ for name in _RENDEZVOUS):
+    """Fill the rendezvous variables, unless the launcher has; `promised`: the number of ranks that it started.
+
+    UserError where somebody has set a part of them: without LOCAL_RANK, say, no rank knows its GPU.
+    """
+    missing = [name for name in _RENDEZVOUS if name not in os.environ]
+    if not missing:
         return
     if _under_mpi():
         _discover_mpi(promised)
@@ -101,6 +114,11 @@ def _discover(promised: int) -> None:
     elif "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    else:
+        raise UserError(
+            f"RANK is set in the environment, but not {', '.join(missing)}: start the ranks with torchrun, deepspeed, mpirun "
+            f"or srun, or set what is missing for every rank (LOCAL_RANK: its number on its host, which is that of its GPU)"
+        )
 
 
 def _take_gpu(local_rank: int) -> None:
@@ -111,6 +129,16 @@ def _take_gpu(local_rank: int) -> None:
             f"see all of its GPUs (under Slurm --gpus-per-node, not --gpus-per-task)"
         )
     torch.cuda.set_device(local_rank)
+
+
+def _let_the_watchdog_speak_first(config: ParallelConfig) -> None:
+    """Keep torch from ending ranks whose peer is gone before they have heard which one it is (watchdog.py).
+
+    gloo raises an error in such a rank, which waits with it for the verdict. Under NCCL nothing is raised: a thread of torch's
+    ends the process, with rank 0 the store of the heartbeats, and the log would name ranks that were well.
+    """
+    seconds = config.heartbeat_timeout + VERDICT_SECONDS
+    os.environ.setdefault(NCCL_PATIENCE, str(math.ceil(1000 * seconds / 4)))
 
 
 def allow_many_files() -> None:
@@ -138,6 +166,7 @@ def meet(config: ParallelConfig) -> None:
         raise UserError("--distributed-backend nccl needs a GPU and torch sees none: use gloo or auto")
     if cuda:
         _take_gpu(int(os.environ["LOCAL_RANK"]))
+        _let_the_watchdog_speak_first(config)
         _start_deepspeed(config)
     elif not dist.is_initialized():
         # On CPUs DeepSpeed compiles an operator before it starts torch.distributed; it takes what is there.
@@ -154,12 +183,28 @@ def initialise(config: ParallelConfig) -> None:
         meet(config)
     _start_deepspeed(config)
     release_shared_memory()
+    if torch.cuda.is_available():
+        # DeepSpeed binds ranks to their GPUs, and torch then makes each group by ncclCommSplit of the world's communicator,
+        # during which nothing may be on its way there: rank 0 does not wait for what it has broadcast.
+        dist.barrier()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         distributed_timeout_minutes=max(1, round(config.distributed_timeout_minutes)),
         create_gloo_process_groups=False,
     )
+
+
+def limit_waits(config: ParallelConfig) -> None:
+    """Let every group of this rank wait for as long as --distributed-timeout-minutes says, whoever made it. Local.
+
+    DeepSpeed makes the groups of a pipeline without a timeout (runtime/pipe/topology.py, comm/torch.py: deepspeed 0.19), and
+    torch's own is ten minutes under NCCL: there a longer flag would end the process all the same, and before the watchdog
+    could name the rank that all wait for. Megatron's are limited in whole minutes.
+    """
+    timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def share_cores() -> None:

@@ -23,7 +23,7 @@ from inrun_megatron.models import GPT, build_gpt, cpu
 from inrun_megatron.models.pipeline import GPTPipeline, build_pipeline
 from inrun_megatron.models.recompute import Wrap, enable_recompute
 from inrun_megatron.training.deepspeed_config import Batch
-from inrun_megatron.training.distributed import Mpu
+from inrun_megatron.training.distributed import Mpu, limit_waits
 from inrun_megatron.training.optimizer import build_optimizer, build_schedule
 
 MONITOR_SECTIONS = ("tensorboard", "csv_monitor", "wandb", "comet")
@@ -75,6 +75,7 @@ def build_trainer(config: Config, deepspeed_config: dict[str, Any], batch: Batch
         mpu=None if pipeline else Mpu(),  # a PipelineModule brings its own
         dist_init_required=False,
     )
+    limit_waits(config.parallel)
     keep_fp32_norm(engine)
     if config.parallel.sequence_parallel:
         sum_sequence_parallel_gradients(engine.module, parallel_state.get_tensor_model_parallel_group())
