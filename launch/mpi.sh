@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 PYTHON=.venv/bin/python                    # EDIT: of the environment that has this package; the same path on every host
 HOSTS=node1:8,node2:8                      # EDIT: host:ranks, ...; mpirun only
 export NCCL_SOCKET_IFNAME=^lo,docker0      # EDIT: the network between the hosts
+export CUDA_DEVICE_MAX_CONNECTIONS=1       # EDIT: leave out without tensor parallelism (docs/clusters.md)
 EXTRA="--map-by slot"                      # EDIT: more flags for mpirun
 SRUN="--mpi=pmix"                          # EDIT: what `srun --mpi=list` offers (pmi2 with an MPICH library)
 
@@ -21,7 +22,7 @@ fi
 ranks=0
 for host in ${HOSTS//,/ }; do ranks=$((ranks + ${host#*:})); done
 forward=""
-for name in PATH OMP_NUM_THREADS DS_ACCELERATOR TORCH_EXTENSIONS_DIR PYTHONPATH $(compgen -e | grep -E '^(NCCL|GLOO|TORCH|HF)_' || true); do
+for name in PATH OMP_NUM_THREADS DS_ACCELERATOR TORCH_EXTENSIONS_DIR PYTHONPATH CUDA_DEVICE_MAX_CONNECTIONS $(compgen -e | grep -E '^(NCCL|GLOO|TORCH|HF)_' || true); do
     if [ -n "${!name:-}" ]; then forward="$forward -x $name"; fi
 done
 # shellcheck disable=SC2086

@@ -14,6 +14,7 @@ RENDEZVOUS=node1:29400                     # EDIT: one of the hosts, and a free 
 JOB=pretrain                               # EDIT: a name that no other run uses at the same time
 RESTARTS=3                                 # EDIT: how often the ranks are started again after one was lost
 export NCCL_SOCKET_IFNAME=^lo,docker0      # EDIT: the network between the hosts
+export CUDA_DEVICE_MAX_CONNECTIONS=1       # EDIT: leave out without tensor parallelism (docs/clusters.md)
 
 # The agent's own store cannot be shared with ranks that are started again (pytorch issues 135712 and 167288).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
