@@ -4,15 +4,17 @@ PYTHON ?= python3.11
 BIN    := $(VENV)/bin
 # Where torch's CPU builds live, asked only if the configured package index has none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-STACK  ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
-TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints/$(if $(filter cpu,$(STACK)),cpu,common).txt)
+GPU    := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+# A file of constraints/: cpu, cuda; lowest, newest (give them a VENV of their own).
+STACK  ?= $(if $(GPU),cuda,cpu)
+TORCH  := $(shell sed -n '/^torch==/p' constraints/$(STACK).txt constraints/common.txt | head -n 1)
 READY  := $(VENV)/.ready-$(STACK)
 
 export OMP_NUM_THREADS ?= 1
 # DeepSpeed compiles an operator here: one folder per environment, or two environments would rebuild it in turn.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-ifeq ($(STACK),cpu)
+ifeq ($(GPU),)
 export DS_ACCELERATOR := cpu
 endif
 
@@ -22,7 +24,7 @@ help:           ## list the targets
 
 setup: $(READY) ## create .venv with the pinned stack
 
-$(READY): pyproject.toml constraints/common.txt constraints/cpu.txt constraints/cuda.txt
+$(READY): pyproject.toml constraints/common.txt constraints/$(STACK).txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)" \
 	  || $(BIN)/pip install -q --disable-pip-version-check --extra-index-url $(TORCH_CPU_INDEX) "$(TORCH)"

@@ -6,7 +6,11 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "inrun_megatron"
@@ -69,3 +73,23 @@ def test_the_commands_need_no_torch() -> None:
     code = "import sys, inrun_megatron.cli; print([name for name in ('torch', 'megatron', 'deepspeed') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_floors_are_the_versions_that_are_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floors = {
+        requirement.name: requirement.specifier
+        for requirement in map(
+            Requirement, project["dependencies"] + project["optional-dependencies"]["test"]
+        )
+    }
+    for name in ("lowest", "newest"):
+        lines = (ROOT / "constraints" / f"{name}.txt").read_text().splitlines()
+        pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+        assert floors.keys() <= pinned.keys()
+        assert all(specifier.contains(pinned[package]) for package, specifier in floors.items())
+        if name == "lowest":
+            wanted = {
+                package: Version(str(specifier).removeprefix(">=")) for package, specifier in floors.items()
+            }
+            assert {package: Version(pinned[package]) for package in floors} == wanted
