@@ -168,7 +168,12 @@ def _used_by_some(rank: int, world: int, residence: Residence) -> list[bool]:
 
     groups, weights = _groups(residence, world, rank)
     directions = Directions(groups, {}, Layout.data_parallel(), 2)
-    passed_by = {(0, 0): weights[1:2], (0, 1): weights[1:3], (1, 0): [], (1, 1): weights[3:]}  # (target, rank)
+    passed_by = {
+        (0, 0): weights[1:2],
+        (0, 1): weights[1:3],
+        (1, 0): [],
+        (1, 1): weights[3:],
+    }  # (target, rank)
 
     def users(target: int, weight: Parameter) -> int:
         return sum(all(weight is not left for left in passed_by[target, r]) for r in range(world))
