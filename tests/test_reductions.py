@@ -161,9 +161,46 @@ def test_what_nothing_was_added_to_is_zero(stored: torch.dtype) -> None:
     assert {value for shards in own for value in shards[0]} == {0.0}
 
 
+def _used_by_some(rank: int, world: int, residence: Residence) -> list[bool]:
+    """Whether sums are right in three steps in which rank 1, and everywhere the first target, passes some weights by."""
+    from inrun_megatron.directions import Directions
+    from inrun_megatron.parallel import Layout
+
+    groups, weights = _groups(residence, world, rank)
+    directions = Directions(groups, {}, Layout.data_parallel(), 2)
+    passed_by = {
+        (0, 0): weights[1:2],
+        (0, 1): weights[1:3],
+        (1, 0): [],
+        (1, 1): weights[3:],
+    }  # (target, rank)
+
+    def users(target: int, weight: Parameter) -> int:
+        return sum(all(weight is not left for left in passed_by[target, r]) for r in range(world))
+
+    right = []
+    for _ in range(3):
+        directions.zero()
+        for k in range(2):
+            for weight in reversed(weights):
+                if all(weight is not left for left in passed_by[k, rank]):
+                    directions.accumulate(k, weight, adding(torch.ones_like(weight)), last=True)
+        directions.reduce()
+        publish_sums(directions)
+        found = [[set(row.flatten().tolist()) for row in directions.of(weight)] for weight in weights]
+        right.append(found == [[{float(users(k, weight))} for k in range(2)] for weight in weights])
+    return right
+
+
+@pytest.mark.parametrize("residence", [Residence.REPLICATED, Residence.FLAT])
+def test_layers_that_some_ranks_or_targets_pass_by(residence: Residence) -> None:
+    """What lay in the sums of an unused layer must not be sent, where the other ranks use it."""
+    assert run_distributed(_used_by_some, 2, residence) == [[True] * 3] * 2
+
+
 def test_a_use_that_comes_too_late_is_an_error() -> None:
     with pytest.raises(
-        DistributedError, match=r"shape \(7, 3\) is used 2 times in a validation microbatch, 1 times"
+        DistributedError, match=r"shape \(7, 3\) is used 2 times in the last microbatch of a pass, 1 times"
     ):
         run_distributed(_used_more_often, 2)
 

@@ -8,8 +8,9 @@ target's sums travel while the next one's passes run:
     stages 1, 2  a reduce-scatter of it in equal parts, which go to their owners at the end (engines/buckets.py)
     stage 3      a reduce-scatter of every layer, which runs while the next layer's gradient is computed
 
-The first step counts how often a parameter is used in a microbatch (twice, where embeddings are tied); until then everything
-is sent at the end, as is always what a pipeline's other stage adds to. Buckets are sent in one order, fixed by the
+The first step counts how often each target uses a parameter in a microbatch on this rank (twice, where embeddings are tied; not
+at all, where its sequences pass a layer by); until then everything is sent at the end, as is always what a pipeline's other stage
+adds to. Buckets are sent in one order, fixed by the
 layout, so that ranks never wait for each other's.
 """
 
@@ -64,7 +65,7 @@ class Reductions:
             first = next(place for place, bucket in enumerate(self._order) if bucket.group == index)
             for span in groups[index].spans:
                 self._in[id(span.parameter)] = [first + place for place in buckets[index].meets(span)]
-        self._uses: Counter[int] | None = None  # of each parameter in a microbatch
+        self._uses: list[Counter[int]] | None = None  # by target: of each parameter in a microbatch
         self._layers: deque[tuple[dist.Work, Tensor, Tensor, Tensor]] = deque()
         self.hold(())
         self.begin()
@@ -83,15 +84,20 @@ class Reductions:
     def begin(self) -> None:
         """Nothing has been added up."""
         self._seen: list[Counter[int]] = [Counter() for _ in range(self._targets)]
-        self._missing = [self._expected() for _ in range(self._targets)]
+        self._missing = [self._expected(target) for target in range(self._targets)]
         self._works: list[dist.Work] = []
         self._parts: dict[tuple[int, int], dict[int, Tensor]] = {}  # by group and target: by lower bound
         self._layers.clear()
 
-    def _expected(self) -> list[int]:
+    def unused(self, target: int) -> list[int]:
+        """Parameters (by ``id``) that no bucket waits for, as the target does not use them here: their sums must be zero
+        beforehand, since other ranks may use them. Of flat groups; none before the first step is over."""
+        return [] if self._uses is None else [key for key in self._in if key not in self._uses[target]]
+
+    def _expected(self, target: int) -> list[int]:
         """Parameters that each bucket waits for."""
         missing = [0] * len(self._order)
-        for key in self._uses or ():
+        for key in () if self._uses is None else self._uses[target]:
             for place in self._in[key]:
                 missing[place] += 1
         return missing
@@ -108,12 +114,12 @@ class Reductions:
             return
         key, seen = id(parameter), self._seen[target]
         seen[key] += 1
-        if self._uses is None or seen[key] < self._uses[key]:
+        if self._uses is None or seen[key] < self._uses[target][key]:
             return
-        if seen[key] > self._uses[key]:
+        if seen[key] > self._uses[target][key]:
             raise UserError(
-                f"a parameter of shape {tuple(parameter.shape)} is used {seen[key]} times in a validation microbatch, "
-                f"{self._uses[key]} times in the first step's: sums are sent when the last use has been added; "
+                f"a parameter of shape {tuple(parameter.shape)} is used {seen[key]} times in the last microbatch of a pass, "
+                f"{self._uses[target][key]} times in that of the first step: sums are sent when the last use has been added; "
                 f"score models that use their layers equally often"
             )
         for place in self._in[key]:
@@ -149,8 +155,8 @@ class Reductions:
             group, own = self._groups[index], self._buckets[index]
             in_order = [parts.pop(lo) for lo, _ in own.bounds]
             own.to_owners(in_order, sums[index][target, group.start : group.stop])
-        if self._uses is None and self._seen[0]:
-            self._uses = self._seen[0]
+        if self._uses is None and any(self._seen):
+            self._uses = self._seen
         self.begin()
 
     # -- stage 3 ---------------------------------------------------------------------------------------

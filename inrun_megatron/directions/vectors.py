@@ -158,6 +158,8 @@ class Directions:
             elif self._rounds:
                 for lo, hi in group.gaps():
                     buffer[:, lo:hi].zero_()
+        for target in range(self.targets):  # no backward writes these before their buckets are sent
+            self._begin([(key, self._places[key]) for key in self._reductions.unused(target)], target)
 
     def accumulate(
         self, target: int, parameter: Parameter, add_to: Callable[[Tensor, bool], None], *, last: bool = False
@@ -194,12 +196,16 @@ class Directions:
 
     def _begin_untouched(self, places: Iterable[tuple[int, _Place]]) -> None:
         """Zero the sums of those parameters to which nothing has been added."""
-        for target, begun in enumerate(self._begun):
-            for key, place in places:
-                partitioned = self.groups[place.group].residence is Residence.PARTITIONED
-                if not partitioned and key not in begun:
-                    self._sums[place.group][target, place.start : place.start + place.numel].zero_()
-                    begun.add(key)
+        for target in range(self.targets):
+            self._begin(places, target)
+
+    def _begin(self, places: Iterable[tuple[int, _Place]], target: int) -> None:
+        begun = self._begun[target]
+        for key, place in places:
+            partitioned = self.groups[place.group].residence is Residence.PARTITIONED
+            if not partitioned and key not in begun:
+                self._sums[place.group][target, place.start : place.start + place.numel].zero_()
+                begun.add(key)
 
     def reduce(self) -> None:
         """Sum over ranks; afterwards this rank's shard holds ``grad L_k`` (times the loss scale)."""

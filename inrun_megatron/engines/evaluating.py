@@ -1,4 +1,4 @@
-"""Evaluation mode for a while, and the sums of losses in it."""
+"""Evaluation mode for a while, and the sums of losses in it; buffers of the model kept over a pass in training mode."""
 
 from __future__ import annotations
 
@@ -24,6 +24,25 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule in training:
             submodule.training = True
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers are what they were: a forward in training mode may move them (running means, counters)."""
+    kept = [
+        (owner, name, buffer, buffer._version, buffer.clone())
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for owner, name, buffer, version, before in kept:
+                if buffer._version != version:
+                    buffer.copy_(before)
+                owner._buffers[name] = buffer
 
 
 def loss_sums(

@@ -25,6 +25,12 @@ _NO_JACOBIAN = {
 def require_known(optimizer: torch.optim.Optimizer) -> None:
     """Raise UserError where the optimizer's step has no known Jacobian."""
     name = type(optimizer).__name__
+    if name in ADAM_NAMES | SGD_NAMES and not _is_of(optimizer):
+        raise UserError(
+            f"optimizer {type(optimizer).__module__}.{name} has the name of one with a known Jacobian, and is none of torch's, "
+            f"DeepSpeed's or Apex's: its state may be another; use one of these, or the paper's SGD proxy with "
+            f"--shapley-optimizer sgd"
+        )
     if name not in ADAM_NAMES | SGD_NAMES:
         reason = next((why for part, why in _NO_JACOBIAN.items() if part in name.lower()), "")
         raise UserError(
@@ -35,6 +41,22 @@ def require_known(optimizer: torch.optim.Optimizer) -> None:
         for flag in ("amsgrad", "maximize"):
             if group.get(flag):
                 raise UserError(f"optimizer {name} with {flag}=True has no known Jacobian; set {flag}=False")
+
+
+def _is_of(optimizer: torch.optim.Optimizer) -> bool:
+    """Is it torch's Adam, AdamW or SGD, a class of that name made of it, or DeepSpeed's or Apex's? Others (bitsandbytes)
+    keep other states under the same name."""
+    made_of = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+    return isinstance(optimizer, made_of) or type(optimizer).__module__.partition(".")[0] in (
+        "deepspeed",
+        "apex",
+    )
+
+
+def settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a parameter group that `coming_step` reads, those on a device left out: they would be waited for."""
+    names = ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov")
+    return {name: group[name] for name in names if name in group and not isinstance(group[name], Tensor)}
 
 
 def is_adam(optimizer: torch.optim.Optimizer) -> bool:

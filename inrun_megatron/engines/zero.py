@@ -28,6 +28,7 @@ class ZeroAdapter(OptimizerState):
         _refuse_unsupported(engine, layout)
         super().__init__(engine, layout)
         self._require_all_stepped()
+        self._sizes = self._group_sizes()
         if self.is_bare:
             keep_fp32_norm(engine)
         elif hasattr(engine.optimizer, "fp32_groups") and layout.tp_size > 1:
@@ -35,13 +36,32 @@ class ZeroAdapter(OptimizerState):
             mark_tensor_parallel_gradients(engine.module)
 
     def _require_all_stepped(self) -> None:
-        stepped = {id(span.parameter) for group in self.groups for span in group.spans}
-        named = self.engine.module.named_parameters()
+        stepped = {id(span.parameter): span.parameter for group in self.groups for span in group.spans}
+        named = list(self.engine.module.named_parameters())
         left = [name for name, p in named if p.requires_grad and id(p) not in stepped]
         if left:
             raise UserError(
                 f"the optimizer does not step {', '.join(left[:5])}{', ...' if len(left) > 5 else ''}, which need gradients: "
                 f"give it to the optimizer or freeze it (requires_grad=False)"
+            )
+        strangers = stepped.keys() - {id(p) for _, p in named}
+        if strangers:
+            shapes = ", ".join(str(tuple(stepped[key].shape)) for key in list(strangers)[:5])
+            raise UserError(
+                f"the optimizer steps parameters that are not in the engine's module ({len(strangers)}, of shape {shapes}), where no "
+                f"tap sees them: move them into the module, in a layer that can be tapped, or leave them out of the optimizer"
+            )
+
+    def _group_sizes(self) -> list[int]:
+        """Parameters of every group of the optimizer, where it steps the layers' own; its wrappers show one at a time."""
+        return [len(group["params"]) for group in self.inner.param_groups] if self.is_bare else []
+
+    def require_unchanged(self) -> None:
+        """Raise UserError where the optimizer has got further parameters since: no tap sees them."""
+        if self._group_sizes() != self._sizes:
+            raise UserError(
+                f"the optimizer has parameter groups of {self._group_sizes()} parameters, and had {self._sizes} when InRunShapley "
+                f"was made; close() before a model is changed, and make a new InRunShapley afterwards"
             )
 
     @property

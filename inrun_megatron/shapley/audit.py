@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..directions import Directions
 from ..engines import ZeroAdapter
+from ..engines.inner import settings_of
+from ..errors import UserError
 
 
 class AdditivityProbe:
@@ -33,12 +35,31 @@ class AdditivityProbe:
             for piece in group.pieces
         }
         self._total: Tensor | None = None
+        self._inner = adapter.inner
+        # Hyperparameters that directions were made for, by parameter group; and the first that is another in the step.
+        self._settings: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._changed: tuple[str, Any, Any] | None = None
         self._hook = adapter.inner.register_step_pre_hook(self._before_step)
 
     def arm(self) -> None:
         """Watch the next optimizer step."""
         vectors = sum(directions.targets for directions in self._watched)
         self._total = torch.zeros(vectors, dtype=torch.float64, device=self._watched[0].device)
+        self._settings = [(group, settings_of(group)) for group in self._inner.param_groups]
+        self._changed = None
+
+    def require_unchanged(self, iteration: int) -> None:
+        """The step must have had the hyperparameters that its directions were made for; after it.
+
+        Raises:
+            UserError: names the first that had another value: both sides of the audit would be off by the same factor.
+        """
+        if self._changed is not None:
+            name, before, now = self._changed
+            raise UserError(
+                f"the optimizer took step {iteration} with {name} {now}, but it was {before} when the step began and its directions "
+                f"were made: set hyperparameters before `with shapley.step(...)`, or after the engine's step"
+            )
 
     def disarm(self) -> None:
         """Stop watching; what was seen is dropped."""
@@ -50,6 +71,13 @@ class AdditivityProbe:
         total, self._total = self._total, None
         return total
 
+    def _compare(self, group: dict[str, Any]) -> None:
+        before = next((settings for known, settings in self._settings if known is group), None)
+        now = settings_of(group)
+        if before is not None and before != now and self._changed is None:
+            name = next(name for name in before if before[name] != now.get(name))
+            self._changed = name, before[name], now.get(name)
+
     def remove(self) -> None:
         """Take the hook out of the optimizer."""
         self._hook.remove()
@@ -60,6 +88,7 @@ class AdditivityProbe:
             return
         # ZeRO steps its groups one after another, with param_groups showing one at a time.
         for group in optimizer.param_groups:
+            self._compare(group)
             for tensor in group["params"]:
                 if tensor.grad is not None and id(tensor) in self._where:
                     index, start = self._where[id(tensor)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..directions import Directions
 from ..engines import ZeroAdapter
 from ..engines.evaluating import evaluating, loss_sums
+from ..errors import UserError
 from ..losses import masked_mean
 from ..taps import Consumer, Pass, Taps
 
@@ -82,8 +83,9 @@ class ModulePasses:
         scale = self._adapter.loss_scale()
         with self._taps.during(Pass(consumers=(task.consumer,), detached=True, arriving=arriving)):
             losses = self._loss_fn(self._module, task.microbatch).float()
+            _require_token_losses(losses, task.microbatch)
             loss = task.loss(losses)
-            with self._taps.untouched():
+            with self._taps.untouched(loss):
                 (loss if scale == 1.0 else loss * scale).backward()
 
     def loss_sum(self, microbatches: Sequence[Microbatch]) -> Tensor:
@@ -94,6 +96,16 @@ class ModulePasses:
 
     def join(self, directions: Directions) -> None:
         """One rank's module holds both uses of a tied weight."""
+
+
+def _require_token_losses(losses: Tensor, microbatch: Microbatch) -> None:
+    """Raise UserError where losses do not lie as their mask does: a mean, say, or one that would be broadcast."""
+    wanted = list(microbatch["loss_mask"].shape)
+    if list(losses.shape) != wanted:
+        raise UserError(
+            f"loss_fn returned losses of shape {list(losses.shape)} for a loss_mask of shape {wanted}: return the losses of all "
+            f"tokens, unreduced, in the shape of the mask"
+        )
 
 
 def mean_loss(losses: Tensor, microbatch: Microbatch) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from ..directions import Directions
 from ..engines import ZeroAdapter, rng
-from ..engines.evaluating import over_ranks
+from ..engines.evaluating import buffers_kept, over_ranks
 from ..engines.inner import coming_step, is_adam
 from ..engines.lookahead import Lookahead
 from ..engines.shards import Piece
@@ -175,7 +175,8 @@ class Preparation:
         def loss(microbatch: Microbatch) -> Callable[[Tensor], Tensor]:
             return lambda losses: self.training_loss(losses, microbatch) / expected
 
-        with rng.kept(self.directions.device):  # the real pass draws the same dropout masks
+        # The real pass draws the same dropout masks, and is the one that moves running means.
+        with rng.kept(self.directions.device), buffers_kept(self.adapter.engine.module):
             tasks = [
                 Task(m, DirectionFiller(batch, 0, last=i == expected), loss(m))
                 for i, m in enumerate(microbatches, start=1)

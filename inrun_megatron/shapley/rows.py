@@ -66,6 +66,11 @@ class StepRows:
             UserError: shapes that do not fit.
         """
         dataset, sample = _on_host(dataset), _on_host(sample)
+        if dataset.shape != sample.shape or sample.dim() != 1:
+            raise UserError(
+                f"dataset of shape {list(dataset.shape)} and sample of shape {list(sample.shape)}: pass the number of the dataset "
+                f"and of the sample for each row of the microbatch, both of shape [b]"
+            )
         tokens = torch.as_tensor(tokens)
         if not _is_on_host(tokens):
             tokens = tokens.to(self.device)
@@ -84,6 +89,11 @@ class StepRows:
         dots = torch.zeros(count, self.targets, dtype=torch.float64, device=self.device)
         self.microbatches.append(MicrobatchRows(dataset, sample, tokens, dots, cut))
         return self.microbatches[-1]
+
+    @property
+    def samples(self) -> int:
+        """Rows of all microbatches."""
+        return sum(len(microbatch.sample) for microbatch in self.microbatches)
 
     def dots(self) -> Tensor:
         """All partial dots, ``[parts, K]``."""
@@ -129,5 +139,4 @@ class StepRows:
     def of_samples(self, parts: Tensor) -> Tensor:
         """Values of the rows, ``[rows, K]``, from those of their parts ``[parts, K]``: sums in fp64."""
         rows, _ = self.places()
-        count = sum(len(microbatch.sample) for microbatch in self.microbatches)
-        return torch.zeros(count, parts.shape[1], dtype=parts.dtype).index_add_(0, rows, parts)
+        return torch.zeros(self.samples, parts.shape[1], dtype=parts.dtype).index_add_(0, rows, parts)

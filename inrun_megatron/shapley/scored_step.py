@@ -67,7 +67,11 @@ class ScoredStep:
         self._path_norm: Tensor | None = None  # of the gradient that was integrated along
         self.loss_scale, self._unscale = 1.0, 1.0  # of the backward, and what the optimizer divides by
         self._steps_before = 0  # of the engine
+        self._early = (
+            0  # microbatches that went through samples() until the engine stepped, if further ones came
+        )
         self._factor = 1.0  # of values from an older direction
+        self._samples = 0  # of all replicas, whose microbatches may differ in size
         # Read before engine.step(), which may move the schedule on.
         self._lr = float(owner.adapter.inner.param_groups[0]["lr"])
 
@@ -85,6 +89,7 @@ class ScoredStep:
         """What must be read before the step; the additivity probe watches it."""
         owner, result = self.owner, self.result
         owner.taps.require_unchanged()
+        owner.adapter.require_unchanged()
         owner.require_rows_apart()
         result.status = "scored"
         start = owner.estimator.start
@@ -123,6 +128,8 @@ class ScoredStep:
         scorer = self.scorer(dataset, sample, tokens, segments) if self.result.scored else None
         if scorer is not None:
             consumers = (scorer, *consumers)
+        if not self._early and owner.adapter.steps_taken != self._steps_before:
+            self._early = self._microbatches
         run = Pass(consumers=consumers, microbatch=self._microbatches) if consumers else None
         self._microbatches += 1
         with owner.taps.during(run):
@@ -149,7 +156,9 @@ class ScoredStep:
                 seen=len(self._rows),
                 accumulated=owner.adapter.gradient_accumulation_steps,
                 steps=owner.adapter.steps_taken - self._steps_before,
+                early=self._early,
             )
+            owner.probe.require_unchanged(self.iteration)
         with self.scoring.running():
             if result.scored and not owner.adapter.step_applied():
                 result.status = "skipped: overflow"
@@ -158,9 +167,9 @@ class ScoredStep:
             clip = owner.adapter.clip_coefficients(
                 torch.zeros((), device=owner.device) if norm is None else norm
             )
-            scores = figures = along = tokens = None
+            scores = figures = along = samples = tokens = None
             if result.scored:
-                scores, figures, along = self._sum_scores(clip)
+                scores, figures, along, samples = self._sum_scores(clip)
                 tokens = self._rows.unread()
             else:
                 owner.probe.disarm()
@@ -173,6 +182,7 @@ class ScoredStep:
             scores=scores,
             figures=figures,
             along=along,
+            samples=samples,
             tokens=tokens,
         )
         started = time.perf_counter()
@@ -196,15 +206,16 @@ class ScoredStep:
                 stepped=result.gradient_norm,
                 along=float(read["along"]),
             )
+        self._samples = round(float(read["samples"]))
         self._rows.read(read["tokens"])
         self._fill_values(torch.from_numpy(read["scores"]), read["figures"].tolist())
         if not result.scored:  # what spoiled this step's values may be in its directions
             self.owner.refresh.expire()
 
-    def _sum_scores(self, clip: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _sum_scores(self, clip: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Values of all parts ``[parts, K]``; over all ranks ``[4, K]``: sums, ``<d, c_t G_t>``, the drift terms, with stages
-        four rows more, sums of this step's factors and of their squares; and, of path estimators, ``<p, c_t G_t> / |p|^2``
-        with the p that was integrated along: 1 if it is what is stepped."""
+        four rows more, sums of this step's factors and of their squares; of path estimators, ``<p, c_t G_t> / |p|^2``
+        with the p that was integrated along: 1 if it is what is stepped; and the number of samples of all replicas."""
         owner, layout = self.owner, self.owner.layout
         for scorer in self._scorers:  # of backwards that ran outside their ``samples`` block
             scorer.flush()
@@ -224,14 +235,15 @@ class ScoredStep:
             credit = self.result.credit_factor or 0.0
             factors = (self._factor, self._factor**2, credit, credit**2)
             rows += [torch.full_like(scores[0], factor) for factor in factors]
+        own = self._rows.samples if layout.writes_ledger else 0
         # All of them, and the path, need sums over all ranks: one small all-reduce.
-        sums = torch.cat([*rows, products[targets:]])
+        sums = torch.cat([*rows, products[targets:], scores.new_full((1,), own)])
         dist.all_reduce(sums)
         figures = sums[: len(rows) * targets].view(len(rows), targets)
         if self._path_norm is None:
-            return scores, figures, None
+            return scores, figures, None, sums[-1]
         path = self._path_norm * owner.adapter.clip_coefficients(self._path_norm)
-        return scores, figures, sums[-1] / path.square()
+        return scores, figures, sums[-2] / path.square(), sums[-1]
 
     def _fill_values(self, scores: Tensor, figures: list[list[float]]) -> None:
         """What ``_sum_scores`` made, on the host."""
@@ -270,7 +282,6 @@ class ScoredStep:
         owner, result = self.owner, self.result
         if owner.ledger is None:
             return
-        rows = 0
         if result.scored:
             assert result.values is not None and result.parts is not None and result.places is not None
             dataset, sample, tokens = (column.numpy() for column in self._rows.joined())
@@ -282,14 +293,13 @@ class ScoredStep:
                 result.parts.numpy(),
                 segment=result.places[1].numpy(),
             )
-            rows = len(result.values) * owner.layout.dp_size
         if owner.ledger.writer == 0:
             owner.ledger.append_step(
                 StepRecord(
                     step=self.iteration,
                     status=result.status,
                     consumed_samples=self.consumed_samples,
-                    samples=rows,
+                    samples=self._samples if result.scored else 0,
                     lr=self._lr,
                     train_loss=self.train_loss,
                     grad_norm=result.gradient_norm,

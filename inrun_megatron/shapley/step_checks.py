@@ -16,18 +16,24 @@ APART = 1e-5
 """Relative deviation of ranks' factors from each other from which on they are not one number."""
 
 
-def require_one_step(iteration: int, *, seen: int, accumulated: int, steps: int) -> None:
+def require_one_step(iteration: int, *, seen: int, accumulated: int, steps: int, early: int = 0) -> None:
     """Raise UserError where a step's microbatches are not those of one step of the optimizer.
 
     Args:
         seen: microbatches that went through ``samples``.
         accumulated: microbatches of one step of the engine.
         steps: of the engine's optimizer meanwhile.
+        early: microbatches that came before the engine's step, if others came after it; else 0.
     """
     if seen != accumulated or steps != 1:
         raise UserError(
             f"step {iteration} saw {seen} microbatches and {steps} steps of the engine's optimizer, but the engine accumulates "
             f"{accumulated}; put all microbatches of one optimizer step inside one `with shapley.step(...)`"
+        )
+    if early:
+        raise UserError(
+            f"step {iteration} began in the middle of an accumulation: the engine stepped after {early} of its {seen} microbatches, "
+            f"and the others wait for the next step; put all microbatches of one optimizer step inside one `with shapley.step(...)`"
         )
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from .emission import Pass, Sharding
@@ -105,16 +105,19 @@ class Taps:
             self.current = previous
 
     @contextmanager
-    def untouched(self) -> Iterator[None]:
-        """The backward of a detached pass happens inside, which no parameter may see. The first one is watched.
+    def untouched(self, loss: Tensor | None = None) -> Iterator[None]:
+        """The backward of a detached pass, from ``loss``, happens inside, which no parameter may see. The first one is watched.
 
         Raises:
             UserError: names a parameter that is used outside its tapped module too, for example by ``F.linear(x,
                 embedding.weight)``: it would train on the validation gradient, and lack a part of its samples' values.
+                Or ``loss`` depends on a parameter that is not in the model at all.
         """
         if self._watched:
             yield
             return
+        if loss is not None:
+            self._refuse_strangers(loss)
 
         def refuse(name: str) -> Callable[[object], None]:
             def hook(_: object) -> None:
@@ -133,6 +136,24 @@ class Taps:
             for hook in hooks:
                 hook.remove()
         self._watched = True
+
+    def _refuse_strangers(self, loss: Tensor) -> None:
+        """The loss of a detached pass may have no parameters beside the model's, which hooks watch; see ``untouched``."""
+        own = {id(p) for p in self.model.parameters()}
+        seen, nodes = set(), [loss.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in own:
+                raise UserError(
+                    f"the loss function trains a parameter of shape {tuple(leaf.shape)} that is not in the engine's module: "
+                    f"validation would leave a gradient in it; move it into the module, in a layer that can be tapped, or "
+                    f"detach it in the loss function"
+                )
+            nodes += [following for following, _ in node.next_functions]
 
     def capture(self, function: Callable[..., object]) -> Callable[..., object]:
         """``function``, later called as if in the pass that is current now.
@@ -231,6 +252,12 @@ def require_forward(module: nn.Module, kind: type[nn.Module], name: str) -> None
         )
 
 
+def computes_weight(module: nn.Module) -> bool:
+    """Is the weight of a plain layer no parameter, but made of others (weight_norm, parametrize)? A tap would see the result only."""
+    kinds = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
+    return isinstance(module, kinds) and "weight" not in module._parameters
+
+
 def _attacher(module: nn.Module) -> Attacher | None:
     for kind in type(module).__mro__:
         if kind in REGISTRY:
@@ -289,6 +316,13 @@ def _require_full_coverage(taps: Taps) -> None:
         remedy = f"freeze them (requires_grad=False), use a supported layer, or register a tap for the type (supported: {supported})"
         if all(name in owners and _attacher(owners[name]) is not None for name in coverage.missing):
             remedy = "a layer has one where its weight trains: freeze them, too (requires_grad=False), or train the weights"
+        computing = [name for name, module in model.named_modules() if computes_weight(module)]
+        made = [n for n in computing if any(name.startswith(f"{n}.") for name in coverage.missing)]
+        if made:
+            remedy = (
+                f"the weight of {made[0]} is computed from others (weight_norm, parametrize), which no tap sees: make it a "
+                f"parameter again (remove_parametrizations, remove_weight_norm), or freeze all of the layer (requires_grad=False)"
+            )
         raise UserError(
             f"{len(coverage.missing)} of {coverage.parameters} trainable parameters have no tap: {listed}{more}; {remedy}"
         )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .attach import Taps, register, require_forward
+from .attach import Taps, computes_weight, register, require_forward
 from .bias import bias as tapped_bias
 from .embedding import EmbeddingCall, embedding
 from .emission import Call, Sharding, Site
@@ -36,7 +36,7 @@ def tensor_parallel_place() -> tuple[int, int]:
 
 @register(nn.Linear)
 def _linear(taps: Taps, module: Any, name: str) -> None:
-    if not module.weight.requires_grad:
+    if computes_weight(module) or not module.weight.requires_grad:
         return
     require_forward(module, nn.Linear, name)
     rank, size = tensor_parallel_place()
@@ -59,7 +59,7 @@ def _linear(taps: Taps, module: Any, name: str) -> None:
 
 @register(nn.Embedding)
 def _embedding(taps: Taps, module: Any, name: str) -> None:
-    if not module.weight.requires_grad:
+    if computes_weight(module) or not module.weight.requires_grad:
         return
     require_forward(module, nn.Embedding, name)
     if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
@@ -81,13 +81,16 @@ def _embedding(taps: Taps, module: Any, name: str) -> None:
 
 
 def _norm(taps: Taps, module: Any, name: str, kind: type[nn.Module]) -> None:
+    if computes_weight(module):
+        return
     weight: nn.Parameter | None = module.weight
     shift: nn.Parameter | None = getattr(module, "bias", None)
     if weight is None or not weight.requires_grad:
         return
     require_forward(module, kind, name)
-    if weight.dim() != 1:
-        raise UserError(f"norm {name} is over {weight.dim()} dimensions; only the last one is supported")
+    over = len(module.normalized_shape)  # ZeRO-3 leaves the weight itself without its shape
+    if over != 1:
+        raise UserError(f"norm {name} is over {over} dimensions; only the last one is supported")
     rank, size = tensor_parallel_place()
     site = Site(name, "norm", place(weight), 1 if taps.sequence_first else 0, rank, size)
     if site.replicated and _sees_own_heads(taps, module, name):
@@ -130,3 +133,14 @@ def _batch_norm(taps: Taps, module: Any, name: str) -> None:
             f"layer {name} is a {type(module).__name__}, through which rows change each other's losses, so that no row has a "
             f"gradient of its own; use a norm over features, or freeze its statistics with eval()"
         )
+    own = module.forward
+
+    def forward(input: Tensor) -> Tensor:
+        if module.training:
+            raise UserError(
+                f"layer {name} is a {type(module).__name__} and has been put into training mode since taps were attached, where "
+                f"rows change each other's losses: call its eval() again after train() of the whole model"
+            )
+        return own(input)  # type: ignore[no-any-return]
+
+    module.forward = forward
