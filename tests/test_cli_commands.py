@@ -291,7 +291,7 @@ BAD = [
     (("summary", "{run}", "-n", "-1"), "-n -1 is no number"),
     (("show", "{run}", "--sample", "code:1", "--characters", "1"), "--characters 1 shows no text"),
     (("top",), "Missing argument 'RUN'"),
-    (("top", "{run}", "--bogus"), "No such option: --bogus"),
+    (("top", "{run}", "--bogus"), "No such option"),
     (("top", "{tmp}/nowhere"), "does not exist"),
     (("verify", "{tmp}"), "holds no ledger"),
     (("summary", "{empty}"), "has no committed step: no step is scored"),

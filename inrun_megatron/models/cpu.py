@@ -1,6 +1,6 @@
 """What megatron-core needs to run on a machine without CUDA.
 
-Two things in megatron-core 0.16 ask for CUDA although nothing in the computation does:
+Two things in megatron-core (0.16 to 0.19) ask for CUDA although nothing in the computation does:
 
 * `RotaryEmbedding.get_emb` (megatron/core/models/common/embeddings/rotary_pos_embedding.py) and the collectives of
   megatron/core/tensor_parallel/mappings.py pass `torch.cuda.current_device()` as the device of a new tensor. Without
