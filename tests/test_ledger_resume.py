@@ -103,6 +103,22 @@ def test_a_resume_needs_the_same_kind_of_values(tmp_path: Path, flag: str, befor
     open_ledger(tmp_path, description(shapley={flag: before})).close()
 
 
+@pytest.mark.parametrize("name", ["eod_mask_loss", "reset_position_ids", "reset_attention_mask"])
+def test_a_resume_needs_the_same_loss_of_its_targets(tmp_path: Path, name: str) -> None:
+    """Each of these flags of the data makes L_k another function of the weights, over the same tokens."""
+    plain, with_flag = description(), description()
+    plain.targets, with_flag.targets = (
+        [{**target, name: given} for target in plain.targets] for given in (False, True)
+    )
+    flag = name.replace("_", "-")
+    create_ledger(tmp_path, plain).close()
+    message = f"loss of target code under --no-{flag}, the resumed run has --{flag}; resume with --no-{flag},"
+    with pytest.raises(UserError, match=message):
+        open_ledger(tmp_path, with_flag)
+    open_ledger(tmp_path, plain).close()
+    open_ledger(tmp_path, description()).close()  # targets of a loop of one's own say nothing of it
+
+
 def require(directory: Path, point: ResumePoint, *, save: str | None = None, train_iters: int = 100) -> None:
     with open_ledger(directory) as ledger:
         starts = Starts(directory, ledger.run)

@@ -158,6 +158,19 @@ def test_a_resume_says_when_samples_come_in_another_order(
         assert all("some samples come again, some never" in line for line in changed)
 
 
+def test_a_resume_says_what_it_does_not_do(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
+    """A run that is over trains nothing more, also where --train-iters lies behind its checkpoint; and steps get smaller."""
+    argv = arguments(data, "--no-shapley", "--lr-warmup-iters", "0", "--micro-batch-size", "1")
+    argv += ["--save", str(tmp_path), "--load", str(tmp_path), "--train-iters"]
+    two_ranks.run(run_here, [*argv, "2"])
+    for steps in ("2", "1"):
+        resumed, nothing = two_ranks.run(_said, [*argv, steps])[0]
+        assert resumed.endswith("after step 2")
+        assert nothing == f"nothing is left to train: --train-iters is {steps}"
+    _, smaller = two_ranks.run(_said, [*argv, "3", "--global-batch-size", "2"])[0]
+    assert smaller == "steps have 2 samples from here on, 8 before"
+
+
 def test_a_run_can_be_repeated_from_its_yaml(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
     argv = arguments(data, "--no-shapley", "--zero-stage", "1", "--save", str(tmp_path / "one"))
     two_ranks.run(run_here, argv)

@@ -17,6 +17,9 @@ from inrun_megatron.wording import flag_of
 _TARGET_IDENTITY = ("name", "idx_sha256", "sequences", "tokens_sha256")
 _DATASET_IDENTITY = ("name", "index", "idx_sha256", "bin_digest", "weight")
 
+# Flags of the data that decide what the loss of the targets is, the same for all of them: values are changes of that loss.
+_LOSS = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+
 # All values of a ledger are of one kind: setting -> what it was before a run.json named it. Base point and age of the direction
 # may vary: steps/ records them.
 _KIND = {"granularity": "sample", "estimator": "first_order", "credit": "step", "optimizer": "auto"}
@@ -33,9 +36,10 @@ _FLAGS = {
 def check_resumable(run: dict[str, Any], resumed: dict[str, Any]) -> None:
     """UserError where rows of the resumed run would refer to something else than those of `run`.
 
-    Both as in run.json. Targets, datasets and the kind of the values are the same; layout, versions, other configuration, and where the data lies may differ.
+    Both as in run.json. Targets, their loss, datasets and the kind of the values are the same; layout, versions, other configuration, and where the data lies may differ.
     """
     _check_same("target", run, resumed, _TARGET_IDENTITY)
+    _check_loss(run, resumed)
     _check_same("dataset", run, resumed, _DATASET_IDENTITY)
     for position, (before, after) in enumerate(zip(run["datasets"], resumed["datasets"], strict=True)):
         _check_samples(f"dataset {position} ({before.get('name')})", before, after, run, resumed)
@@ -61,6 +65,18 @@ def _check_same(what: str, run: dict[str, Any], resumed: dict[str, Any], keys: S
                 raise UserError(
                     f"{what} {position} ({before.get('name')}) of run {run_id} had {key} {before[key]!r}, the resumed "
                     f"run has {after[key]!r}; resume with the same {what}s, or choose another --shapley-dir"
+                )
+
+
+def _check_loss(run: dict[str, Any], resumed: dict[str, Any]) -> None:
+    """The targets' tokens are masked, placed and attended to as before. A target of an own loop may not say how."""
+    for before, after in zip(run["targets"], resumed["targets"], strict=True):
+        for name in _LOSS:
+            if name in before and name in after and before[name] != after[name]:
+                was, now = (flag_of(name if of[name] else f"no_{name}") for of in (before, after))
+                raise UserError(
+                    f"the ledger of run {run['run_id']} holds values towards the loss of target {before['name']} under {was}, "
+                    f"the resumed run has {now}; resume with {was}, or choose another --shapley-dir"
                 )
 
 

@@ -29,6 +29,7 @@ from inrun_megatron.training.scoring import Scoring
 from inrun_megatron.training.signals import StopSignals
 from inrun_megatron.training.validation import check_fp16, check_pipeline, validate
 from inrun_megatron.training.watchdog import Watchdog
+from inrun_megatron.wording import counted
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,10 @@ def _load(config: Config, trainer: Trainer, resume: Resume | None, batch: Batch,
         other = "" if as_it_is else ", written in another layout"
         _say(f"resumed from {resume.path}{other} after step {progress.iteration}")
         if resume.global_batch_size != batch.size:
-            _say(f"steps have {batch.size} samples from here on, {resume.global_batch_size} before")
+            samples = counted(batch.size, "sample")
+            _say(f"steps have {samples} from here on, {resume.global_batch_size:,} before")
+        if progress.iteration >= config.training.train_iters:
+            _say(f"nothing is left to train: --train-iters is {config.training.train_iters}")
         if resume.data != order:
             _say(
                 "the training data is another one or in another order than the checkpoint's (files, weights, --split, --seed, "
