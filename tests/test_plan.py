@@ -113,15 +113,19 @@ def _operations(run: Callable[[], None]) -> float:
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     aten = torch.ops.aten
+
+    def heads(q: Any, kv: Any) -> Any:  # of grouped queries, which torch counts itself from 2.11 on
+        return (*q[:2], *kv[2:])
+
     mapping: dict[Any, Any] = {
         aten.addmm_: lambda out, a, b, *_, out_shape=None, **__: 2 * a[0] * a[1] * b[1],
         aten.dot: lambda a, b, *_, out_shape=None, **__: 2 * a[0],
         # The CPU's flash attention, which the counter does not know.
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: (
-            sdpa_flop_count(q, k, v)
+            sdpa_flop_count(q, heads(q, k), heads(q, v))
         ),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, out_shape=None, **__: (
-            sdpa_backward_flop_count(g, q, k, v)
+            sdpa_backward_flop_count(g, q, heads(q, k), heads(q, v))
         ),
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:

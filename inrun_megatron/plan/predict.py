@@ -260,8 +260,9 @@ def _figures(job: Job) -> list[Collective]:
     if job.tensor_parallel * p > 1:
         rows = job.microbatches * job.micro_batch_size * job.segments
         found.append(Collective("all_reduce", "mp", DOTS, 1, int(rows * k * DOT_BYTES)))
-    # Of a pipeline the factors of every stage and their squares, too; of a path estimator how far the step went along its path.
-    numbers = (4 if p == 1 else 8) * k + bool(cost.batch_passes)
+    # And the number of samples; of a pipeline the factors of every stage and their squares, too; of a path estimator how far the
+    # step went along its path.
+    numbers = (4 if p == 1 else 8) * k + 1 + bool(cost.batch_passes)
     found.append(Collective("all_reduce", "world", AUDITS, 1, numbers * DOT_BYTES))
     return found
 
