@@ -67,9 +67,7 @@ class ScoredStep:
         self._path_norm: Tensor | None = None  # of the gradient that was integrated along
         self.loss_scale, self._unscale = 1.0, 1.0  # of the backward, and what the optimizer divides by
         self._steps_before = 0  # of the engine
-        self._early = (
-            0  # microbatches that went through samples() until the engine stepped, if further ones came
-        )
+        self._early = 0  # microbatches until the engine stepped, if further ones went through samples()
         self._factor = 1.0  # of values from an older direction
         self._samples = 0  # of all replicas, whose microbatches may differ in size
         # Read before engine.step(), which may move the schedule on.
