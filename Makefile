@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 BIN    := $(VENV)/bin
 # Where torch's CPU builds live, asked only if the configured package index has none.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-GPU    := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+GPU    := $(if $(filter cpu,$(STACK)),,$(shell nvidia-smi -L >/dev/null 2>&1 && echo yes))
 # A file of constraints/: cpu, cuda; lowest, newest (give them a VENV of their own).
 STACK  ?= $(if $(GPU),cuda,cpu)
 TORCH  := $(shell sed -n '/^torch==/p' constraints/$(STACK).txt constraints/common.txt | head -n 1)

@@ -10,8 +10,7 @@ target's sums travel while the next one's passes run:
 
 The first step counts how often each target uses a parameter in a microbatch on this rank (twice, where embeddings are tied; not
 at all, where its sequences pass a layer by); until then everything is sent at the end, as is always what a pipeline's other stage
-adds to. Buckets are sent in one order, fixed by the
-layout, so that ranks never wait for each other's.
+adds to. Buckets are sent in one order, fixed by the layout, so that ranks never wait for each other's.
 """
 
 from __future__ import annotations
