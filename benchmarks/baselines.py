@@ -22,7 +22,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
-import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -73,11 +72,8 @@ class Scene:
         from inrun_megatron.config import ModelConfig
         from inrun_megatron.models import build_gpt
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         start(1, 1, 1)
         config = ModelConfig(
             num_layers=setting.layers,

@@ -10,7 +10,6 @@ import contextlib
 import multiprocessing
 import os
 import resource
-import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -31,11 +30,10 @@ DOCUMENT = 64  # tokens of a document where samples are cut
 def on_ranks(tp: int, dp: int, pp: int, threads: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """``work(*arguments)`` on ``tp * dp * pp`` new processes with Megatron's groups; the answers by rank."""
     world = tp * dp * pp
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from inrun_megatron.training.distributed import free_port
+
     with ProcessPoolExecutor(world, mp_context=multiprocessing.get_context("spawn")) as pool:
-        layout = (world, tp, pp, port, threads if world == 1 else 1)
+        layout = (world, tp, pp, free_port(), threads if world == 1 else 1)
         ranks = [pool.submit(_rank, rank, layout, work, arguments) for rank in range(world)]
         return [rank.result() for rank in ranks]
 

@@ -10,7 +10,6 @@ by one process, into a folder of this environment (TORCH_EXTENSIONS_DIR), and a 
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -19,15 +18,12 @@ def main() -> None:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("**/lock"):
         lock.unlink()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     world = {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": "0",  # any that is free: nobody else will look for it
     }
     os.environ.update(world)
     import deepspeed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -99,17 +98,13 @@ def build_reference(directory: Path) -> Reference:
     (directory / "small.txt").write_text("def target(x):\n    return x + 1\n" * 8)
     prepare([directory / "small.txt"], directory / "target")
     run = directory / "reference"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     start = [
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node",
         str(RANKS),
-        "--master-port",
-        port,
     ]
     done = subprocess.run(
         [*start, str(ROOT / SCRIPT), *flags(directory, run)],

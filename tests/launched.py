@@ -13,7 +13,8 @@ from typing import IO
 
 import psutil
 
-from tests.real_text import ROOT, free_port
+from inrun_megatron.training.distributed import free_port
+from tests.real_text import ROOT
 
 DEADLINE = 600.0
 """Seconds until a run that makes no progress fails its test."""
@@ -28,7 +29,14 @@ class Launched:
 
     def __init__(self, argv: list[str], log: Path, ranks: int = 2) -> None:
         deepspeed = str(Path(sys.executable).parent / "deepspeed")
-        start = [sys.executable, deepspeed, "--num_accelerators", str(ranks), "--master_port", free_port()]
+        start = [
+            sys.executable,
+            deepspeed,
+            "--num_accelerators",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+        ]
         environment = {
             key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         }

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
+
+from inrun_megatron.errors import UserError
 
 VOCABULARY, LENGTH, ROWS = 23, 5, 3
 
@@ -87,6 +90,40 @@ def scored_steps(
         results.append(step.result)
     shapley.close()
     return results
+
+
+def make_scored(
+    rank: int,
+    world: int,
+    model: torch.nn.Module,
+    optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer] | None = None,
+    stage: int = 0,
+    accumulated: int = 1,
+    loss: Any = token_losses,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """An engine, and an InRunShapley on it."""
+    from inrun_megatron import InRunShapley, ShapleyTarget
+
+    own = torch.optim.AdamW(model.parameters(), lr=1e-2) if optimizer is None else optimizer(model)
+    settings = {"gradient_accumulation_steps": accumulated}
+    engine = make_engine(model, own, {"stage": stage}, settings=settings)
+    target = ShapleyTarget("held_out", [make_batch(50 + rank)], num_tokens=world * ROWS * LENGTH)
+    return engine, InRunShapley(engine, [target], loss, **options)
+
+
+def train_on(engine: Any, step: Any, seed: int) -> None:
+    micro = make_batch(seed)
+    with step.samples(torch.zeros(ROWS), torch.arange(ROWS), micro["loss_mask"]):
+        engine.backward(token_losses(engine, micro).mean())
+        engine.step()
+
+
+def refusal_of(rank: int, world: int, case: Callable[..., Any], *args: Any) -> str:
+    torch.manual_seed(0)
+    with pytest.raises(UserError) as refusal:
+        case(rank, world, *args)
+    return str(refusal.value)
 
 
 class Loss:

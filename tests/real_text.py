@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -101,9 +100,3 @@ def refused(two_ranks: Workers, argv: list[str], run: Callable[..., None] = run_
         two_ranks.run(run, argv)
     assert caught.value.alive, "a rank did not answer"
     return str(caught.value)
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -242,12 +241,9 @@ def test_bad_input_is_one_line(run: Path, arguments: tuple[str, ...], message: s
 
 
 def pretrain(*flags: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     scrubbed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in scrubbed}
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", port]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     done = subprocess.run(
         [*start, str(ROOT / "launch" / "pretrain.py"), *flags],
         env=environment,

@@ -58,7 +58,8 @@ def _under_mpi() -> bool:
     return any(name in os.environ for name in ("PMIX_RANK", *(size for size, _ in _MPI)))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
@@ -81,7 +82,7 @@ def _discover_mpi(promised: int) -> None:
         return
     hosts = world.allgather(MPI.Get_processor_name())
     address = "127.0.0.1" if len(set(hosts)) == 1 else socket.gethostbyname(socket.gethostname())
-    rendezvous = (os.environ.get("MASTER_ADDR", address), os.environ.get("MASTER_PORT", str(_free_port())))
+    rendezvous = (os.environ.get("MASTER_ADDR", address), os.environ.get("MASTER_PORT", str(free_port())))
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = world.bcast(rendezvous, root=0)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.size)
     os.environ["LOCAL_RANK"] = str(hosts[: world.rank].count(hosts[world.rank]))
@@ -113,7 +114,7 @@ def _discover(promised: int) -> None:
         _discover_slurm()
     elif "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", "0")  # any that is free: nobody else looks for it
     else:
         raise UserError(
             f"RANK is set in the environment, but not {', '.join(missing)}: start the ranks with torchrun, deepspeed, mpirun "
