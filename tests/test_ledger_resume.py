@@ -28,9 +28,12 @@ from tests.test_ledger_commit import run_or_resume
 def test_a_resume_needs_the_same_targets_and_datasets(tmp_path: Path) -> None:
     create_ledger(tmp_path, description([{"name": "code", "index": 0, "idx_sha256": "aa"}])).close()
     other = description([{"name": "code", "index": 0, "idx_sha256": "bb"}])
-    with pytest.raises(UserError, match=r"dataset 0 .code. .* had idx_sha256 'aa', the resumed run has 'bb'"):
+    with pytest.raises(
+        UserError,
+        match=r"dataset 0 .code. .* had an .idx file of SHA-256 aa, the resumed run has bb; resume with --data-path",
+    ):
         open_ledger(tmp_path, other)
-    with pytest.raises(UserError, match="has 1 datasets, the resumed run 3"):
+    with pytest.raises(UserError, match="has 1 dataset, the resumed run 3"):
         open_ledger(tmp_path, description())
     same = description([{"name": "code", "index": 0, "idx_sha256": "aa"}], training={"lr": 5})
     open_ledger(tmp_path, same).close()
@@ -39,14 +42,19 @@ def test_a_resume_needs_the_same_targets_and_datasets(tmp_path: Path) -> None:
 def test_a_resume_needs_the_same_text_under_the_same_index(tmp_path: Path) -> None:
     row = {"name": "code", "index": 0, "idx_sha256": "aa", "bin_digest": "x"}
     create_ledger(tmp_path, description([row])).close()
-    with pytest.raises(UserError, match=r"dataset 0 .code. .* had bin_digest 'x', the resumed run has 'y'"):
+    with pytest.raises(
+        UserError, match=r"dataset 0 .code. .* had a .bin file of digest x, the resumed run has y"
+    ):
         open_ledger(tmp_path, description([row | {"bin_digest": "y"}]))
     one, other = description([row]), description([row])
     one.targets = [{**target, "tokens_sha256": "x"} for target in one.targets]
     other.targets = [{**target, "tokens_sha256": "y"} for target in other.targets]
     open_ledger(tmp_path, other).close()  # an older run did not note it
     create_ledger(tmp_path / "one", one).close()
-    with pytest.raises(UserError, match=r"target 0 .code. .* had tokens_sha256 'x', the resumed run has 'y'"):
+    with pytest.raises(
+        UserError,
+        match=r"target 0 .code. .* had tokens of SHA-256 x, the resumed run has y; resume with --shapley-target",
+    ):
         open_ledger(tmp_path / "one", other)
 
 
@@ -79,7 +87,7 @@ def test_a_longer_run_goes_on_while_samples_mean_the_same(tmp_path: Path) -> Non
         resume("one", table(50, seed=8))
     with pytest.raises(UserError, match=r"other text .*: --seq-length was 32, now 16;"):
         resume("one", table(50, seq_length=16))
-    with pytest.raises(UserError, match=r"had weight 0\.7, the resumed run has 0\.6"):
+    with pytest.raises(UserError, match=r"had the weight 0\.7, the resumed run has 0\.6"):
         resume("blend", table(20, "0.6", a, "0.4", b))
     # Data that has moved is the same data.
     moved = table(50)

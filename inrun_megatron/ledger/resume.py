@@ -7,15 +7,22 @@ often. Where they must be, megatron-core shuffles all epochs anew, and a sample'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.checks import setting
-from inrun_megatron.wording import flag_of
+from inrun_megatron.wording import counted, flag_of
 
-_TARGET_IDENTITY = ("name", "idx_sha256", "sequences", "tokens_sha256")
-_DATASET_IDENTITY = ("name", "index", "idx_sha256", "bin_digest", "weight")
+# What is the same of each target and dataset, in the words of a message; and the flag that gives it.
+_FILE = {"idx_sha256": "an .idx file of SHA-256", "bin_digest": "a .bin file of digest"}
+_TARGET = {
+    "name": "the name",
+    **_FILE,
+    "sequences": "this number of sequences:",
+    "tokens_sha256": "tokens of SHA-256",
+}
+_DATASET = {"name": "the name", "index": "the number", **_FILE, "weight": "the weight"}
+_GIVEN_BY = {"target": "--shapley-target", "dataset": "--data-path"}
 
 # Flags of the data that decide what the loss of the targets is, the same for all of them: values are changes of that loss.
 _LOSS = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
@@ -38,9 +45,9 @@ def check_resumable(run: dict[str, Any], resumed: dict[str, Any]) -> None:
 
     Both as in run.json. Targets, their loss, datasets and the kind of the values are the same; layout, versions, other configuration, and where the data lies may differ.
     """
-    _check_same("target", run, resumed, _TARGET_IDENTITY)
+    _check_same("target", run, resumed, _TARGET)
     _check_loss(run, resumed)
-    _check_same("dataset", run, resumed, _DATASET_IDENTITY)
+    _check_same("dataset", run, resumed, _DATASET)
     for position, (before, after) in enumerate(zip(run["datasets"], resumed["datasets"], strict=True)):
         _check_samples(f"dataset {position} ({before.get('name')})", before, after, run, resumed)
     for name, default in _KIND.items():
@@ -52,19 +59,19 @@ def check_resumable(run: dict[str, Any], resumed: dict[str, Any]) -> None:
             )
 
 
-def _check_same(what: str, run: dict[str, Any], resumed: dict[str, Any], keys: Sequence[str]) -> None:
+def _check_same(what: str, run: dict[str, Any], resumed: dict[str, Any], words: dict[str, str]) -> None:
     old, new, run_id = run[f"{what}s"], resumed[f"{what}s"], run["run_id"]
+    remedy = f"resume with {_GIVEN_BY[what]} as it was, or choose another --shapley-dir"
     if len(old) != len(new):
         raise UserError(
-            f"the ledger of run {run_id} has {len(old)} {what}s, the resumed run {len(new)}; "
-            f"resume with the same {what}s, or choose another --shapley-dir"
+            f"the ledger of run {run_id} has {counted(len(old), what)}, the resumed run {len(new)}; {remedy}"
         )
     for position, (before, after) in enumerate(zip(old, new, strict=True)):
-        for key in keys:
+        for key, word in words.items():
             if key in before and key in after and before[key] != after[key]:
                 raise UserError(
-                    f"{what} {position} ({before.get('name')}) of run {run_id} had {key} {before[key]!r}, the resumed "
-                    f"run has {after[key]!r}; resume with the same {what}s, or choose another --shapley-dir"
+                    f"{what} {position} ({before.get('name')}) of run {run_id} had {word} {before[key]}, the resumed "
+                    f"run has {after[key]}; {remedy}"
                 )
 
 
