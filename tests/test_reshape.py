@@ -211,6 +211,8 @@ def test_a_resume_on_another_number_of_ranks(two_ranks: Workers, data: Path, tmp
     again[-2] = str(tmp_path / "elsewhere")
     heads = "was written with --num-attention-heads 4, this run has 2: give the flags of the model"
     assert heads in refused(two_ranks, [*again, "--num-attention-heads", "2"])
+    longer = "was written with --max-position-embeddings 32, this run has 64: give the flags of the model"
+    assert longer in refused(two_ranks, [*again, "--seq-length", "64"])
     # What run_state.json says of the model is not all: the notes have names and shapes.
     checkpoint = resumed / "checkpoints" / (resumed / "checkpoints" / "latest").read_text()
     written = (checkpoint / "run_state.json").read_text()

@@ -38,7 +38,6 @@ _NOT_THE_MODEL = (
     "hidden_dropout",
     "init_method_std",
     "make_vocab_size_divisible_by",
-    "max_position_embeddings",  # rows of a weight, whose shape is compared
 )
 
 
@@ -143,10 +142,14 @@ def layout_of(config: Config) -> dict[str, int | str]:
 def model_of(config: Config) -> dict[str, Any]:
     """What the weights are of, with defaults resolved: weights of equal shapes may belong to different models."""
     model = config.model
+    positions = None
+    if model.position_embedding_type == "learned_absolute":
+        positions = model.max_position_embeddings or config.data.seq_length
     resolved = asdict(model) | {
         "ffn_hidden_size": model.resolved_ffn_hidden_size,
         "kv_channels": model.resolved_kv_channels,
         "num_query_groups": model.query_groups,
+        "max_position_embeddings": positions,
     }
     return {name: value for name, value in resolved.items() if name not in _NOT_THE_MODEL}
 
