@@ -11,9 +11,8 @@ import pytest
 from inrun_megatron.ledger import Ledger, LedgerWriter, PartInfo, commit, create_ledger, merge, rollback
 from inrun_megatron.ledger import files as ledger_files
 from inrun_megatron.report.documents.draws import read_draws
+from tests.committed_ledger import Killed, kill_at, sorted_values
 from tests.synthetic_ledger import TARGETS, description, step_record
-from tests.test_ledger_commit import Killed, kill_at
-from tests.test_ledger_write import sorted_values
 
 WRITERS, EVERY = 12, 3
 

@@ -20,9 +20,9 @@ from inrun_megatron.ledger import (
 )
 from inrun_megatron.ledger.belongs import ResumePoint, require_own
 from inrun_megatron.ledger.description import Starts
+from tests.committed_ledger import run_or_resume
 from tests.data_cases import build, write_pair
 from tests.synthetic_ledger import description
-from tests.test_ledger_commit import run_or_resume
 
 
 def test_a_resume_needs_the_same_targets_and_datasets(tmp_path: Path) -> None:

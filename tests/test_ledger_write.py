@@ -10,20 +10,14 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import Ledger, LedgerWriter, StepRecord, commit, create_ledger
 from inrun_megatron.ledger.schema import STEPS_SCHEMA, VALUES_SCHEMA
+from tests.committed_ledger import sorted_values
 from tests.synthetic_ledger import DOMAINS, TARGETS, Shape, description, write_run
-
-
-def sorted_values(ledger: Ledger) -> pa.Table:
-    keys = [(name, "ascending") for name in ("step", "dataset", "sample", "target")]
-    table = ledger.values().to_table()
-    return table.set_column(4, "target", table["target"].cast(pa.string())).sort_by(keys)
 
 
 def test_rows_come_back_bit_for_bit(tmp_path: Path) -> None:

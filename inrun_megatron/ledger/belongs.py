@@ -7,9 +7,10 @@ from pathlib import Path
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.checks import setting
+from inrun_megatron.ledger.commit_records import commit_files, step_of
 from inrun_megatron.ledger.description import Starts
 from inrun_megatron.ledger.files import read_json
-from inrun_megatron.ledger.run import OpenLedger, commit_files, step_of
+from inrun_megatron.ledger.run import OpenLedger
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.commit_records import read_commits
 from inrun_megatron.ledger.description import Starts, read_run
-from inrun_megatron.ledger.run import commit_files, read_commit
 from inrun_megatron.ledger.schema import (
-    COMMITS,
     DEFAULT_SUBDIRECTORY,
     RUN_FILE,
     STEPS,
@@ -50,7 +49,7 @@ class Ledger:
     run: the run directory or the ledger directory.
 
     Attributes: `directory`; `run`, the content of run.json; `starts`, the settings in force at every step; `commits`, (step, parts) in order; `damaged`,
-    commit records that cannot be read with the reason. Raises UserError when there is no ledger or its schema
+    commit records that cannot be read or are missing, with the reason. Raises UserError when there is no ledger or its schema
     is another one.
     """
 
@@ -58,13 +57,9 @@ class Ledger:
         self.directory = locate(run)
         self.run: dict[str, Any] = read_run(self.directory)
         self.starts = Starts(self.directory, self.run)
-        self.commits: list[tuple[int, list[PartInfo]]] = []
-        self.damaged: dict[str, str] = {}
-        for path in commit_files(self.directory):
-            try:
-                self.commits.append(read_commit(path))
-            except UserError as error:
-                self.damaged[f"{COMMITS}/{path.name}"] = str(error)
+        records = read_commits(self.directory)
+        self.commits = [(record.step, record.parts) for record in records.found]
+        self.damaged = records.faults
 
     @property
     def run_id(self) -> str:
@@ -104,7 +99,7 @@ class Ledger:
     def parts(self, table: str | None = None) -> list[PartInfo]:
         """Committed parts, of `values` or `steps` or both, in the order of their commits.
 
-        Raises UserError when a commit record is damaged: its parts would be missing silently.
+        Raises UserError when a commit record is damaged or missing: its parts would be missing silently.
         """
         if self.damaged:
             raise UserError(next(iter(self.damaged.values())))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from inrun_megatron.errors import UserError
+from inrun_megatron.ledger.commit_records import commit_files, read_commits, step_of
 from inrun_megatron.ledger.description import read_run
 from inrun_megatron.ledger.files import (
     TEMPORARY_SUFFIX,
@@ -145,8 +146,10 @@ def commit(
     path = directory / commit_name(step)
     previous: dict[str, Any] = read_json(path) if path.exists() else {}
     known = {part["file"] for part in previous.get("parts", [])}
+    follows = max((step_of(other) for other in commit_files(directory) if step_of(other) < step), default=0)
     record = {
         "step": step,
+        "follows": previous.get("follows", follows),
         "created": now(),
         "parts": previous.get("parts", []) + [part.to_dict() for part in new if part.file not in known],
         "checkpoint": checkpoint if checkpoint is not None else previous.get("checkpoint"),
@@ -166,7 +169,8 @@ def rollback(directory: Path | str, step: int) -> list[str]:
     Files that are not the ledger's are left alone. A damaged record of a step after `step` goes with the others.
 
     Raises UserError, with nothing removed, when a commit after `step` also holds rows up to `step` that no
-    earlier commit holds: dropping it would lose them; and when the file system refuses.
+    earlier commit holds: dropping it would lose them; when a commit up to `step` is damaged or missing: its parts
+    would be removed as those of no commit; and when the file system refuses.
     """
     directory = Path(directory)
     kept, later = _commits_around(directory, step)
@@ -202,16 +206,15 @@ def _commits_around(
     directory: Path, step: int
 ) -> tuple[dict[Path, list[PartInfo]], dict[Path, list[PartInfo]]]:
     """The commits up to `step` and those after it, with their parts; of damaged ones after it none are known."""
+    records = read_commits(directory)
+    for name, fault in records.faults.items():
+        if step_of(directory / name) <= step:
+            raise UserError(f"{fault}, or choose another --shapley-dir")
+    parts = {directory / commit_name(record.step): record.parts for record in records.found}
     kept: dict[Path, list[PartInfo]] = {}
     later: dict[Path, list[PartInfo]] = {}
     for path in commit_files(directory):
-        try:
-            committed, parts = read_commit(path)
-        except UserError:
-            committed, parts = step_of(path), []
-            if committed <= step:
-                raise
-        (kept if committed <= step else later)[path] = parts
+        (kept if step_of(path) <= step else later)[path] = parts.get(path, [])
     return kept, later
 
 
@@ -220,25 +223,6 @@ def own_files(directory: Path, table: str) -> list[Path]:
     patterns = ("*.json" if table == COMMITS else "part-*.parquet", f"*{TEMPORARY_SUFFIX}")
     found = (path for pattern in patterns for path in (directory / table).glob(pattern))
     return sorted(path for path in found if path.is_file())
-
-
-def commit_files(directory: Path) -> list[Path]:
-    """The commit records, by step."""
-    return sorted((directory / COMMITS).glob("*.json"))
-
-
-def step_of(path: Path) -> int:
-    """The step that a commit record's name gives; 0 where the name is none."""
-    return int(path.stem) if path.stem.isdigit() else 0
-
-
-def read_commit(path: Path) -> tuple[int, list[PartInfo]]:
-    """A commit record's step and parts. Raises UserError naming the file when it is damaged."""
-    record = read_json(path)
-    try:
-        return int(record["step"]), [PartInfo.from_dict(part) for part in record["parts"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a commit record ({error!r}); restore it from a copy") from error
 
 
 def _make_ledger_directory(directory: Path) -> None:

@@ -62,7 +62,12 @@ def _check_commits(ledger: Ledger) -> Check:
         "damaged": sorted(ledger.damaged),
     }
     if ledger.damaged:
-        return Check("commits", False, name_some("damaged commit records", sorted(ledger.damaged)), figures)
+        return Check(
+            "commits",
+            False,
+            name_some("commit records that are damaged or missing:", sorted(ledger.damaged)),
+            figures,
+        )
     return Check(
         "commits",
         True,
