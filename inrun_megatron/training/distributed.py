@@ -204,8 +204,10 @@ def limit_waits(config: ParallelConfig) -> None:
     could name the rank that all wait for. Megatron's are limited in whole minutes.
     """
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    # torch 2.14 has a public function for it and warns of the private one.
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     for group in distributed_c10d._world.pg_map:
-        distributed_c10d._set_pg_timeout(timeout, group)
+        set_timeout(timeout, group)
 
 
 def share_cores() -> None:
