@@ -155,6 +155,14 @@ class TestIdentity:
         with pytest.raises(UserError, match=f"{path} cannot be read: .*; restore it from a copy"):
             SampleResolver(train.table).document_metadata(0, 1)
 
+    def test_a_row_that_is_not_whole_says_what_it_lacks(self, pair: tuple[str, str]) -> None:
+        row = build(pair[0])[0].table[0].to_dict()
+        for name, lost in (("cache_files", "sample_index"), ("description", "split_matrix")):
+            cut = row | {name: {key: value for key, value in row[name].items() if key != lost}}
+            for damaged, what in ((cut, f"{name}.{lost}"), (row | {name: None}, f"{name}.{lost}")):
+                with pytest.raises(UserError, match=f"run.json says no .*{what}.* of dataset a"):
+                    SampleResolver([damaged]).resolve(0, 1)
+
     def test_a_file_of_the_name_that_curation_uses_is_nobody_s_origin(self, pair: tuple[str, str]) -> None:
         (Path(pair[0]).parent / "curation.json").write_text('{"curator": "somebody else"}')
         assert origin_of(IndexedFile(pair[0]), "x").numbers is None

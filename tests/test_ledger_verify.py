@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import Ledger, LedgerWriter, StepRecord, commit, create_ledger, open_ledger, rows
 from inrun_megatron.ledger.files import digest_of, sha256_of
 from inrun_megatron.ledger.schema import PartInfo
@@ -73,6 +74,15 @@ def test_damaged_parts_are_named_with_their_rows(
     damage(part)
     detail = failed(ledger)["files"].detail
     assert f"{table}/{part.name} {word}" in detail and f"{rows} rows of steps 1 to 20" in detail
+
+
+def test_a_folder_in_the_place_of_a_part_is_one_line(ledger: Path) -> None:
+    part = part_of(ledger, "steps")
+    part.unlink()
+    part.mkdir()
+    assert f"steps/{part.name} " in failed(ledger)["files"].detail
+    with pytest.raises(UserError, match=r"a part of .*steps cannot be read: .*; run inrun verify"):
+        Ledger(ledger).steps()
 
 
 def test_a_damaged_commit_record_is_named(ledger: Path) -> None:

@@ -31,8 +31,22 @@ from inrun_megatron.ledger.files import digest_of, sha256_of
 
 INDEX_NAMES = ("document_index", "sample_index", "shuffle_index")
 
-_LEADS_TO_DOCUMENTS = ("idx_sha256", "description", "cache_files", "index_sha256")
-"""What a row of the table needs beside path_prefix; a run in somebody's own loop may say no more than name and index."""
+_DESCRIPTION = (
+    "num_samples",
+    "index_split",
+    "random_seed",
+    "sequence_length",
+    "split",
+    "split_matrix",
+    "tokenizer",
+)
+_LEADS_TO_DOCUMENTS = {
+    "idx_sha256": (),
+    "description": _DESCRIPTION,
+    "cache_files": INDEX_NAMES,
+    "index_sha256": INDEX_NAMES,
+}
+"""What a row of the table needs beside path_prefix, and each of these in turn; a run in somebody's own loop may say no more than name and index."""
 
 
 class SpanArrays(NamedTuple):
@@ -52,8 +66,14 @@ def array_sha256(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _require(row: Mapping[str, Any], names: Sequence[str]) -> None:
+def _require(row: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> None:
     absent = [name for name in names if name not in row]
+    for name, parts in names.items():
+        held = row.get(name)
+        if parts and name in row:
+            absent += [
+                f"{name}.{part}" for part in parts if not isinstance(held, Mapping) or part not in held
+            ]
     if absent:
         raise UserError(
             f"run.json says no {', '.join(absent)} of dataset {row['name']}, so that its samples lead to no documents: ask "
@@ -75,7 +95,7 @@ class RunDataset:
 
     def __init__(self, row: Mapping[str, Any], prefix: str | Path | None, verify: bool) -> None:
         self._row, self._verify = row, verify
-        _require(row, ("path_prefix",))
+        _require(row, {"path_prefix": ()})
         self.data = IndexedFile(normalise_prefix(prefix or row["path_prefix"]))
         _require(row, _LEADS_TO_DOCUMENTS)
         if verify and sha256_of(self.data.idx_path) != row["idx_sha256"]:

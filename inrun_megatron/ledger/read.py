@@ -126,12 +126,12 @@ class Ledger:
         if not paths:
             return STEPS_SCHEMA.empty_table()
         try:
-            tables = [pq.read_table(path, partitioning=None) for path in paths]
-        except (OSError, pa.ArrowInvalid) as error:
+            tables = [pq.read_table(path, partitioning=None).cast(STEPS_SCHEMA) for path in paths]
+        except (OSError, ValueError) as error:  # Arrow's own are ValueErrors
             raise UserError(
                 f"a part of {self.directory / STEPS} cannot be read: {one_line(error)}; run inrun verify"
             ) from error
-        table = pa.concat_tables(table.cast(STEPS_SCHEMA) for table in tables).unify_dictionaries()
+        table = pa.concat_tables(tables).unify_dictionaries()
         return with_realised(table, self.target_names)
 
     def verify(self) -> list[Check]:
