@@ -318,6 +318,8 @@ BAD = [
         "is no regular file; choose another",
     ),
     (("top", "{run}", "--data", "code"), "is not NAME=PREFIX"),
+    (("summary", "{run}", "--data", "x=y"), "no dataset 'x'; it has 0 (code), 1 (prose), 2 (shuffled)"),
+    (("report", "{run}", "--data", "x=y", "-o", "{tmp}/x.html"), "the run has no dataset 'x'"),
     (("bogus",), "inrun: No such command 'bogus'; see inrun --help"),
     (("top", "{run}", "--rank", "x"), "Invalid value for '--rank': 'x' is not one of 'value', 'mean'"),
     (

@@ -13,7 +13,7 @@ from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.report.comparison.agreement import compare as compare_runs
 from inrun_megatron.report.comparison.matching import Side, shared_targets
-from inrun_megatron.report.documents.lookup import Documents, parse_moved
+from inrun_megatron.report.documents.lookup import Documents
 from inrun_megatron.report.phases import choose_steps
 from inrun_megatron.report.tables import console, print_json, signed, table, with_error
 from inrun_megatron.report.text import shorten
@@ -65,7 +65,7 @@ def compare(
     for run, moved in ((run_a, data_a), (run_b, data_b)):
         ledger = Ledger(run)
         chosen = choose_steps(steps, phase, ledger.last_step)
-        sides.append(Side(ledger, Documents(ledger, parse_moved(ledger, moved or ())), chosen))
+        sides.append(Side(ledger, Documents(ledger, moved), chosen))
     a, b = sides
     targets = shared_targets(a.ledger, b.ledger, target)
     found = compare_runs(a, b, targets, by, measure, per, n)

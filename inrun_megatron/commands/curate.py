@@ -17,7 +17,7 @@ from inrun_megatron.report.curation.candidates import KEPT, UNJUDGED, Candidates
 from inrun_megatron.report.curation.decisions import decide, domain_record
 from inrun_megatron.report.curation.files import check_output, data_path, output_names, pasted, write_curation
 from inrun_megatron.report.curation.rules import Blend, Rules, Unit
-from inrun_megatron.report.documents.lookup import Documents, parse_moved
+from inrun_megatron.report.documents.lookup import Documents
 from inrun_megatron.report.phases import choose_steps
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.tables import console, figure, print_json, signed, table
@@ -110,7 +110,7 @@ def curate(
     ledger = Ledger(run)
     chosen = choose_steps(steps, phase, ledger.last_step)
     weights = parse_weights(ledger, target or ())
-    documents = Documents(ledger, parse_moved(ledger, data or ()))
+    documents = Documents(ledger, data)
     directory = None if output is None else Path(output).expanduser().absolute()
     if directory is not None:
         read = [documents.resolver.file(index).prefix for index in range(len(ledger.datasets))]

@@ -21,7 +21,7 @@ from inrun_megatron.commands.targets import chosen_targets
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.files import replacing
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.documents.lookup import Documents, parse_moved
+from inrun_megatron.report.documents.lookup import Documents
 from inrun_megatron.report.phases import choose_steps
 from inrun_megatron.report.query import Query, quoted
 from inrun_megatron.report.tables import print_json
@@ -98,7 +98,7 @@ def export(
             )
         else:
             level = level_of(by)
-            create_figures(query, level, chosen, Documents(ledger, parse_moved(ledger, data or ())), target)
+            create_figures(query, level, chosen, Documents(ledger, data), target)
             selection = f"SELECT * FROM figures ORDER BY {', '.join(keys_of(level))}, target"
         rows = _copy(query, selection, path, kind)
     if json:

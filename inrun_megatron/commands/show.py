@@ -11,7 +11,7 @@ from inrun_megatron.commands.options import DataOption, JsonOption, PhaseOption,
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
 from inrun_megatron.report.documents.attribution import create_document_rows
-from inrun_megatron.report.documents.lookup import Documents, dataset_index, parse_moved
+from inrun_megatron.report.documents.lookup import Documents, dataset_index
 from inrun_megatron.report.phases import Phase, choose_steps
 from inrun_megatron.report.query import Query
 from inrun_megatron.report.tables import console, figure, print_json, signed, table
@@ -46,7 +46,7 @@ def show(
         raise UserError(f"--characters {characters} shows no text; give 4 or more")
     ledger = Ledger(run)
     chosen = choose_steps(steps, phase, ledger.last_step)
-    documents = Documents(ledger, parse_moved(ledger, data or ()))
+    documents = Documents(ledger, data)
     with Query(ledger) as query:
         if sample is not None:
             record = _sample(query, documents, *_key(ledger, sample, "--sample"), chosen, characters)

@@ -19,7 +19,7 @@ from inrun_megatron.commands.options import (
 from inrun_megatron.commands.targets import chosen_targets
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.read import Ledger
-from inrun_megatron.report.documents.lookup import Documents, parse_moved
+from inrun_megatron.report.documents.lookup import Documents
 from inrun_megatron.report.documents.sums import Leading
 from inrun_megatron.report.phases import Phase, choose_steps, phases_of
 from inrun_megatron.report.query import Query
@@ -75,7 +75,7 @@ def top(
     targets = chosen_targets(ledger, target)
     chosen = choose_steps(steps, phase, ledger.last_step)
     level = level_of(by)
-    documents = Documents(ledger, parse_moved(ledger, data or ()))
+    documents = Documents(ledger, data)
     with Query(ledger) as query:
         if rank is RankBy.relative:
             query.require_relative(chosen.first, chosen.last)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from inrun_megatron.report.text import printable, shorten
 class Documents:
     """Samples and documents of one run, by dataset index.
 
-    moved: new .bin/.idx prefixes of datasets that no longer lie where the run read them, by index. Methods raise
-    UserError when data files are missing or are not those of the run.
+    moved: the entries of --data, NAME=PREFIX of datasets that no longer lie where the run read them. UserError on unknown
+    names; methods raise it when data files are missing or are not those of the run.
     """
 
-    def __init__(self, ledger: Ledger, moved: Mapping[int, str] | None = None) -> None:
+    def __init__(self, ledger: Ledger, moved: Sequence[str] | None = None) -> None:
         self._datasets = ledger.datasets
-        self.resolver = SampleResolver(ledger.datasets, moved)
+        self.resolver = SampleResolver(ledger.datasets, _parse_moved(ledger, moved or ()))
         self._granularity = ledger.granularity
 
     def shares(self, dataset: int, samples: np.ndarray) -> pa.Table:
@@ -107,7 +107,7 @@ class Documents:
         return shorten(printable(text.strip()), characters)
 
 
-def parse_moved(ledger: Ledger, entries: Sequence[str]) -> dict[int, str]:
+def _parse_moved(ledger: Ledger, entries: Sequence[str]) -> dict[int, str]:
     """`NAME=PREFIX` (or INDEX=PREFIX) of --data -> prefix by dataset index. Raises UserError on unknown names."""
     moved = {}
     for entry in entries:

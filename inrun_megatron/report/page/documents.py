@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from inrun_megatron.errors import UserError
-from inrun_megatron.report.documents.lookup import Documents, parse_moved
+from inrun_megatron.report.documents.lookup import Documents
 from inrun_megatron.report.documents.sums import Leading
 from inrun_megatron.report.phases import Phase
 from inrun_megatron.report.query import Query
@@ -28,8 +28,8 @@ def best_and_worst(query: Query, phase: Phase, n: int, moved: Sequence[str]) -> 
         "documents_phase": phase.to_dict(),
     }
     if n > 0:
+        documents = Documents(query.ledger, moved)
         try:
-            documents = Documents(query.ledger, parse_moved(query.ledger, moved))
             found["documents"] = _listed(query, documents, phase, n)
         except UserError as error:
             # Figures per domain need no data files: a ledger read on another machine still gives its report.

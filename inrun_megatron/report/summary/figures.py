@@ -9,7 +9,7 @@ from typing import Any
 
 from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.checks import Check
-from inrun_megatron.report.documents.lookup import Documents, parse_moved
+from inrun_megatron.report.documents.lookup import Documents
 from inrun_megatron.report.documents.sums import Leading
 from inrun_megatron.report.overview import (
     audits_of,
@@ -91,8 +91,8 @@ def _documents(
     if n < 1:
         return None, None
     ledger = query.ledger
+    documents = Documents(ledger, moved)
     try:
-        documents = Documents(ledger, parse_moved(ledger, moved))
         create_figures(query, Level.document, phase, documents, leading=Leading("value", n))
         found: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for target in ledger.target_names:
