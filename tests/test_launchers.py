@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.utils.distributed import get_free_port
 
-from inrun_megatron.training.distributed import free_port
 from inrun_megatron.training.exit_codes import STOPPED
 from tests import real_text
 from tests.hosts import wait_for
@@ -38,8 +38,8 @@ def test_the_operator_that_make_built_is_found(
 def launch(launcher: str, argv: list[str], *, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
     script, bin_directory = str(ROOT / "launch" / "pretrain.py"), Path(sys.executable).parent
     start = {
-        "deepspeed": [sys.executable, str(bin_directory / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())],
+        "deepspeed": [sys.executable, str(bin_directory / "deepspeed"), "--num_accelerators", "2", "--master_port", str(get_free_port())],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(get_free_port())],
         "mpirun": [str(bin_directory / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable],
     }[launcher]  # fmt: skip
     scrubbed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed import distributed_c10d
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from inrun_megatron.config import ParallelConfig
 from inrun_megatron.errors import UserError
@@ -58,13 +59,6 @@ def _under_mpi() -> bool:
     return any(name in os.environ for name in ("PMIX_RANK", *(size for size, _ in _MPI)))
 
 
-def free_port() -> int:
-    """A port of this host that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 def _discover_mpi(promised: int) -> None:
     """Fill the rendezvous variables from MPI; from Slurm's where srun speaks another MPI's language than mpi4py's library.
 
@@ -82,7 +76,7 @@ def _discover_mpi(promised: int) -> None:
         return
     hosts = world.allgather(MPI.Get_processor_name())
     address = "127.0.0.1" if len(set(hosts)) == 1 else socket.gethostbyname(socket.gethostname())
-    rendezvous = (os.environ.get("MASTER_ADDR", address), os.environ.get("MASTER_PORT", str(free_port())))
+    rendezvous = (os.environ.get("MASTER_ADDR", address), os.environ.get("MASTER_PORT", str(get_free_port())))
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = world.bcast(rendezvous, root=0)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.size)
     os.environ["LOCAL_RANK"] = str(hosts[: world.rank].count(hosts[world.rank]))
