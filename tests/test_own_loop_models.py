@@ -63,9 +63,36 @@ def _normed_twice(rank: int, world: int) -> None:
     make_scored(rank, world, model, stage=3)
 
 
+class _Repeated(Tiny):
+    """A layer that is used once, or more often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.further, self.times = nn.Linear(9, 9), 1
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for _ in range(self.times):
+            x = x + self.further(x)
+        return self.output(F.gelu(self.hidden(self.norm(x))))
+
+
+def _used_more_often(rank: int, world: int) -> None:
+    model = _Repeated()
+    engine, shapley = make_scored(rank, world, model, stage=1)
+    for iteration in (1, 2):
+        model.times = iteration
+        with shapley.step(iteration) as step:
+            train_on(engine, step, 10 * iteration + rank)
+
+
 @pytest.mark.parametrize(
     ("case", "refused"),
     [
+        (
+            (_used_more_often,),
+            "a parameter of layer further of shape (9,) is used 2 times in the last microbatch of a pass, 1 times",
+        ),
         ((_thawed_statistics,), "layer statistics is a BatchNorm1d and has been put into training mode"),
         ((_normed_twice,), "norm norm is over 2 dimensions"),
         ((_computed, "weight_norm", 0), "the weight of hidden is computed from others"),

@@ -103,8 +103,8 @@ class Reductions:
 
     # -- stages 0 to 2 ---------------------------------------------------------------------------------
 
-    def added(self, target: int, parameter: Parameter, sums: Sequence[Tensor]) -> None:
-        """A use of the parameter has been added to the sums ``[K, n]`` in the target's last backward.
+    def added(self, target: int, parameter: Parameter, sums: Sequence[Tensor], layer: str = "") -> None:
+        """A use of the parameter, by the layer of that name, has been added to the sums ``[K, n]`` in the target's last backward.
 
         Raises:
             UserError: the parameter is used more often than in the first step, and its sum may be on its way.
@@ -116,8 +116,9 @@ class Reductions:
         if self._uses is None or seen[key] < self._uses[target][key]:
             return
         if seen[key] > self._uses[target][key]:
+            whose = f" of layer {layer}" if layer else ""
             raise UserError(
-                f"a parameter of shape {tuple(parameter.shape)} is used {seen[key]} times in the last microbatch of a pass, "
+                f"a parameter{whose} of shape {tuple(parameter.shape)} is used {seen[key]} times in the last microbatch of a pass, "
                 f"{self._uses[target][key]} times in that of the first step: sums are sent when the last use has been added; "
                 f"score models that use their layers equally often"
             )

@@ -162,12 +162,19 @@ class Directions:
             self._begin([(key, self._places[key]) for key in self._reductions.unused(target)], target)
 
     def accumulate(
-        self, target: int, parameter: Parameter, add_to: Callable[[Tensor, bool], None], *, last: bool = False
+        self,
+        target: int,
+        parameter: Parameter,
+        add_to: Callable[[Tensor, bool], None],
+        *,
+        last: bool = False,
+        layer: str = "",
     ) -> None:
         """Let ``add_to(out, fresh)`` add a gradient to the parameter's direction; ``out`` has its (local) shape.
 
         ``fresh``: nothing has been added since ``zero()``, and what lies in ``out`` must be overwritten.
         ``last``: in the last backward that adds to the target, whose sums are sent as they are complete.
+        ``layer``: name of the layer whose use of the parameter this is, for messages.
         """
         key = id(parameter)
         place = self._places[key]
@@ -178,7 +185,7 @@ class Directions:
             self._begun[target].add(key)
             add_to(own.view(place.shape), fresh)
             if last:
-                self._reductions.added(target, parameter, self._sums)
+                self._reductions.added(target, parameter, self._sums, layer)
             return
         # ZeRO-3: the whole gradient of this layer for a moment, then this rank's part of the sum over ranks.
         whole = torch.zeros(place.numel * self.layout.dp_size, dtype=buffer.dtype, device=buffer.device)

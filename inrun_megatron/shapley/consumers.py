@@ -46,30 +46,30 @@ class DirectionFiller:
         match e.site.kind:
             case "linear":
                 a = e.input
-                self._add(e.weight, lambda out, fresh: weight_gradient_fp32(a, b, out, overwrite=fresh))
+                self._add(e, e.weight, lambda out, fresh: weight_gradient_fp32(a, b, out, overwrite=fresh))
             case "bias":
-                self._add_sum(e.weight, sum_of_tokens(b))
+                self._add_sum(e, e.weight, sum_of_tokens(b))
             case "embedding":
                 ids = e.input
                 self._add(
-                    e.weight, lambda out, fresh: embedding_gradient(b, ids, out.zero_() if fresh else out)
+                    e, e.weight, lambda out, fresh: embedding_gradient(b, ids, out.zero_() if fresh else out)
                 )
             case "norm":
                 scale, shift = norm_gradients(e, fused=by_triton(b) and b.dtype != torch.float64)
-                self._add_sum(e.weight, scale)
+                self._add_sum(e, e.weight, scale)
                 if e.bias is not None and e.bias.requires_grad:
-                    self._add_sum(e.bias, shift)
+                    self._add_sum(e, e.bias, shift)
             case kind:
                 raise AssertionError(f"no direction for sites of kind {kind}")
 
-    def _add(self, parameter: Parameter, add_to: Callable[[Tensor, bool], None]) -> None:
-        self.directions.accumulate(self.target, parameter, add_to, last=self.last)
+    def _add(self, e: Emission, parameter: Parameter, add_to: Callable[[Tensor, bool], None]) -> None:
+        self.directions.accumulate(self.target, parameter, add_to, last=self.last, layer=e.site.name)
 
-    def _add_sum(self, parameter: Parameter, total: Tensor) -> None:
+    def _add_sum(self, e: Emission, parameter: Parameter, total: Tensor) -> None:
         def add_to(out: Tensor, fresh: bool) -> None:
             out.copy_(total) if fresh else out.add_(total)
 
-        self._add(parameter, add_to)
+        self._add(e, parameter, add_to)
 
 
 def norm_gradients(e: Emission, *, fused: bool) -> tuple[Tensor, Tensor]:
