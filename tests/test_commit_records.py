@@ -37,8 +37,9 @@ def test_a_record_that_is_gone_is_missed(tmp_path: Path, step: int) -> None:
     message = f"{record.name} is missing, which the commit of step {step + 2} follows; restore it from a copy"
     with pytest.raises(UserError, match=message):
         Ledger(tmp_path).values()
-    (fault,) = [check for check in Ledger(tmp_path).verify() if not check.ok and check.name == "commits"]
-    assert fault.figures["damaged"] == [f"commits/{record.name}"]
+    checks = {check.name: check for check in Ledger(tmp_path).verify()}
+    assert not checks["commits"].ok and checks["commits"].figures["damaged"] == [f"commits/{record.name}"]
+    assert "of no commit record that can be read: " in checks["uncommitted"].detail
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=message):
         rollback(tmp_path, 6)

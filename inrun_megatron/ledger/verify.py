@@ -132,8 +132,13 @@ def _check_uncommitted(ledger: Ledger, parts: list[PartInfo]) -> Check:
     extra = [file for file in found if file not in named and file not in commits]
     detail = "none"
     if extra:
-        # Not a fault: the normal trace of a crash or of a run that is writing now.
-        detail = name_some("readers ignore them, a resume removes them:", extra)
+        # Not a fault: the normal trace of a crash or of a run that is writing now. With a record lost they may be its parts.
+        whose = (
+            "of no commit record that can be read:"
+            if ledger.damaged
+            else "readers ignore them, a resume removes them:"
+        )
+        detail = name_some(whose, extra)
     return Check("uncommitted", True, detail, {"files": extra})
 
 
