@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks.cases import Case
 from benchmarks.pairs import Batch, Pairs, Step, alternate
+from inrun_megatron.ports import free_port
 
 DOCUMENT = 64  # tokens of a document where samples are cut
 
@@ -32,7 +32,7 @@ def on_ranks(tp: int, dp: int, pp: int, threads: int, work: Callable[..., Any], 
     """``work(*arguments)`` on ``tp * dp * pp`` new processes with Megatron's groups; the answers by rank."""
     world = tp * dp * pp
     with ProcessPoolExecutor(world, mp_context=multiprocessing.get_context("spawn")) as pool:
-        layout = (world, tp, pp, get_free_port(), threads if world == 1 else 1)
+        layout = (world, tp, pp, free_port(), threads if world == 1 else 1)
         ranks = [pool.submit(_rank, rank, layout, work, arguments) for rank in range(world)]
         return [rank.result() for rank in ranks]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO
 
 import psutil
-from torch.distributed.elastic.utils.distributed import get_free_port
 
+from inrun_megatron.ports import free_port
 from tests.real_text import ROOT
 
 DEADLINE = 600.0
@@ -35,7 +35,7 @@ class Launched:
             "--num_accelerators",
             str(ranks),
             "--master_port",
-            str(get_free_port()),
+            str(free_port()),
         ]
         environment = {
             key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from torch.distributed.elastic.utils.distributed import get_free_port
 
+from inrun_megatron.ports import free_port
 from inrun_megatron.training.exit_codes import STOPPED
 from tests import real_text
 from tests.hosts import wait_for
@@ -38,8 +40,8 @@ def test_the_operator_that_make_built_is_found(
 def launch(launcher: str, argv: list[str], *, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
     script, bin_directory = str(ROOT / "launch" / "pretrain.py"), Path(sys.executable).parent
     start = {
-        "deepspeed": [sys.executable, str(bin_directory / "deepspeed"), "--num_accelerators", "2", "--master_port", str(get_free_port())],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(get_free_port())],
+        "deepspeed": [sys.executable, str(bin_directory / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())],
         "mpirun": [str(bin_directory / "mpirun"), "--allow-run-as-root", "--oversubscribe", "-np", "2", sys.executable],
     }[launcher]  # fmt: skip
     scrubbed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -137,6 +139,38 @@ def test_a_rank_that_does_not_see_its_gpu_says_so(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="local rank 1 has no GPU: it sees 1"):
         meet(ParallelConfig())
+
+
+def test_a_port_that_is_taken_is_one_line(data: Path, tmp_path: Path) -> None:
+    script = str(ROOT / "launch" / "pretrain.py")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        meeting = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, script, *arguments(data, "--no-shapley")],
+            env={**os.environ, **meeting},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert line.startswith(f"error: port {port} of 127.0.0.1, where the ranks are to meet, is in use: give ")
+
+
+def test_a_free_port_is_none_that_the_kernel_gives_to_connections() -> None:
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    before = random.getstate()
+    assert all(lowest // 2 <= free_port() < lowest for _ in range(20))
+    assert random.getstate() == before
 
 
 def test_ranks_that_somebody_numbered_by_half_say_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

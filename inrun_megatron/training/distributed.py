@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed import distributed_c10d
-from torch.distributed.elastic.utils.distributed import get_free_port
 
 from inrun_megatron.config import ParallelConfig
 from inrun_megatron.errors import UserError
+from inrun_megatron.ports import free_port
 
 T = TypeVar("T")
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -76,7 +76,7 @@ def _discover_mpi(promised: int) -> None:
         return
     hosts = world.allgather(MPI.Get_processor_name())
     address = "127.0.0.1" if len(set(hosts)) == 1 else socket.gethostbyname(socket.gethostname())
-    rendezvous = (os.environ.get("MASTER_ADDR", address), os.environ.get("MASTER_PORT", str(get_free_port())))
+    rendezvous = (os.environ.get("MASTER_ADDR", address), os.environ.get("MASTER_PORT", str(free_port())))
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = world.bcast(rendezvous, root=0)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.size)
     os.environ["LOCAL_RANK"] = str(hosts[: world.rank].count(hosts[world.rank]))
@@ -151,11 +151,28 @@ def allow_many_files() -> None:
 def meet(config: ParallelConfig) -> None:
     """Start torch.distributed: from here on ranks can agree on errors. Nothing is compiled on the way.
 
-    UserError when fewer ranks meet than were launched, when nccl is asked for without a GPU, or when this rank has none.
+    UserError when fewer ranks meet than were launched, when nccl is asked for without a GPU, when this rank has none, or
+    when something else listens where the ranks are to meet.
     """
     _, promised = launched()
     allow_many_files()
     _discover(promised)
+    try:
+        _start(config)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']}, where the ranks are to meet, is in use: give "
+            "the launcher another one (--master_port of deepspeed, --master-port of torchrun, else MASTER_PORT)"
+        ) from error
+    if dist.get_world_size() != promised:
+        raise UserError(
+            f"the launcher started {promised} ranks but {dist.get_world_size()} met: check WORLD_SIZE and the hostfile"
+        )
+
+
+def _start(config: ParallelConfig) -> None:
     cuda = torch.cuda.is_available()
     if _backend(config) == "nccl" and not cuda:
         raise UserError("--distributed-backend nccl needs a GPU and torch sees none: use gloo or auto")
@@ -166,10 +183,6 @@ def meet(config: ParallelConfig) -> None:
     elif not dist.is_initialized():
         # On CPUs DeepSpeed compiles an operator before it starts torch.distributed; it takes what is there.
         dist.init_process_group("gloo", timeout=timedelta(minutes=config.distributed_timeout_minutes))
-    if dist.get_world_size() != promised:
-        raise UserError(
-            f"the launcher started {promised} ranks but {dist.get_world_size()} met: check WORLD_SIZE and the hostfile"
-        )
 
 
 def initialise(config: ParallelConfig) -> None:
