@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from inrun_megatron.engines.reshape import Saved
+from inrun_megatron.errors import UserError
 from inrun_megatron.models.initialise import Cut, joined, shard
+from inrun_megatron.training import run_state
+from inrun_megatron.training.arguments import parse
 from tests import real_text
 from tests.distributed import Workers
 from tests.real_text import (
@@ -231,6 +234,19 @@ def test_a_resume_on_another_number_of_ranks(two_ranks: Workers, data: Path, tmp
     (checkpoint / "run_state.json").write_text(written)
     (checkpoint / "shards_00000.json").unlink()
     assert "has no shards_*.json" in refused(two_ranks, again)
+
+
+def test_a_checkpoint_of_an_earlier_version_says_less_of_its_model() -> None:
+    config = parse(arguments(Path("nowhere"), "--no-shapley"))
+    state = {"model": run_state.model_of(config), "optimizer": "adam"}
+    run_state.check_same_run(Path("here"), state, config)
+    del state["model"]["max_position_embeddings"]
+    run_state.check_same_run(Path("here"), state, config)
+    state["model"]["max_position_embeddings"] = 16
+    with pytest.raises(
+        UserError, match="here was written with --max-position-embeddings 16, this run has 32"
+    ):
+        run_state.check_same_run(Path("here"), state, config)
 
 
 def test_buffers_in_another_order_are_another_layout(two_ranks: Workers, data: Path, tmp_path: Path) -> None:
