@@ -26,26 +26,6 @@ def test_a_tapped_norm_is_the_plain_one(make: type[nn.Module], dtype: torch.dtyp
     torch.testing.assert_close(norm(x), plain, rtol=2 * torch.finfo(dtype).eps, atol=0.0)
 
 
-class _Scaled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2.0 * super().forward(x)
-
-
-class _Named(nn.Linear):
-    pass
-
-
-def test_a_forward_of_its_own_is_not_replaced() -> None:
-    with pytest.raises(UserError, match="layer 1 is a _Scaled, which overrides the forward of Linear"):
-        attach_taps(nn.Sequential(nn.Linear(4, 4), _Scaled(4, 4)))
-    assert attach_taps(nn.Sequential(_Named(4, 4))).coverage().tapped == 2
-    frozen = _Scaled(4, 4).requires_grad_(False)
-    x = torch.randn(2, 4)
-    plain = frozen(x)
-    attach_taps(nn.Sequential(nn.Linear(4, 4), frozen))
-    assert torch.equal(frozen(x), plain)
-
-
 def _layers() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.RMSNorm(4), nn.Linear(4, 4))
 

@@ -45,8 +45,10 @@ class DirectionFiller:
         b = e.output_grad
         match e.site.kind:
             case "linear":
-                a = e.input
-                self._add(e, e.weight, lambda out, fresh: weight_gradient_fp32(a, b, out, overwrite=fresh))
+                factors = e.factors
+                self._add(
+                    e, e.weight, lambda out, fresh: weight_gradient_fp32(*factors, out, overwrite=fresh)
+                )
             case "bias":
                 self._add_sum(e, e.weight, sum_of_tokens(b))
             case "embedding":
@@ -130,10 +132,10 @@ class RowScorer:
         directions = self.directions.of(e.weight)
         if self.segments is not None and e.site.sequence_shard[1] > 1:
             # A plain layer among Megatron's sees a shard of the sequence, where a row's parts are no whole blocks.
-            self._add_tokens(e, token_dots(e.input, e.output_grad, directions))
+            self._add_tokens(e, token_dots(*e.factors, directions))
             return
         grad = weight_gradient_and_dots(
-            e.input, e.output_grad, directions, e.site.batch_dim, self.dots, self.segments, self._parts
+            *e.factors, directions, e.site.batch_dim, self.dots, self.segments, self._parts
         )
         if not e.site.replicated:
             e.weight_grad = grad
@@ -193,8 +195,10 @@ class RowScorer:
         return gradients
 
     def _add_tokens(self, e: Emission, products: Tensor) -> None:
-        """Dots of single tokens ``[s, b, K]``, added up by part."""
+        """Dots of single tokens ``[s, b, K]`` (of a token's heads ``[s, b, heads, K]``), added up by part."""
         assert self.segments is not None
+        if products.dim() > 3:
+            products = products.flatten(2, -2).sum(2)
         self.dots += self.segments.sums(products, e.site.batch_dim, *e.site.sequence_shard)
 
 
@@ -211,12 +215,14 @@ def _require_rows(e: Emission, rows: int, segments: Segments | None) -> None:
         if len(shape) <= dim or shape[dim] != rows:
             raise UserError(
                 f"layer {e.site.name} sees tokens of shape {shape} with rows along dimension {dim}, but the microbatch has "
-                f"{rows} rows: values of samples need layers that see each of them (expand a broadcast input first)"
+                f"{rows} rows: values of samples need layers that see each of them (expand a broadcast input first; where the "
+                f"model joins rows and positions, give samples() the loss mask [b, s] as tokens)"
             )
         return
     expected = [segments.positions // e.site.sequence_shard[1]]
     expected.insert(dim, segments.rows)
-    if shape != expected:
+    # A norm of queries or keys sees heads, too.
+    if (shape if e.site.kind == "linear" else shape[:2]) != expected:
         raise UserError(
             f"layer {e.site.name} sees tokens of shape {shape}, but the samples are cut as {expected}: parts of "
             f"samples need layers that keep rows and positions; score whole samples (granularity sample)"

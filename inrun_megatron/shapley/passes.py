@@ -30,6 +30,12 @@ TrainingLoss = Callable[[Tensor, Microbatch], Tensor]
 """``(token losses [b, s], microbatch) -> scalar``: what ``engine.backward`` is given for the microbatch."""
 
 
+def detached_pass(consumer: Consumer, microbatch: Microbatch, arriving: Arriving | None = None) -> Pass:
+    """The pass of one microbatch, whose parameters get no gradients."""
+    rows, positions = microbatch["loss_mask"].shape
+    return Pass((consumer,), detached=True, rows=rows, positions=positions, arriving=arriving)
+
+
 @dataclass(frozen=True)
 class Task:
     """One microbatch of a detached pass.
@@ -43,6 +49,10 @@ class Task:
     microbatch: Microbatch
     consumer: Consumer
     loss: Callable[[Tensor], Tensor]
+
+    def as_pass(self, arriving: Arriving | None) -> Pass:
+        """As the taps see it."""
+        return detached_pass(self.consumer, self.microbatch, arriving)
 
 
 class Passes(Protocol):
@@ -81,7 +91,7 @@ class ModulePasses:
 
     def _run(self, task: Task, arriving: Arriving | None) -> None:
         scale = self._adapter.loss_scale()
-        with self._taps.during(Pass(consumers=(task.consumer,), detached=True, arriving=arriving)):
+        with self._taps.during(task.as_pass(arriving)):
             losses = self._loss_fn(self._module, task.microbatch).float()
             _require_token_losses(losses, task.microbatch)
             loss = task.loss(losses)

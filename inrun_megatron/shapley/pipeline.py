@@ -40,7 +40,7 @@ from ..losses import masked_sum
 from ..taps import Pass
 from .consumers import DirectionFiller, RowScorer
 from .in_run import InRunShapley
-from .passes import Microbatch, Passes
+from .passes import Microbatch, Passes, detached_pass
 from .pipeline_passes import PipelinePasses
 from .result import ShapleyTarget
 from .scored_step import ScoredStep
@@ -169,8 +169,8 @@ class ScoringStream:
         self.terms: tuple[Tensor, Tensor] | None = None
         last = {k: index for index, (k, _) in enumerate(self.validation)}
         self._passes = [
-            Pass(consumers=(DirectionFiller(owner.directions, k, last=index == last[k]),), detached=True)
-            for index, (k, _) in enumerate(self.validation)
+            detached_pass(DirectionFiller(owner.directions, k, last=index == last[k]), microbatch)
+            for index, (k, microbatch) in enumerate(self.validation)
         ]
         self._scorers: list[RowScorer] = []
         for index, microbatch in enumerate(microbatches):
@@ -179,7 +179,8 @@ class ScoringStream:
                 identity = (microbatch["dataset"], microbatch["sample"], microbatch["loss_mask"])
                 self._scorers.append(step.scorer(*identity, microbatch.get("segments")))
                 consumers = (self._scorers[-1], *consumers)
-            self._passes.append(Pass(consumers=consumers, microbatch=index))
+            rows, positions = microbatch["loss_mask"].shape
+            self._passes.append(Pass(consumers, microbatch=index, rows=rows, positions=positions))
         self._tied: list[tuple[list[Tensor], Tensor, dist.Work]] = []
         self._forwards = 0
         self._due = False  # is everything added up here, and nothing started that crosses stages?

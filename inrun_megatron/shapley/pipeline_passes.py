@@ -27,7 +27,7 @@ class PipelinePasses:
 
     def run(self, tasks: Sequence[Task], *, training: bool, arriving: Arriving | None = None) -> None:
         pairs = [self._loss.split(task.microbatch) for task in tasks]
-        runs = [Pass(consumers=(task.consumer,), detached=True, arriving=arriving) for task in tasks]
+        runs = [task.as_pass(arriving) for task in tasks]
         self._pipeline.run_detached(_DetachedStream(self, tasks, runs, training), pairs)
 
     @contextmanager

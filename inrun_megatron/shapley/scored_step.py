@@ -128,7 +128,7 @@ class ScoredStep:
             consumers = (scorer, *consumers)
         if not self._early and owner.adapter.steps_taken != self._steps_before:
             self._early = self._microbatches
-        run = Pass(consumers=consumers, microbatch=self._microbatches) if consumers else None
+        run = _training_pass(consumers, self._microbatches, len(sample), tokens) if consumers else None
         self._microbatches += 1
         with owner.taps.during(run):
             yield
@@ -315,3 +315,8 @@ class ScoredStep:
                     seconds_scoring=result.seconds_scoring,
                 )
             )
+
+
+def _training_pass(consumers: tuple[Consumer, ...], microbatch: int, rows: int, tokens: Any) -> Pass:
+    mask = torch.as_tensor(tokens).shape
+    return Pass(consumers, microbatch=microbatch, rows=rows, positions=mask[1] if len(mask) == 2 else None)

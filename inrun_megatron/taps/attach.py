@@ -6,11 +6,13 @@ of the model would look right and be wrong.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -62,9 +64,9 @@ class Coverage:
         return asdict(self) | {"missing": list(self.missing)}
 
 
-def _numel(parameter: nn.Parameter) -> int:
-    """ZeRO-3 keeps empty tensors between uses and the true size in ``ds_numel``."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """ZeRO-3 keeps empty tensors between uses and the true shape in ``ds_shape``."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @dataclass
@@ -122,8 +124,9 @@ class Taps:
         def refuse(name: str) -> Callable[[object], None]:
             def hook(_: object) -> None:
                 raise UserError(
-                    f"parameter {name} is used outside its own module, where no tap sees it: call the module that "
-                    f"holds it, tie weights through modules, or register a tap for the layer that uses it"
+                    f"parameter {name} is used outside its own module, or there in another way than by its layer's usual "
+                    f"function, where no tap sees it: call the module that holds it, tie weights through modules, or "
+                    f"register a tap for the layer that uses it"
                 )
 
             return hook
@@ -173,12 +176,12 @@ class Taps:
         """Which trainable parameters the taps see."""
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         missing = [(n, p) for n, p in named if id(p) not in self.sharding]
-        elements = sum(_numel(p) for _, p in named)
+        elements = sum(full_shape(p).numel() for _, p in named)
         return Coverage(
             parameters=len(named),
             tapped=len(named) - len(missing),
             elements=elements,
-            tapped_elements=elements - sum(_numel(p) for _, p in missing),
+            tapped_elements=elements - sum(full_shape(p).numel() for _, p in missing),
             missing=tuple(n for n, _ in missing),
         )
 
@@ -265,6 +268,19 @@ def _attacher(module: nn.Module) -> Attacher | None:
     return None
 
 
+def _fill_registry() -> tuple[type[nn.Module], ...]:
+    """Import what registers taps; returns megatron-core's parallel layers."""
+    from . import plain, vectors  # noqa: F401
+
+    if "transformers" in sys.modules:  # a model of theirs is made with it; importing it takes seconds
+        from . import huggingface  # noqa: F401
+    try:
+        from . import megatron
+    except ImportError:  # megatron-core is needed only for models made of its layers
+        return ()
+    return megatron.PARALLEL_LAYERS
+
+
 def attach_taps(model: nn.Module, *, sequence_first: bool | None = None, strict: bool = True) -> Taps:
     """Tap every layer of ``model`` that holds trainable parameters.
 
@@ -277,14 +293,7 @@ def attach_taps(model: nn.Module, *, sequence_first: bool | None = None, strict:
     Raises:
         UserError: names the parameters without a tap and their modules' types, or a layer that cannot be scored.
     """
-    from . import plain as _plain  # noqa: F401  (fills the registry)
-
-    try:
-        from . import megatron as _megatron
-    except ImportError:  # megatron-core is needed only for models made of its layers
-        megatron_types: tuple[type[nn.Module], ...] = ()
-    else:
-        megatron_types = _megatron.PARALLEL_LAYERS
+    megatron_types = _fill_registry()
     if sequence_first is None:
         sequence_first = any(isinstance(m, megatron_types) for m in model.modules())
     taps = Taps(model, sequence_first)
@@ -312,9 +321,13 @@ def _require_full_coverage(taps: Taps) -> None:
         }
         listed = ", ".join(f"{n} ({_type_name(owners.get(n))})" for n in coverage.missing[:5])
         more = f" and {len(coverage.missing) - 5} more" if len(coverage.missing) > 5 else ""
-        supported = ", ".join(sorted(t.__name__ for t in REGISTRY.keys() - _REFUSING))
-        remedy = f"freeze them (requires_grad=False), use a supported layer, or register a tap for the type (supported: {supported})"
-        if all(name in owners and _attacher(owners[name]) is not None for name in coverage.missing):
+        supported = ", ".join(sorted(t.__name__ for t in REGISTRY.keys() - _REFUSING - {nn.Module}))
+        remedy = (
+            f"freeze them (requires_grad=False), use a supported layer, or register a tap for the type (supported: {supported}, "
+            f"and modules of nothing but vectors)"
+        )
+        any_module = REGISTRY.get(nn.Module)
+        if all(name in owners and _attacher(owners[name]) is not any_module for name in coverage.missing):
             remedy = "a layer has one where its weight trains: freeze them, too (requires_grad=False), or train the weights"
         computing = [name for name, module in model.named_modules() if computes_weight(module)]
         made = [n for n in computing if any(name.startswith(f"{n}.") for name in coverage.missing)]

@@ -46,10 +46,11 @@ class Site:
 
     Attributes:
         name: the module's path in the model.
-        kind: ``linear``, ``bias``, ``embedding`` or ``norm``.
+        kind: ``linear``, ``bias`` (any vector of which every token has its own view), ``embedding`` or ``norm``.
         sharding: see :class:`Sharding`.
         batch_dim: the dimension of the activation that counts the rows of the microbatch.
         tp_rank, tp_size: place in the tensor-parallel group that the shards belong to.
+        transposed: ``linear``: the weight lies as ``[in, out]``.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Site:
     batch_dim: int
     tp_rank: int = 0
     tp_size: int = 1
+    transposed: bool = False
 
     @property
     def counts_here(self) -> bool:
@@ -118,6 +120,21 @@ class Emission:
         assert self.activation is not None, self.site
         return self.activation
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of a linear layer, whose weight's gradient is ``B^T A`` as the weight lies."""
+        return (self.output_grad, self.input) if self.site.transposed else (self.input, self.output_grad)
+
+    def part_tokens(self) -> None:
+        """Give buffers in which a model has joined rows and positions, ``[b * s, .]``, both dimensions again: views."""
+        dims = self.run.token_dims(self.site)
+        if dims is None or self.output_grad.dim() != 2 or len(self.output_grad) != dims[0] * dims[1]:
+            return
+        for name in ("output_grad", "activation", "mean", "rstd", "_normalised"):
+            buffer = getattr(self, name)
+            if buffer is not None:
+                setattr(self, name, buffer.unflatten(0, dims))
+
     def normalised(self) -> Tensor:
         """A norm's normalised input ``[s, b, h]``, in fp32 or wider."""
         if self._normalised is None:
@@ -141,14 +158,24 @@ class Pass:
         detached: parameters take no part in autograd, so that no ``AccumulateGrad`` node runs and the
             engine's gradient hooks stay silent; gradient flows from a dummy leaf.
         microbatch: index of the microbatch within the step.
+        rows, positions: of the microbatch; positions may be unknown.
         arriving: called with every parameter before a layer reads it, where weights are still on their way.
     """
 
     consumers: Sequence[Consumer] = ()
     detached: bool = False
     microbatch: int = 0
+    rows: int = 1
+    positions: int | None = None
     arriving: Callable[[Parameter], None] | None = None
     anchor: Tensor | None = field(default=None, repr=False)
+
+    def token_dims(self, site: Site) -> tuple[int, int] | None:
+        """The dimensions of tokens that a layer sees when it keeps rows and positions: ``(s, b)`` or ``(b, s)``, if known."""
+        if self.positions is None:
+            return None
+        positions = self.positions // site.sequence_shard[1]
+        return (self.rows, positions) if site.batch_dim == 0 else (positions, self.rows)
 
     def anchor_on(self, device: torch.device) -> Tensor | None:
         """The dummy leaf that makes outputs require a gradient where parameters are detached."""
@@ -208,6 +235,7 @@ class Call:
         """Show an emission, whose further fields are ``more``, to the pass's consumers."""
         assert self.run is not None
         emission = Emission(self.site, self.run, self.weight, output_grad, activation, **more)
+        emission.part_tokens()
         for consumer in self.run.consumers:
             consumer(emission)
         return emission

@@ -30,6 +30,11 @@ class LinearCall(Call):
     sequence_parallel: bool = False
     allreduce_dgrad: bool = False
 
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as ``[out, in]``."""
+        return self.weight.t() if self.site.transposed else self.weight
+
 
 class LinearTap(torch.autograd.Function):
     """``apply(input [s(/tp), b, in], weight | None, anchor | None, call) -> [s, b, out]``."""
@@ -41,7 +46,7 @@ class LinearTap(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(input)
         total = _gather(input, call.group)[0] if call.sequence_parallel else input
-        return torch.matmul(total, call.weight.t())
+        return torch.matmul(total, call.matrix.t())
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -56,7 +61,7 @@ class LinearTap(torch.autograd.Function):
         if call.sequence_parallel and needs_activation:
             total, gathering = _gather(input, call.group, async_op=True)
 
-        input_grad = output_grad.matmul(call.weight)
+        input_grad = output_grad.matmul(call.matrix)
         if gathering is not None:
             gathering.wait()
 
@@ -72,7 +77,8 @@ class LinearTap(torch.autograd.Function):
         if call.emits:
             weight_grad = call.emit(output_grad, activation=total).weight_grad
         if needs_weight and weight_grad is None:
-            weight_grad = weight_gradient(total, output_grad)
+            factors = (output_grad, total) if call.site.transposed else (total, output_grad)
+            weight_grad = weight_gradient(*factors)
 
         if reducing is not None:
             reducing.wait()

@@ -1,18 +1,21 @@
-"""Taps for plain torch layers: nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm."""
+"""Taps for plain torch layers and subclasses of them, nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .attach import Taps, computes_weight, register, require_forward
+from .attach import Taps, computes_weight, register
 from .bias import bias as tapped_bias
 from .embedding import EmbeddingCall, embedding
 from .emission import Call, Sharding, Site
 from .linear import LinearCall, linear
 from .norm import NormCall, norm
+from .own_forward import around
 
 
 def place(parameter: nn.Parameter) -> Sharding:
@@ -36,32 +39,46 @@ def tensor_parallel_place() -> tuple[int, int]:
 
 @register(nn.Linear)
 def _linear(taps: Taps, module: Any, name: str) -> None:
-    if computes_weight(module) or not module.weight.requires_grad:
+    if computes_weight(module):
         return
-    require_forward(module, nn.Linear, name)
-    rank, size = tensor_parallel_place()
-    batch_dim = 1 if taps.sequence_first else 0
-    weight_site = Site(name, "linear", place(module.weight), batch_dim, rank, size)
-    bias_site = Site(name, "bias", place(module.weight), batch_dim, rank, size)
+    tapped = tap_linear(taps, module, name)
+    if tapped is not None:
+        module.forward = around(module, nn.Linear, tapped)
 
-    def forward(input: Tensor) -> Tensor:
+
+def tap_linear(
+    taps: Taps, module: Any, name: str, *, transposed: bool = False
+) -> Callable[[Tensor], Tensor] | None:
+    """The tapped forward of a module with a ``weight [out, in]`` (``transposed``: ``[in, out]``) and perhaps a ``bias``, None if frozen."""
+    if not module.weight.requires_grad:
+        return None
+    rank, size = tensor_parallel_place()
+    site = Site(name, "linear", place(module.weight), 1 if taps.sequence_first else 0, rank, size, transposed)
+    bias_site = replace(site, kind="bias", transposed=False)
+    taps.cover(site.sharding, module.weight, module.bias)
+
+    def tapped(input: Tensor) -> Tensor:
         run = taps.current
-        output = linear(input, LinearCall(weight_site, run, module.weight))
+        output = linear(input, LinearCall(site, run, module.weight))
         if module.bias is None:
             return output
         if not module.bias.requires_grad:
             return output + module.bias
         return output + tapped_bias(Call(bias_site, run, module.bias), output)
 
-    module.forward = forward
-    taps.cover(weight_site.sharding, module.weight, module.bias)
+    return tapped
+
+
+def _every_row(ids: Tensor, taps: Taps) -> Tensor:
+    """Ids ``[1, s]`` that the model broadcasts later (positions) for each of the pass's rows, which have gradients of their own."""
+    rows = 1 if taps.current is None else taps.current.rows
+    return ids.expand(rows, *ids.shape[1:]) if ids.dim() > 1 and ids.shape[0] == 1 else ids
 
 
 @register(nn.Embedding)
 def _embedding(taps: Taps, module: Any, name: str) -> None:
     if computes_weight(module) or not module.weight.requires_grad:
         return
-    require_forward(module, nn.Embedding, name)
     if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
         raise UserError(
             f"embedding {name} uses max_norm, sparse or scale_grad_by_freq, which make gradients depend on "
@@ -72,11 +89,11 @@ def _embedding(taps: Taps, module: Any, name: str) -> None:
     # replicated even under sequence parallelism (models/common/embeddings/language_model_embedding.py).
     site = Site(name, "embedding", Sharding.REPLICATED, 0, rank, size)
 
-    def forward(input: Tensor) -> Tensor:
+    def tapped(input: Tensor) -> Tensor:
         call = EmbeddingCall(site, taps.current, module.weight, padding_idx=module.padding_idx)
-        return embedding(input, None, call)
+        return embedding(_every_row(input, taps), None, call)
 
-    module.forward = forward
+    module.forward = around(module, nn.Embedding, tapped)
     taps.cover(site.sharding, module.weight)
 
 
@@ -87,33 +104,33 @@ def _norm(taps: Taps, module: Any, name: str, kind: type[nn.Module]) -> None:
     shift: nn.Parameter | None = getattr(module, "bias", None)
     if weight is None or not weight.requires_grad:
         return
-    require_forward(module, kind, name)
     over = len(module.normalized_shape)  # ZeRO-3 leaves the weight itself without its shape
     if over != 1:
         raise UserError(f"norm {name} is over {over} dimensions; only the last one is supported")
     rank, size = tensor_parallel_place()
     site = Site(name, "norm", place(weight), 1 if taps.sequence_first else 0, rank, size)
-    if site.replicated and _sees_own_heads(taps, module, name):
-        raise UserError(
-            f"norm {name} sees the heads of its tensor-parallel rank only, and DeepSpeed does not sum its gradient over ranks: "
-            f"set sequence_parallel = True on its parameters before InRunShapley is made, and call "
-            f"engines.gradients.sum_sequence_parallel_gradients"
-        )
+    require_all_heads(taps, module, site)
 
-    def normed(x: Tensor) -> Tensor:
-        call = NormCall(site, taps.current, weight, shift, eps=module.eps, rms=kind is nn.RMSNorm)
-        return norm(x, call)
+    def tapped(input: Tensor, **given: float | None) -> Tensor:
+        eps = given.get("eps", module.eps)
+        return norm(input, NormCall(site, taps.current, weight, shift, eps=eps, rms=kind is nn.RMSNorm))
 
-    # torch's own names for the argument, which may be given by name.
-    module.forward = (lambda x: normed(x)) if kind is nn.RMSNorm else (lambda input: normed(input))
+    module.forward = around(module, kind, tapped)
     taps.cover(site.sharding, weight, shift)
 
 
-def _sees_own_heads(taps: Taps, module: Any, name: str) -> bool:
-    """A norm of queries or keys by head in megatron-core's attention; multi-latent attention has them before the heads."""
-    attention: Any = taps.model.get_submodule(name.rpartition(".")[0])
+def require_all_heads(taps: Taps, module: Any, site: Site) -> None:
+    """Not so of norms of queries or keys by head in megatron-core's attention; multi-latent attention has them before the heads."""
+    if not site.replicated:
+        return
+    attention: Any = taps.model.get_submodule(site.name.rpartition(".")[0])
     norms = [getattr(attention, own, None) for own in ("q_layernorm", "k_layernorm")]
-    return any(own is module for own in norms) and not hasattr(attention, "linear_kv_up_proj")
+    if any(own is module for own in norms) and not hasattr(attention, "linear_kv_up_proj"):
+        raise UserError(
+            f"norm {site.name} sees the heads of its tensor-parallel rank only, and DeepSpeed does not sum its gradient over "
+            f"ranks: set sequence_parallel = True on its parameters before InRunShapley is made, and call "
+            f"engines.gradients.sum_sequence_parallel_gradients"
+        )
 
 
 @register(nn.LayerNorm)

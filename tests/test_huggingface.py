@@ -1,0 +1,107 @@
+"""Models of Hugging Face's transformers in a loop of one's own: values are those of gradients taken one row at a time, in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.distributed import Workers
+from tests.own_loop import make_engine
+
+VOCABULARY, LENGTH, ROWS, RATE = 64, 12, 3, 1e-2
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, **NO_DROPOUT}
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+# What each of them has beside plain layers, and a ZeRO stage.
+MODELS: dict[str, tuple[dict[str, Any], int]] = {
+    "gpt2": (GPT2, 3),  # Conv1D, positions [1, s], tied
+    "opt": (SIZES | OPT, 2),  # an offset of positions, feed-forward layers that see [b * s, h]
+    "gpt_neox": (SIZES | {"hidden_dropout": 0.0, "attention_dropout": 0.0}, 0),  # none
+    "llama": (SIZES, 1),  # RMSNorm of its own
+    "qwen2": (SIZES, 3),  # the same, and some biases
+    "gemma2": (SIZES, 3),  # RMSNorm around 1, scaled embeddings, capped logits, tied
+}
+
+
+def _model(kind: str) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(kind, **MODELS[kind][0], **tokens)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():  # no norm and no bias may be what it is at first
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.train()  # type: ignore[no-any-return]
+
+
+def _losses(module: Any, batch: dict[str, Tensor]) -> Tensor:
+    logits = module(input_ids=batch["tokens"], use_cache=False).logits
+    losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+    return losses.view_as(batch["labels"])
+
+
+def _batch(seed: int) -> dict[str, Tensor]:
+    text = torch.randint(3, VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones(ROWS, LENGTH)
+    mask[0, :4] = 0.0
+    return {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous(), "loss_mask": mask}
+
+
+def _gradient(model: torch.nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Of the sum over loss tokens."""
+    loss = (_losses(model, batch) * batch["loss_mask"]).sum()
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def _one_row_at_a_time(kind: str, rank: int, world: int) -> Tensor:
+    model, held_out, values = _model(kind).double(), [_batch(50 + r) for r in range(world)], []
+    tokens = sum(float(batch["loss_mask"].sum()) for batch in held_out)
+    direction = [sum(g) / tokens for g in zip(*(_gradient(model, batch) for batch in held_out))]
+    batch = _batch(10 + rank)
+    for row in range(ROWS):
+        gradient = _gradient(model, {name: column[row : row + 1] for name, column in batch.items()})
+        share = 1.0 / (float(batch["loss_mask"].sum()) * world)
+        values.append(RATE * share * sum((d * g).sum() for d, g in zip(direction, gradient)))
+    return torch.stack(values)
+
+
+def _scored(rank: int, world: int, kind: str) -> tuple[Tensor, Tensor]:
+    from inrun_megatron import InRunShapley, ShapleyTarget
+
+    expected = _one_row_at_a_time(kind, rank, world)
+    model = _model(kind)
+    sgd = torch.optim.SGD(model.parameters(), lr=RATE)
+    engine = make_engine(model, sgd, {"stage": MODELS[kind][1]}, clip=0.0)
+    held_out = _batch(50 + rank)
+    target = ShapleyTarget("held_out", [held_out], num_tokens=world * int(held_out["loss_mask"].sum()))
+    shapley = InRunShapley(engine, [target], _losses, base="current")
+    batch = _batch(10 + rank)
+    with shapley.step(1) as step:
+        with step.samples(torch.zeros(ROWS), torch.arange(ROWS), batch["loss_mask"]):
+            engine.backward((_losses(engine, batch) * batch["loss_mask"]).sum() / batch["loss_mask"].sum())
+            engine.step()
+    shapley.close()
+    return step.result.values[:, 0].double(), expected
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_values_are_those_of_one_row_at_a_time(two_ranks: Workers, kind: str) -> None:
+    for values, expected in two_ranks.run(_scored, kind):
+        torch.testing.assert_close(values, expected, rtol=0.0, atol=1e-5 * float(expected.abs().max()))
