@@ -15,13 +15,12 @@ from inrun_megatron.ledger import Ledger
 ROOT = Path(__file__).resolve().parents[1]
 
 
-MEGATRON = "# megatron_run.py"
-
-
-def _blocks(page: str, *, own: bool = False) -> str:
-    """The examples of a page as one script; own: the one that is a script of its own."""
-    found = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.S)
-    return "\n\n".join(block for block in found if block.startswith(MEGATRON) == own)
+def _blocks(page: str, script: str = "") -> str:
+    """The examples of a page as one script; those that begin with a script's name are one of their own."""
+    found = re.findall(
+        r"```python\n(?:# (\w+\.py).*?\n)?(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.S
+    )
+    return "\n\n".join(block for name, block in found if name == script)
 
 
 def _run(code: str, tmp_path: Path, ranks: int = 0) -> subprocess.CompletedProcess[str]:
@@ -57,11 +56,17 @@ def test_library_page(tmp_path: Path) -> None:
     assert re.search(r"^3 \[\d\.\d+\] tensor\(\[", done.stdout, flags=re.M), done.stdout
 
 
+def test_the_hugging_face_example(tmp_path: Path) -> None:
+    done = _run(_blocks("library.md", "huggingface_run.py"), tmp_path, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"^3 scored \[\d\.\d+\] tensor\(\[", done.stdout, flags=re.M), done.stdout
+
+
 def test_the_megatron_example_has_the_same_values_on_one_rank_and_on_two(tmp_path: Path) -> None:
     more = "\n    if layout.tp_rank == 0:\n        print('ALL', iteration, *result.values[:, 0].tolist())\n"
     values = []
     for ranks in (1, 2):
-        done = _run(_blocks("library.md", own=True) + more, tmp_path, ranks)
+        done = _run(_blocks("library.md", "megatron_run.py") + more, tmp_path, ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         values.append(
             [
