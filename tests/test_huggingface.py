@@ -30,19 +30,16 @@ HIDDEN = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 RESIDUAL = {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0}
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, **NO_DROPOUT}
 NEO = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "embed_dropout": 0.0}
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}  # an offset of positions; [b * s, h]
 MPT = {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 32}
 # What each family has beside plain layers.
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,  # Conv1D, positions [1, s], tied
-    "openai-gpt": GPT2,
     "gptj": GPT2 | {"rotary_dim": 4},
     "codegen": GPT2 | {"rotary_dim": 4},
     "gpt_neo": SIZES | NEO | {"resid_dropout": 0.0, "attention_dropout": 0.0},
     "gpt_neox": SIZES | HIDDEN,
-    "opt": SIZES
-    | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},  # an offset of positions; [b * s, h]
     "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, **HIDDEN},
-    "mpt": MPT,
     "phi": SIZES | NO_DROPOUT,
     "phi3": SIZES | NO_DROPOUT,
     "stablelm": SIZES,
@@ -56,20 +53,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "cohere": SIZES,
     "granite": SIZES,
 }
-NEWER = (
-    "qwen3",
-    "gemma3_text",
-    "olmo2",
-    "cohere2",
-    "glm4",
-    "helium",
-    "smollm3",
-    "ernie4_5",
-    "exaone4",
-    "arcee",
-)
+BY_HEAD = ("qwen3", "gemma3_text", "olmo2", "cohere2", "exaone4")  # norms of queries and keys
+OTHERS = ("glm4", "helium", "smollm3", "ernie4_5", "arcee")
 if int(metadata.version("transformers").split(".")[0]) >= 5:
-    MODELS |= dict.fromkeys(NEWER, SIZES)  # norms of queries and keys by head, among others
+    MODELS |= dict.fromkeys(BY_HEAD + OTHERS, SIZES)
+    # Before, these do not run in fp64, or take no `use_cache`.
+    MODELS |= {"opt": SIZES | OPT, "mpt": MPT, "openai-gpt": GPT2}
 
 
 def _model(kind: str) -> torch.nn.Module:
