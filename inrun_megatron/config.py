@@ -50,6 +50,8 @@ class ModelConfig:
     """Norm: LayerNorm or (Llama) RMSNorm."""
     norm_epsilon: float = 1e-5
     """Added to the variance in the norm."""
+    qk_layernorm: bool = False
+    """Norm of each head's queries and keys, before rotary positions."""
     swiglu: bool = False
     """(Llama) Gated feed-forward layer with SiLU instead of GELU."""
     disable_bias_linear: bool = False

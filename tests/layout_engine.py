@@ -104,8 +104,7 @@ def build_engine(case: LayoutCase) -> Any:
         mpu=Mpu() if case.pp == 1 else None,
     )[0]
     keep_fp32_norm(engine)
-    if case.sp:
-        sum_sequence_parallel_gradients(engine.module, parallel_state.get_tensor_model_parallel_group())
+    sum_sequence_parallel_gradients(engine.module, parallel_state.get_tensor_model_parallel_group())
     if case.zero == 3 and shape.is_tied:
         deepspeed.zero.register_external_parameter(
             engine.module.output_layer, engine.module.embedding.word_embeddings.weight

@@ -89,6 +89,7 @@ class LayoutCase:
         False  # recompute by the pipeline engine's own activation checkpoints, which know no taps
     )
     second_copy: int = 1  # ZeRO-3: ranks of a node that share a further copy of the weights (hpZ)
+    qk_layernorm: bool = False
     frozen: tuple[str, ...] = ()  # parameters whose names begin with one of these do not train
 
     @property
@@ -99,7 +100,15 @@ class LayoutCase:
         groups = None if self.shape == "gpt2" else max(2, self.tp)
         # Padded to a multiple of 4 whatever the layout, so that all layouts of a shape share their weights.
         return GPTShape(
-            self.shape, self.layers, 32, 4, VOCABULARY, SEQUENCE, num_query_groups=groups, tied=self.tied
+            self.shape,
+            self.layers,
+            32,
+            4,
+            VOCABULARY,
+            SEQUENCE,
+            num_query_groups=groups,
+            tied=self.tied,
+            qk_layernorm=self.qk_layernorm,
         )
 
     def config(self) -> ModelConfig:
@@ -112,6 +121,7 @@ class LayoutCase:
             "ffn_hidden_size": model.ffn,
             "num_attention_heads": model.num_attention_heads,
             "make_vocab_size_divisible_by": 1,
+            "qk_layernorm": self.qk_layernorm,
             "hidden_dropout": self.dropout,
             "attention_dropout": self.dropout,
             **(llama if self.shape == "llama" else {}),

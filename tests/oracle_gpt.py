@@ -45,6 +45,7 @@ class GPTShape:
     norm_epsilon: float = 1e-5
     rotary_base: int = 10000
     rotary_percent: float = 1.0
+    qk_layernorm: bool = False
 
     @property
     def ffn(self) -> int:
@@ -76,10 +77,10 @@ def parameter_shapes(shape: GPTShape) -> dict[str, tuple[int, ...]]:
     h, bias = shape.hidden_size, shape.kind == "gpt2"
     shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (shape.padded_vocab, h)}
 
-    def norm(name: str) -> None:
-        shapes[f"{name}.weight"] = (h,)
+    def norm(name: str, width: int = h) -> None:
+        shapes[f"{name}.weight"] = (width,)
         if bias:
-            shapes[f"{name}.bias"] = (h,)
+            shapes[f"{name}.bias"] = (width,)
 
     def linear(name: str, out_features: int, in_features: int) -> None:
         shapes[f"{name}.weight"] = (out_features, in_features)
@@ -93,6 +94,9 @@ def parameter_shapes(shape: GPTShape) -> dict[str, tuple[int, ...]]:
         norm(f"{prefix}.input_layernorm")
         linear(f"{prefix}.self_attention.linear_proj", h, h)
         linear(f"{prefix}.self_attention.linear_qkv", h + 2 * shape.groups * shape.head_dim, h)
+        if shape.qk_layernorm:
+            norm(f"{prefix}.self_attention.q_layernorm", shape.head_dim)
+            norm(f"{prefix}.self_attention.k_layernorm", shape.head_dim)
         norm(f"{prefix}.pre_mlp_layernorm")
         linear(f"{prefix}.mlp.linear_fc1", (2 if shape.gated else 1) * shape.ffn, h)
         linear(f"{prefix}.mlp.linear_fc2", h, shape.ffn)
@@ -143,11 +147,12 @@ class OracleGPT:
         self.frozen = frozen or {}
 
     def _use(self, function: Callable[..., Tensor], *parameters: Tensor | None) -> Tensor:
-        """`function` of parameters, a gradient only at `own` positions; its result is [b, s, .]."""
+        """`function` of parameters, a gradient only at `own` positions; its result is [b, s, ...]."""
         if self.own is None:
             return function(*parameters)
         constants = function(*(None if p is None else p.detach() for p in parameters))
-        return torch.where(self.own[:, :, None], function(*parameters), constants)
+        own = self.own.view(*self.own.shape, *[1] * (constants.dim() - 2))
+        return torch.where(own, function(*parameters), constants)
 
     def token_losses(self, parameters: Parameters, batch: Microbatch) -> Tensor:
         """Cross entropy of every label, [b, s]. The softmax runs over the `vocab_size` real entries."""
@@ -175,7 +180,8 @@ class OracleGPT:
         return self._use(lambda w: hidden @ w[: shape.vocab_size].T, parameters[output])
 
     def _norm(self, parameters: Parameters, name: str, hidden: Tensor) -> Tensor:
-        size, weight, eps = (self.shape.hidden_size,), parameters[f"{name}.weight"], self.shape.norm_epsilon
+        weight, eps = parameters[f"{name}.weight"], self.shape.norm_epsilon
+        size = tuple(weight.shape)
         if self.shape.kind == "llama":
             return self._use(lambda w: F.rms_norm(hidden, size, w, eps), weight)
         return self._use(
@@ -201,6 +207,9 @@ class OracleGPT:
         g, d, per_group = shape.groups, shape.head_dim, shape.num_attention_heads // shape.groups
         mixed = self._linear(parameters, f"{prefix}.linear_qkv", hidden).view(b, s, g, per_group + 2, d)
         query, key, value = mixed.split((per_group, 1, 1), dim=3)  # [b, s, g, n/g or 1, d]
+        if shape.qk_layernorm:
+            query = self._norm(parameters, f"{prefix}.q_layernorm", query)
+            key = self._norm(parameters, f"{prefix}.k_layernorm", key)
         if shape.kind == "llama":
             query, key = self._rotate(query), self._rotate(key)
         query, key, value = (tensor.permute(0, 2, 3, 1, 4) for tensor in (query, key, value))

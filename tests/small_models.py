@@ -17,7 +17,13 @@ LLAMA: dict[str, Any] = {
 """What makes a GPT of Megatron's a Llama."""
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {},
-    "llama": {**LLAMA, "group_query_attention": True, "num_query_groups": 2, "ffn_hidden_size": 48},
+    "llama": {
+        **LLAMA,
+        "group_query_attention": True,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 48,
+        "qk_layernorm": True,
+    },
 }
 
 

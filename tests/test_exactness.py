@@ -28,6 +28,10 @@ PAIRWISE = [
     LayoutCase(4, 4, False, 1, 2, "gpt2", "adamw"),
     LayoutCase(4, 4, True, 2, 2, "llama", "adamw"),
     LayoutCase(4, 4, True, 3, 1, "gpt2", "adamw"),
+    # Norms of which every tensor-parallel rank sees its own heads.
+    LayoutCase(4, 2, True, 2, 1, "llama", "sgd", qk_layernorm=True),
+    LayoutCase(4, 4, False, 3, 1, "gpt2", "sgd", qk_layernorm=True),
+    LayoutCase(4, 2, False, 0, 2, "gpt2", "adamw", qk_layernorm=True),
 ]
 # What the product leaves out: one row and many rows per microbatch, recomputation, momentum, Adam with coupled
 # decay, the SGD proxy, lower precision, each once.
@@ -73,6 +77,7 @@ def _reference(case: LayoutCase) -> OracleRun:
         precision=case.precision,
         micro_batch=case.micro_batch,
         proxy=case.proxy,
+        qk_layernorm=case.qk_layernorm,
     ).oracle()
 
 

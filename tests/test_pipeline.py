@@ -57,6 +57,7 @@ BESIDES = [
     LayoutCase(2, 1, False, 1, 3, "llama", "adam", pp=2, tied=True, recompute=True),
     LayoutCase(2, 1, False, 0, 2, "llama", "momentum", pp=2, micro_batch=4),
     LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, proxy=True),
+    LayoutCase(2, 1, False, 1, 2, "llama", "momentum", pp=2, qk_layernorm=True),
     LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, precision="bf16"),
     LayoutCase(2, 1, False, 0, 2, "llama", "sgd", pp=2, precision="bf16"),
     LayoutCase(2, 1, False, 1, 2, "llama", "adamw", pp=2, precision="bf16", grad_accum_fp32=True),

@@ -33,7 +33,7 @@ data = real_text.data  # a fixture
 
 LLAMA = (
     "--untie-embeddings-and-output-weights --normalization RMSNorm --swiglu --disable-bias-linear "
-    "--position-embedding-type rope --group-query-attention --num-query-groups 2"
+    "--position-embedding-type rope --group-query-attention --num-query-groups 2 --qk-layernorm"
 )
 GATED = LLAMA.replace("--disable-bias-linear ", "")
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"

@@ -2,7 +2,7 @@
 
     grad L_k over this rank's share of the validation sequences
       -> sum over data-parallel ranks            (all-reduce / reduce-scatter, as the gradients are)
-      -> sum over tensor-parallel ranks          (parameters that see sequence shards)
+      -> sum over tensor-parallel ranks          (replicated parameters that see sequence shards or own heads)
       -> times the optimizer's Jacobian          (elementwise, on the shard whose state this rank owns)
       -> where the layers can use it             (all-gather once, or with the layer under ZeRO-3)
 
@@ -101,10 +101,10 @@ class Directions:
             layout.dp_group, layout.dp_size, lambda key: self._own(self._places[key]).reshape(-1)
         )
         self.counting = Counting(groups, sharding, layout)
-        # Of parameters that see sequence shards: ranges of every group's local part.
-        self._sequence = [
-            merged(s for s in g.local_spans() if sharding.get(id(s.parameter)) is Sharding.SEQUENCE)
-            for g in groups
+        # Of replicated parameters of which a tensor-parallel rank sees a part: ranges of every group's local part.
+        partial = (Sharding.SEQUENCE, Sharding.HEADS)
+        self._partial = [
+            merged(s for s in g.local_spans() if sharding.get(id(s.parameter)) in partial) for g in groups
         ]
 
     def like(self, vectors: int) -> Directions:
@@ -218,10 +218,10 @@ class Directions:
         """Sum over ranks; afterwards this rank's shard holds ``grad L_k`` (times the loss scale)."""
         self._begin_untouched(self._places.items())
         self._reductions.finish(self._sums)
-        if self.layout.tp_size > 1 and any(self._sequence):
+        if self.layout.tp_size > 1 and any(self._partial):
             pieces = [
                 shard[:, lo:hi]
-                for shard, ranges in zip(self.shards(), self._sequence, strict=True)
+                for shard, ranges in zip(self.shards(), self._partial, strict=True)
                 for lo, hi in ranges
             ]
             sum_together(pieces, self.layout.tp_group)

@@ -1,7 +1,7 @@
 """What DeepSpeed has to be told about gradients under tensor parallelism.
 
 Under sequence parallelism each rank's gradient of a norm's weight or of a row-parallel bias comes from its part of the
-sequence only. Megatron-LM's own data-parallel wrapper sums them over the tensor-parallel group
+sequence only; that of a norm of queries or keys by head comes from the rank's own heads, always. Megatron-LM's own data-parallel wrapper sums them over the tensor-parallel group
 (megatron/core/distributed/finalize_model_grads.py, `_allreduce_non_tensor_model_parallel_grads`); DeepSpeed does not,
 and the replicas would drift apart silently.
 """
@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 def sum_sequence_parallel_gradients(
     module: torch.nn.Module, group: dist.ProcessGroup
 ) -> list[RemovableHandle]:
-    """Sum the gradient of every parameter marked `sequence_parallel` over `group`, before it is accumulated.
+    """Sum the gradient of every parameter marked `sequence_parallel` or `own_heads` over `group`, before it is accumulated.
 
     A tensor hook on the leaf: autograd calls it with the gradient of one backward pass before `AccumulateGrad`, so
     that all of DeepSpeed's stages, which hook in after the accumulation, see the whole gradient. The sum is taken in
@@ -35,7 +35,8 @@ def sum_sequence_parallel_gradients(
     return [
         parameter.register_hook(summed)
         for parameter in module.parameters()
-        if getattr(parameter, "sequence_parallel", False) and parameter.requires_grad
+        if parameter.requires_grad
+        and (getattr(parameter, "sequence_parallel", False) or getattr(parameter, "own_heads", False))
     ]
 
 

@@ -22,7 +22,7 @@ from inrun_megatron.defaults import padded_vocabulary
 from inrun_megatron.models import cpu
 from inrun_megatron.models.attention import SdpaCoreAttention, document_mask
 from inrun_megatron.models.initialise import Gather, initialise
-from inrun_megatron.models.norm import Norm
+from inrun_megatron.models.norm import HeadNorm, Norm
 
 if TYPE_CHECKING:
     from inrun_megatron.config import ModelConfig
@@ -44,6 +44,7 @@ def transformer_config(
         num_query_groups=model.query_groups,
         kv_channels=model.resolved_kv_channels,
         normalization=model.normalization,
+        qk_layernorm=model.qk_layernorm,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
         activation_func=F.silu if model.swiglu else F.gelu,
@@ -70,7 +71,10 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(normalization=model.normalization)
     layer.submodules.input_layernorm = Norm
     layer.submodules.pre_mlp_layernorm = Norm
-    layer.submodules.self_attention.submodules.core_attention = SdpaCoreAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SdpaCoreAttention
+    if model.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = HeadNorm
     return layer
 
 

@@ -28,3 +28,18 @@ class Norm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
+
+
+class HeadNorm(Norm):
+    """The same for queries or keys by head, of which a tensor-parallel rank has its own.
+
+    Its gradient is a part of the whole at any tensor-parallel size: parameters are marked `own_heads`. Megatron-LM finds
+    them by their names (megatron/core/distributed/finalize_model_grads.py).
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:  # type: ignore[misc]
+        norm = Norm(config, hidden_size, eps)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
+            parameter.own_heads = True  # type: ignore[attr-defined]
+        return norm  # type: ignore[return-value]

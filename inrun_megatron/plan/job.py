@@ -37,15 +37,15 @@ _POSITIVE = (
 class Parameter:
     """One parameter of one rank.
 
-    shape: of this rank's tensor-parallel part. uses: how often a microbatch passes through it. sequence: a replicated
-    parameter that sees sequence shards, so that its gradient is summed over tensor-parallel ranks. linear: of a linear
-    layer.
+    shape: of this rank's tensor-parallel part. uses: how often a microbatch passes through it. summed: a replicated
+    parameter that sees sequence shards or the rank's own heads, so that its gradient is summed over tensor-parallel
+    ranks. linear: of a linear layer.
     """
 
     name: str
     shape: tuple[int, ...]
     uses: int = 1
-    sequence: bool = False
+    summed: bool = False
     linear: bool = False
 
     @property
@@ -211,13 +211,17 @@ class Job:
             found.append(Parameter(name, shape, linear=True))
             if not model.disable_bias_linear or (name == "qkv" and model.add_qkv_bias):
                 row = name in ("projection", "fc2")
-                found.append(Parameter(f"{name} bias", shape[:1], sequence=self.sequence_parallel and row))
+                found.append(Parameter(f"{name} bias", shape[:1], summed=self.sequence_parallel and row))
+        if model.qk_layernorm:
+            found += self._norm("query norm", model.resolved_kv_channels, summed=t > 1)
+            found += self._norm("key norm", model.resolved_kv_channels, summed=t > 1)
         return found
 
-    def _norm(self, name: str) -> list[Parameter]:
+    def _norm(self, name: str, width: int | None = None, summed: bool | None = None) -> list[Parameter]:
         parts = ("scale",) if self.model.normalization == "RMSNorm" else ("scale", "shift")
-        shape, seq = (self.model.hidden_size,), self.sequence_parallel
-        return [Parameter(f"{name} {part}", shape, sequence=seq) for part in parts]
+        shape = (self.model.hidden_size if width is None else width,)
+        summed = self.sequence_parallel if summed is None else summed
+        return [Parameter(f"{name} {part}", shape, summed=summed) for part in parts]
 
 
 def count(parameters: tuple[Parameter, ...]) -> int:

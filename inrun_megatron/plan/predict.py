@@ -231,12 +231,12 @@ def _beside_data_parallel(job: Job) -> list[Collective]:
     """Of gradients, over tensor-parallel ranks and pipeline stages."""
     cost, t, vectors = job.cost, job.tensor_parallel, _vectors(job)
     found = []
-    if t > 1 and any(parameter.sequence for parameter in job.parameters):
-        own = sum(parameter.numel for parameter in job.parameters if parameter.sequence)
+    if t > 1 and any(parameter.summed for parameter in job.parameters):
+        own = sum(parameter.numel for parameter in job.parameters if parameter.summed)
         share = own / job.data_parallel if job.zero_stage else own
         calls = 2 if cost.batch_passes else 1
         size = int(vectors * SUM_BYTES * share)
-        found.append(Collective("all_reduce", "tp", "sequence shards", calls, size))
+        found.append(Collective("all_reduce", "tp", "parts of replicated weights", calls, size))
     if job.pipeline_parallel > 1 and not job.model.untie_embeddings_and_output_weights:
         tied = SUM_BYTES * job.vocab_size // t * job.model.hidden_size
         calls = job.targets + 1 if cost.batch_passes else job.targets if cost.moves else 1

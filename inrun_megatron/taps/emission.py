@@ -32,6 +32,7 @@ class Sharding(Enum):
     ROW = "row"  # weight columns are split: sharded activation, full output gradient
     VOCABULARY = "vocabulary"  # embedding rows are split
     SEQUENCE = "sequence"  # replicated parameter that sees this rank's share of the tokens
+    HEADS = "heads"  # replicated parameter that sees this rank's share of the attention heads
     REPLICATED = "replicated"  # replicated parameter, same gradient on every rank: counts once
 
     @property

@@ -19,7 +19,9 @@ from .own_forward import around
 
 
 def place(parameter: nn.Parameter) -> Sharding:
-    """A parameter of a plain layer: Megatron marks those that see sequence shards."""
+    """A parameter of a plain layer: Megatron marks those that see sequence shards, models/norm.py those that see heads."""
+    if getattr(parameter, "own_heads", False):
+        return Sharding.HEADS
     return Sharding.SEQUENCE if getattr(parameter, "sequence_parallel", False) else Sharding.REPLICATED
 
 
@@ -128,7 +130,7 @@ def require_all_heads(taps: Taps, module: Any, site: Site) -> None:
     if any(own is module for own in norms) and not hasattr(attention, "linear_kv_up_proj"):
         raise UserError(
             f"norm {site.name} sees the heads of its tensor-parallel rank only, and DeepSpeed does not sum its gradient over "
-            f"ranks: set sequence_parallel = True on its parameters before InRunShapley is made, and call "
+            f"ranks: set own_heads = True on its parameters before InRunShapley is made, and call "
             f"engines.gradients.sum_sequence_parallel_gradients"
         )
 

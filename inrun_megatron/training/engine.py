@@ -77,8 +77,7 @@ def build_trainer(config: Config, deepspeed_config: dict[str, Any], batch: Batch
     )
     limit_waits(config.parallel)
     keep_fp32_norm(engine)
-    if config.parallel.sequence_parallel:
-        sum_sequence_parallel_gradients(engine.module, parallel_state.get_tensor_model_parallel_group())
+    sum_sequence_parallel_gradients(engine.module, parallel_state.get_tensor_model_parallel_group())
     if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
         mark_tensor_parallel_gradients(engine.module)
         forget_first_step(engine.optimizer)
