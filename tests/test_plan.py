@@ -212,9 +212,11 @@ def _measure(rank: int, world: int, case: Case) -> Measured:
     )
 
 
-def _case(world: int, zero: int, shape: str = "gpt2", tp: int = 1, **options: Any) -> Case:
+def _case(
+    world: int, zero: int, shape: str = "gpt2", tp: int = 1, *, qk_layernorm: bool = False, **options: Any
+) -> Case:
     layout = LayoutCase(world, tp, tp > 1, zero, 2, shape, "adamw", micro_batch=MICRO_BATCH, steps=3)  # type: ignore[arg-type]
-    return Case(layout, **options)
+    return Case(replace(layout, qk_layernorm=qk_layernorm), **options)
 
 
 CASES = {
@@ -234,7 +236,7 @@ CASES = {
         _case(2, 0, bucket_size=3000),
         _case(2, 3),
         _case(2, 3, "llama", estimator="midpoint", direction_dtype="bf16"),
-        _case(2, 1, tp=2),
+        _case(2, 1, tp=2, qk_layernorm=True),
         _case(2, 1, "llama", tp=2, estimator="midpoint"),
     ],
 }
