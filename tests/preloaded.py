@@ -15,6 +15,7 @@ import inrun_megatron.shapley.in_run
 import inrun_megatron.shapley.pipeline
 import inrun_megatron.taps.megatron
 import inrun_megatron.taps.plain
+import inrun_megatron.taps.vectors
 import inrun_megatron.training.run
 import tests.layout_runs
 
