@@ -53,6 +53,7 @@ def drawn(seed: int) -> LayoutCase:
         refresh=r.choice([1, 2]) if estimator == "first_order" else 1,
         lr_growth=r.choice([1.0, 1.5]),
         frozen=r.choice(frozen),
+        qk_layernorm=r.random() < 0.3,
     )
 
 
