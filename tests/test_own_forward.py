@@ -59,6 +59,24 @@ class Clamped(nn.LayerNorm):
         return F.layer_norm(2.0 * x, self.normalized_shape, weight=self.weight, bias=self.bias, eps=1e-3)
 
 
+class Functional(nn.Module):
+    """As nanoGPT has it; ``F.layer_norm`` has an epsilon of its own where it is given none."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.rand(width)), nn.Parameter(0.1 * torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(0.1 * x, self.gamma.shape, self.gamma, self.beta)
+
+
+class Defaulted(nn.RMSNorm):
+    """Its own epsilon is not the one it computes with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(0.01 * x, weight=self.weight, normalized_shape=self.normalized_shape)
+
+
 class Shift(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -85,20 +103,24 @@ class Halved(nn.Linear):
 
 
 class Spelled(nn.Module):
-    """Every layer in a spelling of its own; positions ``[1, s]`` are broadcast, and the head sees ``[b * s, h]``."""
+    """Every layer in a spelling of its own; positions ``[1, s]`` and ``[s]`` are broadcast, and the head sees ``[b * s, h]``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.positions = Scaled(VOCABULARY, WIDTH), Offset(LENGTH + 2, WIDTH)
+        self.places = nn.Embedding(LENGTH, WIDTH)
         self.norm, self.heads, self.last = Normed(WIDTH, zero=True), Normed(HEAD), Clamped(WIDTH)
         self.hidden, self.shift, self.gain = Halved(WIDTH, WIDTH), Shift(WIDTH), Gain()
+        self.functional, self.defaulted = Functional(WIDTH), Defaulted(WIDTH, eps=0.5)
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1])[None])
+        ids = torch.arange(tokens.shape[1])
+        x = self.embedding(tokens) + self.positions(ids[None]) + self.places(ids)
         x = self.norm(x)
         x = self.heads(x.unflatten(-1, (-1, HEAD))).flatten(-2)
         x = self.gain(x + self.shift(F.gelu(self.hidden(x))))
+        x = x + self.functional(x) + self.defaulted(x)
         return self.head(self.last(x).flatten(0, 1)).unflatten(0, tokens.shape)
 
 
@@ -108,11 +130,16 @@ class Plain(nn.Module):
     def __init__(self, like: Spelled) -> None:
         super().__init__()
         self.embedding, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH + 2, WIDTH)
+        self.places = nn.Embedding(LENGTH, WIDTH)
         self.norm, self.heads = nn.RMSNorm(WIDTH, eps=1e-6), nn.RMSNorm(HEAD, eps=1e-6)
         self.last, self.hidden = nn.LayerNorm(WIDTH, eps=1e-3), nn.Linear(WIDTH, WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.head, self.defaulted = nn.Linear(WIDTH, VOCABULARY), nn.RMSNorm(WIDTH)
         for name, own in self.named_children():
             own.load_state_dict(like.get_submodule(name).state_dict())
+        self.functional = nn.LayerNorm(WIDTH)
+        self.functional.load_state_dict(
+            {"weight": like.functional.gamma.detach(), "bias": like.functional.beta.detach()}
+        )
         with torch.no_grad():
             self.norm.weight += 1.0
         vectors = (like.shift.scale, like.shift.shift, like.gain.gain)
@@ -121,11 +148,13 @@ class Plain(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = 3.0 * self.embedding(tokens) + self.positions(torch.arange(tokens.shape[1]).expand_as(tokens) + 2)
+        ids = torch.arange(tokens.shape[1]).expand_as(tokens)
+        x = 3.0 * self.embedding(tokens) + self.positions(ids + 2) + self.places(ids)
         x = self.norm(x)
         x = self.heads(x.unflatten(-1, (-1, HEAD))).flatten(-2)
         first = torch.zeros_like(tokens)
         x = self.gain(first) * (x + F.gelu(0.5 * self.hidden(x)) * self.scale(first) + self.shift(first))
+        x = x + self.functional(0.1 * x) + self.defaulted(0.01 * x)
         return self.head(self.last(2.0 * x))
 
 

@@ -216,7 +216,7 @@ def _require_rows(e: Emission, rows: int, segments: Segments | None) -> None:
             raise UserError(
                 f"layer {e.site.name} sees tokens of shape {shape} with rows along dimension {dim}, but the microbatch has "
                 f"{rows} rows: values of samples need layers that see each of them (expand a broadcast input first; where the "
-                f"model joins rows and positions, give samples() the loss mask [b, s] as tokens)"
+                f"model broadcasts ids [s] or joins rows and positions, give samples() the loss mask [b, s] as tokens)"
             )
         return
     expected = [segments.positions // e.site.sequence_shard[1]]

@@ -1,4 +1,4 @@
-"""A plain layer's subclass with a forward of its own: it runs as it is, and its use of its weight is tapped.
+"""Layers with a forward of their own: it runs as it is, and its use of its parameters by a plain layer's function is tapped.
 
 Scaled embeddings, positions with an offset, norms with another epsilon: while such a forward runs, ``F.linear``, ``F.embedding``
 and so on are the tap's where they are given the module's own parameters. (Not by a ``TorchFunctionMode``: it does not see
@@ -10,51 +10,71 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What a plain layer's forward calls, and the names of its arguments.
-USES: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
-    nn.Linear: ("linear", ("input", "weight", "bias")),
-    nn.Embedding: ("embedding", ("input", "weight")),
-    nn.LayerNorm: ("layer_norm", ("input", "normalized_shape", "weight", "bias", "eps")),
-    nn.RMSNorm: ("rms_norm", ("input", "normalized_shape", "weight", "eps")),
+
+@dataclass(frozen=True)
+class Use:
+    """A function that a plain layer's forward calls: its name in ``torch.nn.functional``, its arguments, further defaults that
+    a tap must know."""
+
+    function: str
+    arguments: tuple[str, ...]
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+
+USES: dict[type[nn.Module], Use] = {
+    nn.Linear: Use("linear", ("input", "weight", "bias")),
+    nn.Embedding: Use("embedding", ("input", "weight")),
+    nn.LayerNorm: Use("layer_norm", ("input", "normalized_shape", "weight", "bias", "eps"), (("eps", 1e-5),)),
+    nn.RMSNorm: Use("rms_norm", ("input", "normalized_shape", "weight", "eps"), (("eps", None),)),
 }
 
-
-def around(module: nn.Module, kind: type[nn.Module], tapped: Callable[..., Tensor]) -> Callable[..., Any]:
-    """The forward of ``module``, a ``kind`` or a subclass of it, in which the use of its own weight is ``tapped``.
-
-    Args:
-        tapped: takes the input and, by name, what else the function of ``USES`` is given and a tap must know (``eps``).
-    """
-    own = type(module).forward
-    if own is kind.forward:  # with torch's own name for its argument, which may be given by name
-        return (lambda x: tapped(x)) if kind is nn.RMSNorm else (lambda input: tapped(input))
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with _instead(module, kind, tapped):
-            return own(module, *args, **kwargs)
-
-    return forward
+Given = dict[str, Any]
+"""The arguments of one call, by name."""
 
 
 @contextmanager
-def _instead(module: nn.Module, kind: type[nn.Module], tapped: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside, the function of ``USES`` is ``tapped`` when it is given the module's parameters."""
-    name, names = USES[kind]
-    function = getattr(F, name)
+def watched(use: Use, instead: Callable[[Given], Tensor | None]) -> Iterator[None]:
+    """Inside, calls of the function return what ``instead`` returns, or, where that is None, what they are."""
+    function = getattr(F, use.function)
 
-    def use(*args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if given.get("weight") is not module.weight or given.get("bias") is not getattr(module, "bias", None):
-            return function(*args, **kwargs)
-        return tapped(given["input"], **({"eps": given["eps"]} if "eps" in given else {}))
+    def called(*args: Any, **kwargs: Any) -> Any:
+        output = instead(dict(zip(use.arguments, args, strict=False)) | kwargs)
+        return function(*args, **kwargs) if output is None else output
 
-    setattr(F, name, use)
+    setattr(F, use.function, called)
     try:
         yield
     finally:
-        setattr(F, name, function)
+        setattr(F, use.function, function)
+
+
+def around(
+    module: nn.Module,
+    kind: type[nn.Module],
+    weight: nn.Parameter,
+    bias: nn.Parameter | None,
+    tapped: Callable[..., Tensor],
+) -> Callable[..., Any]:
+    """The forward of ``module``, in which the use of its ``weight`` and ``bias`` by ``kind``'s function is ``tapped``.
+
+    Args:
+        tapped: takes the input and, by name, the function's further arguments of ``Use.defaults``.
+    """
+    own, use = type(module).forward, USES[kind]
+
+    def instead(given: Given) -> Tensor | None:
+        if given.get("weight") is not weight or given.get("bias") is not bias:
+            return None
+        return tapped(given["input"], **{name: given.get(name, default) for name, default in use.defaults})
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with watched(use, instead):
+            return own(module, *args, **kwargs)
+
+    return forward

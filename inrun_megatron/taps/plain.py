@@ -12,7 +12,7 @@ from ..errors import UserError
 from .attach import Taps, computes_weight, register
 from .bias import bias as tapped_bias
 from .embedding import EmbeddingCall, embedding
-from .emission import Call, Sharding, Site
+from .emission import Call, Pass, Sharding, Site
 from .linear import LinearCall, linear
 from .norm import NormCall, norm
 from .own_forward import around
@@ -39,13 +39,25 @@ def tensor_parallel_place() -> tuple[int, int]:
     )
 
 
+def forward_of(
+    module: Any,
+    kind: type[nn.Module],
+    tapped: Callable[..., Tensor],
+    use: Callable[..., Tensor] | None = None,
+) -> Callable[..., Any]:
+    """The forward of ``module``, a ``kind`` or a subclass: ``tapped``, or its own in which ``kind``'s function is ``use``."""
+    if type(module).forward is kind.forward:
+        return tapped
+    return around(module, kind, module.weight, getattr(module, "bias", None), use or tapped)
+
+
 @register(nn.Linear)
 def _linear(taps: Taps, module: Any, name: str) -> None:
     if computes_weight(module):
         return
     tapped = tap_linear(taps, module, name)
     if tapped is not None:
-        module.forward = around(module, nn.Linear, tapped)
+        module.forward = forward_of(module, nn.Linear, tapped)
 
 
 def tap_linear(
@@ -71,10 +83,12 @@ def tap_linear(
     return tapped
 
 
-def _every_row(ids: Tensor, taps: Taps) -> Tensor:
-    """Ids ``[1, s]`` that the model broadcasts later (positions) for each of the pass's rows, which have gradients of their own."""
-    rows = 1 if taps.current is None else taps.current.rows
-    return ids.expand(rows, *ids.shape[1:]) if ids.dim() > 1 and ids.shape[0] == 1 else ids
+def _every_row(ids: Tensor, run: Pass | None) -> Tensor:
+    """Ids ``[1, s]`` or ``[s]`` that the model broadcasts later (positions), for each of the pass's rows: ``[b, s]``."""
+    if run is None or run.rows == 1:
+        return ids
+    shared = ids.shape[0] == 1 if ids.dim() > 1 else len(ids) == run.positions != run.rows
+    return ids.expand(run.rows, *ids.shape[-1:]) if shared and ids.dim() <= 2 else ids
 
 
 @register(nn.Embedding)
@@ -93,9 +107,9 @@ def _embedding(taps: Taps, module: Any, name: str) -> None:
 
     def tapped(input: Tensor) -> Tensor:
         call = EmbeddingCall(site, taps.current, module.weight, padding_idx=module.padding_idx)
-        return embedding(_every_row(input, taps), None, call)
+        return embedding(_every_row(input, taps.current), None, call)
 
-    module.forward = around(module, nn.Embedding, tapped)
+    module.forward = forward_of(module, nn.Embedding, tapped)
     taps.cover(site.sharding, module.weight)
 
 
@@ -113,12 +127,22 @@ def _norm(taps: Taps, module: Any, name: str, kind: type[nn.Module]) -> None:
     site = Site(name, "norm", place(weight), 1 if taps.sequence_first else 0, rank, size)
     require_all_heads(taps, module, site)
 
-    def tapped(input: Tensor, **given: float | None) -> Tensor:
-        eps = given.get("eps", module.eps)
-        return norm(input, NormCall(site, taps.current, weight, shift, eps=eps, rms=kind is nn.RMSNorm))
-
-    module.forward = around(module, kind, tapped)
+    use = tapped_norm(taps, site, weight, shift, rms=kind is nn.RMSNorm)
+    # torch's own names for the argument, which may be given by name.
+    tapped = (lambda x: use(x, module.eps)) if kind is nn.RMSNorm else (lambda input: use(input, module.eps))
+    module.forward = forward_of(module, kind, tapped, use)
     taps.cover(site.sharding, weight, shift)
+
+
+def tapped_norm(
+    taps: Taps, site: Site, weight: nn.Parameter, shift: nn.Parameter | None, *, rms: bool
+) -> Callable[[Tensor, float | None], Tensor]:
+    """``(input, eps) -> output`` of a norm with these parameters."""
+
+    def tapped(input: Tensor, eps: float | None) -> Tensor:
+        return norm(input, NormCall(site, taps.current, weight, shift, eps=eps, rms=rms))
+
+    return tapped
 
 
 def require_all_heads(taps: Taps, module: Any, site: Site) -> None:

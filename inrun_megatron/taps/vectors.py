@@ -1,15 +1,15 @@
-"""Modules of vectors, of any type: RMSNorms of all spellings, scales, shifts.
+"""Modules of vectors, of any type: norms of all spellings, scales, shifts.
 
-Such a module's forward runs as it is, with a view of the vector that every token has for itself (as biases have, bias.py),
-whose gradient arrives unreduced. That holds for what is done feature by feature; the first call of every layer is compared with
-the module's own.
+Such a module's forward runs as it is. Where it calls torch's own ``F.layer_norm`` or ``F.rms_norm`` with its vectors (nanoGPT's
+LayerNorm), that is tapped as in a plain norm. Else (everybody's RMSNorm) every token has a view of its own of the vector, as
+biases have (bias.py), whose gradient arrives unreduced. That holds for what is done feature by feature; the first call of every
+layer is compared with the module's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,28 +19,8 @@ from ..errors import UserError
 from .attach import Taps, full_shape, register
 from .bias import bias as tapped_bias
 from .emission import Call, Site
-from .plain import place, require_all_heads, tensor_parallel_place
-
-
-@register(nn.Module)
-def _vectors(taps: Taps, module: Any, name: str) -> None:
-    vectors = vectors_of(module)
-    rank, size = tensor_parallel_place()
-    expanded: dict[str, Callable[[Tensor], Tensor]] = {}
-    for own, vector in vectors.items():
-        site = Site(name, "bias", place(vector), 1 if taps.sequence_first else 0, rank, size)
-        require_all_heads(taps, module, site)
-        if vector.requires_grad:
-            expanded[own] = partial(_of_every_token, taps, site, vector)
-            taps.cover(site.sharding, vector)
-    if expanded:
-        width = full_shape(next(iter(vectors.values()))).numel()
-        module.forward = _EveryToken(module, name, width, expanded)
-
-
-def _of_every_token(taps: Taps, site: Site, vector: nn.Parameter, like: Tensor) -> Tensor:
-    call = Call(site, taps.current, vector)
-    return tapped_bias(call, like if vector.numel() > 1 else like[..., :1])
+from .own_forward import USES, Given, around, watched
+from .plain import place, require_all_heads, tapped_norm, tensor_parallel_place
 
 
 def vectors_of(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -51,37 +31,56 @@ def vectors_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return own if alone and len(shapes) == 1 and len(shapes.pop()) == 1 else {}
 
 
-class _EveryToken:
-    """A module's forward with vectors that every token has for itself.
+@register(nn.Module)
+def _vectors(taps: Taps, module: Any, name: str) -> None:
+    trained = [vector for vector in vectors_of(module).values() if vector.requires_grad]
+    if not trained:
+        return
+    rank, size = tensor_parallel_place()
+    site = Site(name, "norm", place(trained[0]), 1 if taps.sequence_first else 0, rank, size)
+    require_all_heads(taps, module, site)
+    module.forward = _Forward(taps, module, site)
+    taps.cover(site.sharding, *trained)
 
-    The first call compares it with the module's own: what a forward does with a vector may depend on its being one.
 
-    Args:
-        width: of the vectors: the input's features, or 1.
-        expanded: by parameter, ``input [*, h] -> view [*, width]``.
-    """
+class _Forward:
+    """The forward of a module of vectors; its first call finds out how the vectors are used."""
 
-    def __init__(
-        self, module: nn.Module, name: str, width: int, expanded: dict[str, Callable[[Tensor], Tensor]]
-    ) -> None:
-        self._module, self._name, self._width, self._expanded = module, name, width, expanded
-        self._seen = False
+    def __init__(self, taps: Taps, module: nn.Module, site: Site) -> None:
+        self._taps, self._module, self._site = taps, module, site
+        self._vectors = vectors_of(module)
+        self._width = full_shape(next(iter(self._vectors.values()))).numel()
+        self._found: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        own = type(self._module).forward
-        like = next((x for x in (*args, *kwargs.values()) if self._is_input(x)), None)
-        if like is None:
-            raise UserError(
-                f"{self._refused()}: it has no input with {self._width} features, its last dimension"
-            )
-        if self._seen:
-            with self._instead(like):
-                return own(self._module, *args, **kwargs)
-        with torch.no_grad():
-            plain = own(self._module, *args, **kwargs)
+        if self._found is None:
+            with torch.no_grad():
+                self._found = self._find(*args, **kwargs)
+        return self._found(*args, **kwargs)
+
+    def _own(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self._module).forward(self._module, *args, **kwargs)
+
+    def _find(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """``_as_norm`` or ``_by_token``, which must compute what the module's own forward does.
+
+        Raises:
+            UserError: it does not.
+        """
+        for vector in self._vectors.values():
+            Call(self._site, self._taps.current, vector)  # waits for weights that are on their way
+        calls: list[tuple[type[nn.Module], Given]] = []
+        norms = (nn.LayerNorm, nn.RMSNorm)
+        with watched(USES[norms[0]], lambda given: calls.append((norms[0], given))):  # type: ignore[func-returns-value]
+            with watched(USES[norms[1]], lambda given: calls.append((norms[1], given))):  # type: ignore[func-returns-value]
+                plain = self._own(*args, **kwargs)
+        own = {id(vector) for vector in self._vectors.values()}
+        for kind, given in calls:
+            weight, shift = given.get("weight"), given.get("bias")
+            if id(weight) in own and (shift is None or id(shift) in own):
+                return self._as_norm(kind, weight, shift)
         try:
-            with self._instead(like):
-                output = own(self._module, *args, **kwargs)
+            output = self._by_token(*args, **kwargs)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
@@ -91,28 +90,45 @@ class _EveryToken:
             raise UserError(
                 f"{self._refused()}: its output is another one then, or differs from call to call"
             )
-        self._seen = True
-        return output
+        return self._by_token
+
+    def _as_norm(self, kind: type[nn.Module], weight: Any, shift: Any) -> Callable[..., Any]:
+        if not weight.requires_grad:
+            raise UserError(
+                f"layer {self._site.name} trains its shift without its scale: freeze it, too (requires_grad=False)"
+            )
+        use = tapped_norm(self._taps, self._site, weight, shift, rms=kind is nn.RMSNorm)
+        return around(self._module, kind, weight, shift, use)
+
+    def _by_token(self, *args: Any, **kwargs: Any) -> Any:
+        like = next((x for x in (*args, *kwargs.values()) if self._is_input(x)), None)
+        if like is None:
+            raise UserError(
+                f"{self._refused()}: it has no input with {self._width} features, its last dimension"
+            )
+        site = replace(self._site, kind="bias")
+        views = {
+            name: tapped_bias(
+                Call(site, self._taps.current, vector), like if self._width > 1 else like[..., :1]
+            )
+            for name, vector in self._vectors.items()
+            if vector.requires_grad
+        }
+        self._module.__dict__.update(views)  # an instance's own attributes come before its parameters
+        try:
+            return self._own(*args, **kwargs)
+        finally:
+            for name in views:
+                del self._module.__dict__[name]
 
     def _is_input(self, x: Any) -> bool:
         tokens = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
         return tokens and self._width in (1, x.shape[-1])
 
-    @contextmanager
-    def _instead(self, like: Tensor) -> Iterator[None]:
-        """The instance's own attributes come before its parameters."""
-        views = {parameter: expanded(like) for parameter, expanded in self._expanded.items()}
-        self._module.__dict__.update(views)
-        try:
-            yield
-        finally:
-            for parameter in views:
-                del self._module.__dict__[parameter]
-
     def _refused(self) -> str:
         kind = type(self._module).__name__
         return (
-            f"layer {self._name} ({kind}) has no tap, and its vectors cannot be given to every token apart; freeze them "
+            f"layer {self._site.name} ({kind}) has no tap, and its vectors cannot be given to every token apart; freeze them "
             f"(requires_grad=False), or register a tap for the type"
         )
 
@@ -120,5 +136,5 @@ class _EveryToken:
 def _same(output: Any, plain: Any) -> bool:
     if not (isinstance(output, Tensor) and isinstance(plain, Tensor) and output.shape == plain.shape):
         return False
-    near = 4 * torch.finfo(plain.dtype).eps * float(plain.detach().abs().max())
-    return torch.allclose(output.detach(), plain, rtol=0.0, atol=near, equal_nan=True)
+    near = 4 * torch.finfo(plain.dtype).eps * float(plain.abs().max())
+    return torch.allclose(output, plain, rtol=0.0, atol=near, equal_nan=True)
