@@ -110,6 +110,7 @@ class Spelled(nn.Module):
         self.embedding, self.positions = Scaled(VOCABULARY, WIDTH), Offset(LENGTH + 2, WIDTH)
         self.places = nn.Embedding(LENGTH, WIDTH)
         self.norm, self.heads, self.last = Normed(WIDTH, zero=True), Normed(HEAD), Clamped(WIDTH)
+        self.first = Normed(HEAD)  # heads before positions
         self.hidden, self.shift, self.gain = Halved(WIDTH, WIDTH), Shift(WIDTH), Gain()
         self.functional, self.defaulted = Functional(WIDTH), Defaulted(WIDTH, eps=0.5)
         self.head = nn.Linear(WIDTH, VOCABULARY)
@@ -119,6 +120,7 @@ class Spelled(nn.Module):
         x = self.embedding(tokens) + self.positions(ids[None]) + self.places(ids)
         x = self.norm(x)
         x = self.heads(x.unflatten(-1, (-1, HEAD))).flatten(-2)
+        x = self.first(x.unflatten(-1, (-1, HEAD)).transpose(1, 2)).transpose(1, 2).flatten(-2)
         x = self.gain(x + self.shift(F.gelu(self.hidden(x))))
         x = x + self.functional(x) + self.defaulted(x)
         return self.head(self.last(x).flatten(0, 1)).unflatten(0, tokens.shape)
@@ -131,7 +133,7 @@ class Plain(nn.Module):
         super().__init__()
         self.embedding, self.positions = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(LENGTH + 2, WIDTH)
         self.places = nn.Embedding(LENGTH, WIDTH)
-        self.norm, self.heads = nn.RMSNorm(WIDTH, eps=1e-6), nn.RMSNorm(HEAD, eps=1e-6)
+        self.norm, self.heads, self.first = (nn.RMSNorm(n, eps=1e-6) for n in (WIDTH, HEAD, HEAD))
         self.last, self.hidden = nn.LayerNorm(WIDTH, eps=1e-3), nn.Linear(WIDTH, WIDTH)
         self.head, self.defaulted = nn.Linear(WIDTH, VOCABULARY), nn.RMSNorm(WIDTH)
         for name, own in self.named_children():
@@ -151,7 +153,7 @@ class Plain(nn.Module):
         ids = torch.arange(tokens.shape[1]).expand_as(tokens)
         x = 3.0 * self.embedding(tokens) + self.positions(ids + 2) + self.places(ids)
         x = self.norm(x)
-        x = self.heads(x.unflatten(-1, (-1, HEAD))).flatten(-2)
+        x = self.first(self.heads(x.unflatten(-1, (-1, HEAD)))).flatten(-2)
         first = torch.zeros_like(tokens)
         x = self.gain(first) * (x + F.gelu(0.5 * self.hidden(x)) * self.scale(first) + self.shift(first))
         x = x + self.functional(0.1 * x) + self.defaulted(0.01 * x)

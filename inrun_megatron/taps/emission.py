@@ -127,14 +127,21 @@ class Emission:
         return (self.output_grad, self.input) if self.site.transposed else (self.input, self.output_grad)
 
     def part_tokens(self) -> None:
-        """Give buffers in which a model has joined rows and positions, ``[b * s, .]``, both dimensions again: views."""
-        dims = self.run.token_dims(self.site)
-        if dims is None or self.output_grad.dim() != 2 or len(self.output_grad) != dims[0] * dims[1]:
+        """Put rows and positions in front, as views, where a model has joined them, ``[b * s, .]``, or has heads between them,
+        ``[b, heads, s, h]``."""
+        dims, shape = self.run.token_dims(self.site), self.output_grad.shape
+        if dims is None:
             return
+        if len(shape) == 2 and shape[0] == dims[0] * dims[1]:
+            self._view(lambda buffer: buffer.unflatten(0, dims))
+        elif len(shape) == 4 and (shape[0], shape[2]) == dims and shape[1] != shape[2]:
+            self._view(lambda buffer: buffer.transpose(1, 2))
+
+    def _view(self, view: Callable[[Tensor], Tensor]) -> None:
         for name in ("output_grad", "activation", "mean", "rstd", "_normalised"):
             buffer = getattr(self, name)
             if buffer is not None:
-                setattr(self, name, buffer.unflatten(0, dims))
+                setattr(self, name, view(buffer))
 
     def normalised(self) -> Tensor:
         """A norm's normalised input ``[s, b, h]``, in fp32 or wider."""
