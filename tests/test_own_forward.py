@@ -235,6 +235,18 @@ class Selected(nn.Module):
         return x * self.weight[0]
 
 
+class BatchNormed(nn.Module):
+    """Rows change each other's losses in training, in validation they do not."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x - (x.mean((0, 1)) if self.training else self.mean))
+
+
 class PlusOne(nn.LayerNorm):
     """As Nemotron has it."""
 
@@ -255,6 +267,7 @@ class Transposed(nn.Linear):
         (lambda: Softmaxed(0), r"layer 1 \(Softmaxed\) has no tap, .*: its output is another one then"),
         (lambda: Dropped(4), r"layer 1 \(Dropped\) has no tap, .* or differs from call to call"),
         (lambda: Selected(4), r"layer 1 \(Selected\) has no tap, .*: its output is another one then"),
+        (lambda: BatchNormed(4), r"have no tap: 1\.weight \(BatchNormed\); freeze"),
         (lambda: Selected(5), r"layer 1 \(Selected\) has no tap, .* no input with 5 features"),
         (lambda: nn.GroupNorm(1, 3), r"layer 1 \(GroupNorm\) has no tap, .* no input with 3 features"),
         (lambda: nn.PReLU(), r"layer 1 \(PReLU\) has no tap, "),

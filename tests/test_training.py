@@ -125,7 +125,7 @@ def test_without_the_sum_sequence_parallel_training_is_wrong(
     two_ranks: Workers, baseline: dict[str, dict[str, Any]]
 ) -> None:
     """Control: DeepSpeed alone lets the replicas of a norm drift apart."""
-    results = two_ranks.run(_train, settings(tp=2, sp=True, **SGD), "sum_sequence_parallel_gradients")
+    results = two_ranks.run(_train, settings(tp=2, sp=True, **SGD), "sum_partial_gradients")
     assert results[0]["marked"] == 14  # 5 norms with weight and bias, 2 row-parallel biases per layer
     assert (results[0]["weight"] - results[1]["weight"]).abs().max() > 1e-5
     assert (results[0]["weight"] - baseline["gpt2"]["weight"]).abs().max() > 1e-5

@@ -15,10 +15,8 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 
-def sum_sequence_parallel_gradients(
-    module: torch.nn.Module, group: dist.ProcessGroup
-) -> list[RemovableHandle]:
-    """Sum the gradient of every parameter marked `sequence_parallel` or `own_heads` over `group`, before it is accumulated.
+def sum_partial_gradients(module: torch.nn.Module, group: dist.ProcessGroup) -> list[RemovableHandle]:
+    """Sum the gradient of every parameter marked `sequence_parallel` or `own_heads`, of which each rank of `group` has a part.
 
     A tensor hook on the leaf: autograd calls it with the gradient of one backward pass before `AccumulateGrad`, so
     that all of DeepSpeed's stages, which hook in after the accumulation, see the whole gradient. The sum is taken in

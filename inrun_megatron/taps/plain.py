@@ -155,7 +155,7 @@ def require_all_heads(taps: Taps, module: Any, site: Site) -> None:
         raise UserError(
             f"norm {site.name} sees the heads of its tensor-parallel rank only, and DeepSpeed does not sum its gradient over "
             f"ranks: set own_heads = True on its parameters before InRunShapley is made, and call "
-            f"engines.gradients.sum_sequence_parallel_gradients"
+            f"engines.gradients.sum_partial_gradients"
         )
 
 

@@ -9,6 +9,7 @@ layer is compared with the module's own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -24,10 +25,13 @@ from .plain import place, require_all_heads, tapped_norm, tensor_parallel_place
 
 
 def vectors_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a module that has nothing but vectors of one length, and a forward; none of any other module's."""
+    """The parameters of a module that has nothing but vectors of one length, and a forward; none of any other module's.
+
+    Nor of one with buffers: statistics of a batch, perhaps, through which rows change each other's losses in training.
+    """
     own = dict(module.named_parameters(recurse=False))
     shapes = {full_shape(p) for p in own.values()}
-    alone = next(module.children(), None) is None and type(module).forward is not nn.Module.forward
+    alone = not [*module.children(), *module.buffers()] and type(module).forward is not nn.Module.forward
     return own if alone and len(shapes) == 1 and len(shapes.pop()) == 1 else {}
 
 
@@ -70,10 +74,15 @@ class _Forward:
         for vector in self._vectors.values():
             Call(self._site, self._taps.current, vector)  # waits for weights that are on their way
         calls: list[tuple[type[nn.Module], Given]] = []
-        norms = (nn.LayerNorm, nn.RMSNorm)
-        with watched(USES[norms[0]], lambda given: calls.append((norms[0], given))):  # type: ignore[func-returns-value]
-            with watched(USES[norms[1]], lambda given: calls.append((norms[1], given))):  # type: ignore[func-returns-value]
-                plain = self._own(*args, **kwargs)
+
+        def noting(kind: type[nn.Module]) -> AbstractContextManager[None]:
+            def note(given: Given) -> None:
+                calls.append((kind, given))
+
+            return watched(USES[kind], note)
+
+        with noting(nn.LayerNorm), noting(nn.RMSNorm):
+            plain = self._own(*args, **kwargs)
         own = {id(vector) for vector in self._vectors.values()}
         for kind, given in calls:
             weight, shift = given.get("weight"), given.get("bias")

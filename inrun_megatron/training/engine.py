@@ -15,7 +15,7 @@ from inrun_megatron.config import Config
 from inrun_megatron.engines.gradients import (
     keep_fp32_norm,
     mark_tensor_parallel_gradients,
-    sum_sequence_parallel_gradients,
+    sum_partial_gradients,
 )
 from inrun_megatron.engines.pipeline import unpartitioned
 from inrun_megatron.engines.unfused import forget_first_step
@@ -77,7 +77,7 @@ def build_trainer(config: Config, deepspeed_config: dict[str, Any], batch: Batch
     )
     limit_waits(config.parallel)
     keep_fp32_norm(engine)
-    sum_sequence_parallel_gradients(engine.module, parallel_state.get_tensor_model_parallel_group())
+    sum_partial_gradients(engine.module, parallel_state.get_tensor_model_parallel_group())
     if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
         mark_tensor_parallel_gradients(engine.module)
         forget_first_step(engine.optimizer)
