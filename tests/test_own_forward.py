@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from inrun_megatron.errors import UserError
 from inrun_megatron.taps import Pass, attach_taps
 from tests.distributed import Workers
-from tests.own_loop import LENGTH, ROWS, VOCABULARY, make_batch, make_scored, token_losses
+from tests.own_loop import LENGTH, ROWS, VOCABULARY, make_batch, make_engine, make_scored, token_losses
 
 WIDTH, HEAD = 8, 4
 
@@ -247,6 +247,27 @@ class BatchNormed(nn.Module):
         return self.weight * (x - (x.mean((0, 1)) if self.training else self.mean))
 
 
+class First(Normed):
+    """Of numbers that are all alike it shows only with others."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight[0]
+
+
+class Averaged(First):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.mean()
+
+
+class Pair(Normed):
+    def forward(self, x: Tensor) -> Any:
+        return self.weight * x, x
+
+
 class PlusOne(nn.LayerNorm):
     """As Nemotron has it."""
 
@@ -264,10 +285,13 @@ class Transposed(nn.Linear):
 @pytest.mark.parametrize(
     ("make", "refused"),
     [
-        (lambda: Softmaxed(0), r"layer 1 \(Softmaxed\) has no tap, .*: its output is another one then"),
+        (lambda: Softmaxed(0), r"layer 1 \(Softmaxed\) has no tap, .*: it does something else with them"),
         (lambda: Dropped(4), r"layer 1 \(Dropped\) has no tap, .* or differs from call to call"),
-        (lambda: Selected(4), r"layer 1 \(Selected\) has no tap, .*: its output is another one then"),
+        (lambda: Selected(4), r"layer 1 \(Selected\) has no tap, .*: it does something else with them"),
         (lambda: BatchNormed(4), r"have no tap: 1\.weight \(BatchNormed\); freeze"),
+        (lambda: First(4), r"layer 1 \(First\) has no tap, .*: it does something else with them"),
+        (lambda: Averaged(4), r"layer 1 \(Averaged\) has no tap, .*: it does something else with them"),
+        (lambda: Pair(4), r"layer 1 \(Pair\) has no tap, .*: it does not return one tensor"),
         (lambda: Selected(5), r"layer 1 \(Selected\) has no tap, .* no input with 5 features"),
         (lambda: nn.GroupNorm(1, 3), r"layer 1 \(GroupNorm\) has no tap, .* no input with 3 features"),
         (lambda: nn.PReLU(), r"layer 1 \(PReLU\) has no tap, "),
@@ -310,3 +334,121 @@ def test_outside_a_pass_and_without_taps_the_forward_is_the_models_own() -> None
     assert torch.equal(model(tokens), plain)
     taps.detach()
     assert torch.equal(model(tokens), plain) and "weight" not in model.norm.__dict__
+
+
+class Padded(nn.Embedding):
+    """The row that it passes gets no gradient, whatever the module's own is; negative ones count from the end."""
+
+    passed: int | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight, self.passed)
+
+
+@pytest.mark.parametrize(("passed", "own"), [(None, 3), (2, None), (-5, None)])
+def test_an_embedding_trains_as_its_own_forward_says(passed: int | None, own: int | None) -> None:
+    torch.manual_seed(0)
+    embedding, ids = Padded(7, 4, padding_idx=own), torch.tensor([[1, 2, 3], [2, 3, 4]])
+    embedding.passed = passed
+    gradients = []
+    for tapped in (False, True):
+        if tapped:
+            attach_taps(embedding)
+        embedding.zero_grad()
+        embedding(ids).square().sum().backward()
+        gradients.append(embedding.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_embedding_whose_forward_shares_rows_is_refused() -> None:
+    class Renormed(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.embedding(ids, self.weight, max_norm=1.0)
+
+    attach_taps(embedding := Renormed(7, 4))
+    with pytest.raises(UserError, match="uses max_norm, sparse or scale_grad_by_freq"):
+        embedding(torch.tensor([[1, 2]]))
+
+
+def test_numbers_that_overflow_are_no_other_use() -> None:
+    model = nn.Sequential(Normed(4))
+    attach_taps(model)
+    x = torch.tensor([[[1.0, float("inf"), 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]]])
+    assert model(x).isnan().any()
+
+
+class InTraining(nn.Module):
+    """``kind``: what it does in training alone."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embedding, self.scale = nn.Embedding(VOCABULARY, WIDTH), Mixing(WIDTH, kind)
+        self.hidden, self.places = Dropping(WIDTH, WIDTH, kind), nn.Embedding(LENGTH, WIDTH)
+        self.output = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        if self.kind == "first of all":
+            x = x + self.places(torch.arange(tokens.shape[1])[None])[0]
+        x = self.scale(x) + self.hidden(x)
+        if self.kind == "joined":
+            return self.output(x.transpose(0, 1).flatten(0, 1)).unflatten(0, tokens.T.shape).transpose(0, 1)
+        return self.output(x)
+
+
+class Mixing(nn.Module):
+    def __init__(self, width: int, kind: str) -> None:
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixes = self.kind == "mixes" and self.training
+        return self.weight * (x - x.mean((0, 1))) if mixes else self.weight * x
+
+
+class Dropping(nn.Linear):
+    def __init__(self, width: int, out: int, kind: str) -> None:
+        super().__init__(width, out)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.dropout(self.weight, 0.5, self.training) if self.kind == "drops" else self.weight
+        return F.linear(x, weight, self.bias)
+
+
+def _refused(rank: int, world: int, kind: str, rows: int) -> str:
+    from inrun_megatron import InRunShapley, ShapleyTarget
+
+    model = InTraining(kind)
+    engine = make_engine(model, torch.optim.AdamW(model.parameters()), {"stage": 1})
+    held_out = {name: column[:rows] for name, column in make_batch(50 + rank).items()}
+    shapley = InRunShapley(
+        engine, [ShapleyTarget("held_out", [held_out], world * rows * LENGTH)], token_losses
+    )
+    micro = make_batch(rank)
+    with pytest.raises(UserError) as refusal, shapley.step(1) as step:
+        with step.samples(torch.zeros(ROWS), torch.arange(ROWS), micro["loss_mask"]):
+            engine.backward(token_losses(engine, micro).mean())
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "refused"),
+    [
+        ("drops", ROWS, "is used outside its own module, or there in another way"),
+        ("mixes", ROWS, "does not have the microbatch's rows apart and in order"),
+        ("first of all", ROWS, "does not have the microbatch's rows apart and in order"),
+        ("joined", ROWS, "does not have the microbatch's rows apart and in order"),
+        (
+            "joined",
+            1,
+            "layer output sees rows and positions joined, 15 tokens, and whether they keep their rows",
+        ),
+    ],
+)
+def test_what_only_training_or_other_rows_show_is_refused(
+    two_ranks: Workers, kind: str, rows: int, refused: str
+) -> None:
+    for said in two_ranks.run(_refused, kind, rows):
+        assert refused in said

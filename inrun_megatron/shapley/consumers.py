@@ -105,7 +105,7 @@ class RowScorer:
         # tensor-parallel rank, so same answer here) makes the same choice.
         if not e.site.counts_here:
             return
-        _require_rows(e, len(self.dots), self.segments)
+        require_rows(e, len(self.dots), self.segments)
         match e.site.kind:
             case "linear":
                 self._linear(e)
@@ -208,11 +208,12 @@ def _kernels() -> Any:
     return triton_elementwise
 
 
-def _require_rows(e: Emission, rows: int, segments: Segments | None) -> None:
+def require_rows(e: Emission, rows: int, segments: Segments | None = None) -> None:
     """The layer must see all rows of the microbatch; where they are cut, the tokens that are cut."""
     shape, dim = list(e.output_grad.shape[:-1]), e.site.batch_dim
     if segments is None:
-        if len(shape) <= dim or shape[dim] != rows:
+        ids = len(shape) == 1 and e.site.kind == "embedding"
+        if len(shape) <= dim or shape[dim] != rows or (ids and e.run.may_be_positions(rows)):
             raise UserError(
                 f"layer {e.site.name} sees tokens of shape {shape} with rows along dimension {dim}, but the microbatch has "
                 f"{rows} rows: values of samples need layers that see each of them (expand a broadcast input first; where the "
@@ -221,8 +222,9 @@ def _require_rows(e: Emission, rows: int, segments: Segments | None) -> None:
         return
     expected = [segments.positions // e.site.sequence_shard[1]]
     expected.insert(dim, segments.rows)
-    # A norm of queries or keys sees heads, too.
-    if (shape if e.site.kind == "linear" else shape[:2]) != expected:
+    # A norm of queries or keys sees heads, too; where batch comes first they may come before the positions.
+    seen = shape if e.site.kind == "linear" or (dim == 0 and shape[1:2] == shape[2:3]) else shape[:2]
+    if seen != expected:
         raise UserError(
             f"layer {e.site.name} sees tokens of shape {shape}, but the samples are cut as {expected}: parts of "
             f"samples need layers that keep rows and positions; score whole samples (granularity sample)"

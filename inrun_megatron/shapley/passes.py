@@ -91,8 +91,17 @@ class ModulePasses:
 
     def _run(self, task: Task, arriving: Arriving | None) -> None:
         scale = self._adapter.loss_scale()
-        with self._taps.during(task.as_pass(arriving)):
-            losses = self._loss_fn(self._module, task.microbatch).float()
+        run = task.as_pass(arriving)
+        with self._taps.during(run):
+            try:
+                losses = self._loss_fn(self._module, task.microbatch).float()
+            except RuntimeError as error:
+                if run.expanded:
+                    raise UserError(
+                        f"the model failed ({str(error).strip().splitlines()[0]}) with an output [b, s, h] of embedding "
+                        f"{run.expanded[0]}, whose ids are the same for all rows: give it ids [b, s]"
+                    ) from error
+                raise
             _require_token_losses(losses, task.microbatch)
             loss = task.loss(losses)
             with self._taps.untouched(loss):

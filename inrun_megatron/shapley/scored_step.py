@@ -128,12 +128,22 @@ class ScoredStep:
             consumers = (scorer, *consumers)
         if not self._early and owner.adapter.steps_taken != self._steps_before:
             self._early = self._microbatches
-        run = _training_pass(consumers, self._microbatches, len(sample), tokens) if consumers else None
+        run = self._pass(consumers, len(sample), tokens) if consumers else None
         self._microbatches += 1
         with owner.taps.during(run):
             yield
         if scorer is not None:
             scorer.flush()
+
+    def _pass(self, consumers: tuple[Consumer, ...], rows: int, tokens: Any) -> Pass:
+        mask = torch.as_tensor(tokens).shape
+        return Pass(
+            consumers,
+            microbatch=self._microbatches,
+            rows=rows,
+            positions=mask[1] if len(mask) == 2 else None,
+            apart=self.owner.rows_apart,
+        )
 
     def scorer(self, dataset: Any, sample: Any, tokens: Any, segments: Any = None) -> RowScorer:
         """What takes the dots of a further microbatch (arguments as of ``samples``); to be flushed after its backward."""
@@ -315,8 +325,3 @@ class ScoredStep:
                     seconds_scoring=result.seconds_scoring,
                 )
             )
-
-
-def _training_pass(consumers: tuple[Consumer, ...], microbatch: int, rows: int, tokens: Any) -> Pass:
-    mask = torch.as_tensor(tokens).shape
-    return Pass(consumers, microbatch=microbatch, rows=rows, positions=mask[1] if len(mask) == 2 else None)

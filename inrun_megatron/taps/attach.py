@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -78,15 +78,16 @@ class Taps:
         sequence_first: plain norms and linears see ``[s, b, h]`` (Megatron) rather than ``[b, s, h]``.
         current: the pass that a forward joins; None: taps compute, and emit nothing.
         sharding: of every tapped parameter, by ``id``.
+        settled: detached passes, in evaluation and in training mode, have been watched (see ``untouched``).
     """
 
     model: nn.Module
     sequence_first: bool
     current: Pass | None = None
     sharding: dict[int, Sharding] = field(default_factory=dict)
+    settled: bool = False
     _replaced: list[tuple[str, Replaced]] = field(default_factory=list)
     _trains: list[tuple[str, nn.Parameter, bool]] = field(default_factory=list)
-    _watched: bool = False
     _detached: bool = False
 
     def cover(self, sharding: Sharding, *parameters: nn.Parameter | None) -> None:
@@ -108,14 +109,14 @@ class Taps:
 
     @contextmanager
     def untouched(self, loss: Tensor | None = None) -> Iterator[None]:
-        """The backward of a detached pass, from ``loss``, happens inside, which no parameter may see. The first one is watched.
+        """The backward of a detached pass, from ``loss``, happens inside, which no parameter may see. The first ones are watched.
 
         Raises:
             UserError: names a parameter that is used outside its tapped module too, for example by ``F.linear(x,
                 embedding.weight)``: it would train on the validation gradient, and lack a part of its samples' values.
                 Or ``loss`` depends on a parameter that is not in the model at all.
         """
-        if self._watched:
+        if self.settled:
             yield
             return
         if loss is not None:
@@ -138,7 +139,6 @@ class Taps:
         finally:
             for hook in hooks:
                 hook.remove()
-        self._watched = True
 
     def _refuse_strangers(self, loss: Tensor) -> None:
         """The loss of a detached pass may have no parameters beside the model's, which hooks watch; see ``untouched``."""
@@ -273,7 +273,8 @@ def _fill_registry() -> tuple[type[nn.Module], ...]:
     from . import plain, vectors  # noqa: F401
 
     if "transformers" in sys.modules:  # a model of theirs is made with it; importing it takes seconds
-        from . import huggingface  # noqa: F401
+        with suppress(ImportError):
+            from . import huggingface  # noqa: F401
     try:
         from . import megatron
     except ImportError:  # megatron-core is needed only for models made of its layers

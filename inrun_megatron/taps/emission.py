@@ -133,6 +133,10 @@ class Emission:
         if dims is None:
             return
         if len(shape) == 2 and shape[0] == dims[0] * dims[1]:
+            if self.run.rows > 1:
+                self.run.require_apart(
+                    f"layer {self.site.name} sees rows and positions joined, {shape[0]} tokens"
+                )
             self._view(lambda buffer: buffer.unflatten(0, dims))
         elif len(shape) == 4 and (shape[0], shape[2]) == dims and shape[1] != shape[2]:
             self._view(lambda buffer: buffer.transpose(1, 2))
@@ -167,6 +171,8 @@ class Pass:
             engine's gradient hooks stay silent; gradient flows from a dummy leaf.
         microbatch: index of the microbatch within the step.
         rows, positions: of the microbatch; positions may be unknown.
+        apart: it has been looked at in two rows or more that layers keep a microbatch's rows apart, or is now.
+        expanded: embeddings whose ids ``[s]`` or ``[1, s]`` were given to every row.
         arriving: called with every parameter before a layer reads it, where weights are still on their way.
     """
 
@@ -175,8 +181,26 @@ class Pass:
     microbatch: int = 0
     rows: int = 1
     positions: int | None = None
+    apart: bool = True
+    expanded: list[str] = field(default_factory=list, repr=False)
     arriving: Callable[[Parameter], None] | None = None
     anchor: Tensor | None = field(default=None, repr=False)
+
+    def require_apart(self, what: str) -> None:
+        """Rows can only be told from the order of tokens where that order has been looked at; ``what`` needs it.
+
+        Raises:
+            UserError: it has not.
+        """
+        if not self.apart:
+            raise UserError(
+                f"{what}, and whether they keep their rows is looked at in the first target's first microbatch, which needs two "
+                f"rows or more for that: give validation microbatches more rows"
+            )
+
+    def may_be_positions(self, tokens: int) -> bool:
+        """Of an embedding that sees as many ids ``[tokens]`` as there are rows: may they be positions?"""
+        return tokens > 1 and self.positions in (None, tokens)
 
     def token_dims(self, site: Site) -> tuple[int, int] | None:
         """The dimensions of tokens that a layer sees when it keeps rows and positions: ``(s, b)`` or ``(b, s)``, if known."""

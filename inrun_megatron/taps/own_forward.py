@@ -29,7 +29,11 @@ class Use:
 
 USES: dict[type[nn.Module], Use] = {
     nn.Linear: Use("linear", ("input", "weight", "bias")),
-    nn.Embedding: Use("embedding", ("input", "weight")),
+    nn.Embedding: Use(
+        "embedding",
+        ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+        (("padding_idx", None), ("max_norm", None), ("scale_grad_by_freq", False), ("sparse", False)),
+    ),
     nn.LayerNorm: Use("layer_norm", ("input", "normalized_shape", "weight", "bias", "eps"), (("eps", 1e-5),)),
     nn.RMSNorm: Use("rms_norm", ("input", "normalized_shape", "weight", "eps"), (("eps", None),)),
 }
@@ -44,7 +48,8 @@ def watched(use: Use, instead: Callable[[Given], Tensor | None]) -> Iterator[Non
     function = getattr(F, use.function)
 
     def called(*args: Any, **kwargs: Any) -> Any:
-        output = instead(dict(zip(use.arguments, args, strict=False)) | kwargs)
+        known = len(args) <= len(use.arguments)
+        output = instead(dict(zip(use.arguments, args, strict=False)) | kwargs) if known else None
         return function(*args, **kwargs) if output is None else output
 
     setattr(F, use.function, called)

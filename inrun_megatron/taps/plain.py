@@ -83,33 +83,49 @@ def tap_linear(
     return tapped
 
 
-def _every_row(ids: Tensor, run: Pass | None) -> Tensor:
+def _every_row(ids: Tensor, name: str, run: Pass | None) -> Tensor:
     """Ids ``[1, s]`` or ``[s]`` that the model broadcasts later (positions), for each of the pass's rows: ``[b, s]``."""
-    if run is None or run.rows == 1:
+    if run is None or run.rows == 1 or not 1 <= ids.dim() <= 2:
         return ids
-    shared = ids.shape[0] == 1 if ids.dim() > 1 else len(ids) == run.positions != run.rows
-    return ids.expand(run.rows, *ids.shape[-1:]) if shared and ids.dim() <= 2 else ids
+    if not (ids.shape[0] == 1 if ids.dim() == 2 else len(ids) == run.positions != run.rows):
+        return ids
+    run.require_apart(f"embedding {name} has ids of shape {list(ids.shape)} for all rows")
+    run.expanded.append(name)
+    return ids.expand(run.rows, *ids.shape[-1:])
+
+
+def _require_rows_alone(name: str, max_norm: float | None, scale_grad_by_freq: bool, sparse: bool) -> None:
+    if max_norm is not None or sparse or scale_grad_by_freq:
+        raise UserError(
+            f"embedding {name} uses max_norm, sparse or scale_grad_by_freq, which make gradients depend on "
+            f"other samples; switch them off"
+        )
 
 
 @register(nn.Embedding)
 def _embedding(taps: Taps, module: Any, name: str) -> None:
     if computes_weight(module) or not module.weight.requires_grad:
         return
-    if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
-        raise UserError(
-            f"embedding {name} uses max_norm, sparse or scale_grad_by_freq, which make gradients depend on "
-            f"other samples; switch them off"
-        )
     rank, size = tensor_parallel_place()
     # Ids are [b, s] in Megatron too, and its position embedding is summed in full before the scatter:
     # replicated even under sequence parallelism (models/common/embeddings/language_model_embedding.py).
     site = Site(name, "embedding", Sharding.REPLICATED, 0, rank, size)
 
-    def tapped(input: Tensor) -> Tensor:
-        call = EmbeddingCall(site, taps.current, module.weight, padding_idx=module.padding_idx)
-        return embedding(_every_row(input, taps.current), None, call)
+    def use(
+        input: Tensor, padding_idx: int | None, max_norm: float | None, scale_grad_by_freq: bool, sparse: bool
+    ) -> Tensor:
+        _require_rows_alone(name, max_norm, scale_grad_by_freq, sparse)
+        if padding_idx is not None and padding_idx < 0:
+            padding_idx += len(module.weight)
+        call = EmbeddingCall(site, taps.current, module.weight, padding_idx=padding_idx)
+        return embedding(_every_row(input, name, taps.current), None, call)
 
-    module.forward = forward_of(module, nn.Embedding, tapped)
+    def tapped(input: Tensor) -> Tensor:
+        return use(input, module.padding_idx, module.max_norm, module.scale_grad_by_freq, module.sparse)
+
+    _require_rows_alone(name, module.max_norm, module.scale_grad_by_freq, module.sparse)
+
+    module.forward = forward_of(module, nn.Embedding, tapped, use)
     taps.cover(site.sharding, module.weight)
 
 

@@ -2,8 +2,8 @@
 
 Such a module's forward runs as it is. Where it calls torch's own ``F.layer_norm`` or ``F.rms_norm`` with its vectors (nanoGPT's
 LayerNorm), that is tapped as in a plain norm. Else (everybody's RMSNorm) every token has a view of its own of the vector, as
-biases have (bias.py), whose gradient arrives unreduced. That holds for what is done feature by feature; the first call of every
-layer is compared with the module's own.
+biases have (bias.py), whose gradient arrives unreduced. That holds where a token's output depends on the token's own view alone,
+and so it is tried in a layer's first call, with other numbers for every token.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class _Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._found is None:
-            with torch.no_grad():
+            here = next(iter(self._vectors.values())).device
+            with torch.no_grad(), torch.random.fork_rng([here] if here.type == "cuda" else []):
                 self._found = self._find(*args, **kwargs)
         return self._found(*args, **kwargs)
 
@@ -88,17 +89,23 @@ class _Forward:
             weight, shift = given.get("weight"), given.get("bias")
             if id(weight) in own and (shift is None or id(shift) in own):
                 return self._as_norm(kind, weight, shift)
+        like = self._input(*args, **kwargs)
+        if not isinstance(plain, Tensor) or plain.shape[:-1] != like.shape[:-1]:
+            raise UserError(f"{self._refused()}: it does not return one tensor with the tokens of its input")
+        drawn = {name: _drawn(vector, self._of(like)) for name, vector in self._vectors.items()}
         try:
-            output = self._by_token(*args, **kwargs)
+            output = self._with(drawn, *args, **kwargs)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"{self._refused()}: its forward does not take such a vector ({reason})"
+                f"{self._refused()}: its forward does not take such vectors ({reason})"
             ) from error
-        if not _same(output, plain):
-            raise UserError(
-                f"{self._refused()}: its output is another one then, or differs from call to call"
-            )
+        for token in {(0,) * (plain.dim() - 1), tuple(n - 1 for n in plain.shape[:-1])}:
+            alone = self._with({name: views[token] for name, views in drawn.items()}, *args, **kwargs)
+            if output.shape != alone.shape or not _near(output[token], alone[token]):
+                raise UserError(
+                    f"{self._refused()}: it does something else with them, or differs from call to call"
+                )
         return self._by_token
 
     def _as_norm(self, kind: type[nn.Module], weight: Any, shift: Any) -> Callable[..., Any]:
@@ -110,29 +117,33 @@ class _Forward:
         return around(self._module, kind, weight, shift, use)
 
     def _by_token(self, *args: Any, **kwargs: Any) -> Any:
-        like = next((x for x in (*args, *kwargs.values()) if self._is_input(x)), None)
-        if like is None:
-            raise UserError(
-                f"{self._refused()}: it has no input with {self._width} features, its last dimension"
-            )
-        site = replace(self._site, kind="bias")
+        like, site = self._of(self._input(*args, **kwargs)), replace(self._site, kind="bias")
         views = {
-            name: tapped_bias(
-                Call(site, self._taps.current, vector), like if self._width > 1 else like[..., :1]
-            )
+            name: tapped_bias(Call(site, self._taps.current, vector), like)
             for name, vector in self._vectors.items()
             if vector.requires_grad
         }
-        self._module.__dict__.update(views)  # an instance's own attributes come before its parameters
+        return self._with(views, *args, **kwargs)
+
+    def _with(self, vectors: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        self._module.__dict__.update(vectors)  # an instance's own attributes come before its parameters
         try:
             return self._own(*args, **kwargs)
         finally:
-            for name in views:
+            for name in vectors:
                 del self._module.__dict__[name]
 
-    def _is_input(self, x: Any) -> bool:
-        tokens = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
-        return tokens and self._width in (1, x.shape[-1])
+    def _input(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The first one with as many features as the vectors have."""
+        for x in (*args, *kwargs.values()):
+            tokens = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 1
+            if tokens and self._width in (1, x.shape[-1]):
+                return x
+        raise UserError(f"{self._refused()}: it has no input with {self._width} features, its last dimension")
+
+    def _of(self, like: Tensor) -> Tensor:
+        """A tensor of the shape that a vector of every token has."""
+        return like if self._width > 1 else like[..., :1]
 
     def _refused(self) -> str:
         kind = type(self._module).__name__
@@ -142,8 +153,15 @@ class _Forward:
         )
 
 
-def _same(output: Any, plain: Any) -> bool:
-    if not (isinstance(output, Tensor) and isinstance(plain, Tensor) and output.shape == plain.shape):
-        return False
-    near = 4 * torch.finfo(plain.dtype).eps * float(plain.abs().max())
-    return torch.allclose(output, plain, rtol=0.0, atol=near, equal_nan=True)
+def _drawn(vector: Tensor, like: Tensor) -> Tensor:
+    """Numbers near the vector's, others for every token."""
+    generator = torch.Generator(vector.device).manual_seed(0)
+    noise = torch.randn(like.shape, generator=generator, device=vector.device, dtype=torch.float32)
+    return vector + (0.1 * noise * (1.0 + vector.abs())).to(vector.dtype)
+
+
+def _near(output: Tensor, alone: Tensor) -> bool:
+    """Equal but for rounding; overflows are no difference."""
+    finite = alone.abs().nan_to_num(0.0, 0.0, 0.0)
+    near = 4 * torch.finfo(alone.dtype).eps * float(finite.sum())
+    return torch.allclose(output, alone, rtol=0.0, atol=near, equal_nan=True)
