@@ -177,7 +177,12 @@ class Directions:
         ``layer``: name of the layer whose use of the parameter this is, for messages.
         """
         key = id(parameter)
-        place = self._places[key]
+        place = self._places.get(key)
+        if place is None:
+            raise UserError(
+                f"the tap of layer {layer} was given a tensor of shape {list(parameter.shape)} that is no parameter of the optimizer: "
+                f"give it the Parameter itself, no view of one, and where that has another shape write a tap of your own"
+            )
         buffer = self._sums[place.group]
         own = buffer[target, place.start : place.start + place.numel]
         if self.groups[place.group].residence is not Residence.PARTITIONED:

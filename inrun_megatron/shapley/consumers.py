@@ -97,10 +97,12 @@ class RowScorer:
         self.segments = segments
         # Vectors and embeddings in one Triton pass; on CPUs, and in fp64, by torch's operations.
         self.fused = by_triton(dots)
+        self.seen = False  # has any layer emitted?
         self._vectors: list[tuple[Tensor, Sequence[Tensor]]] = []
         self._parts = Parts(dots)  # of kernels
 
     def __call__(self, e: Emission) -> None:
+        self.seen = True
         # Under ZeRO-3 reading a direction is a collective, and every rank of the data-parallel group (same
         # tensor-parallel rank, so same answer here) makes the same choice.
         if not e.site.counts_here:

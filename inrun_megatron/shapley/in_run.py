@@ -181,6 +181,11 @@ def _require_equal_shares(targets: Sequence[ShapleyTarget], device: torch.device
 
 def _require_token_counts(targets: Sequence[ShapleyTarget], layout: Layout, device: torch.device) -> None:
     """Another denominator would scale all values of a target, and every audit with them."""
+    for target in targets:
+        if any("loss_mask" not in microbatch for microbatch in target.microbatches):
+            raise UserError(
+                f"a microbatch of target {target.name} has no loss_mask: give it one of shape [b, s], 1 where loss counts"
+            )
     sums = torch.zeros(len(targets), dtype=torch.float64, device=device)
     for k, target in enumerate(targets):
         for microbatch in target.microbatches:

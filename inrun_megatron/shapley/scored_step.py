@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import UserError
 from ..host import Stopwatch, to_host
 from ..ledger.schema import CURRENT, DRIFT, StepRecord
 from ..taps import Consumer, Pass
@@ -133,6 +134,11 @@ class ScoredStep:
         with owner.taps.during(run):
             yield
         if scorer is not None:
+            if not scorer.seen:
+                raise UserError(
+                    f"no layer was seen in microbatch {self._microbatches} of step {self.iteration}: forward and backward both "
+                    f"belong inside `with step.samples(...)`"
+                )
             scorer.flush()
 
     def _pass(self, consumers: tuple[Consumer, ...], rows: int, tokens: Any) -> Pass:

@@ -324,8 +324,8 @@ def _require_full_coverage(taps: Taps) -> None:
         more = f" and {len(coverage.missing) - 5} more" if len(coverage.missing) > 5 else ""
         supported = ", ".join(sorted(t.__name__ for t in REGISTRY.keys() - _REFUSING - {nn.Module}))
         remedy = (
-            f"freeze them (requires_grad=False), use a supported layer, or register a tap for the type (supported: {supported}, "
-            f"and modules of nothing but vectors)"
+            f"freeze them (requires_grad=False), use a supported layer, or register a tap for the type "
+            f"(inrun_megatron.taps.register; supported: {supported}, and modules of nothing but vectors)"
         )
         any_module = REGISTRY.get(nn.Module)
         if all(name in owners and _attacher(owners[name]) is not any_module for name in coverage.missing):

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..dots.products import weight_gradient
+from ..errors import UserError
 from .emission import Call
 
 
@@ -86,7 +87,11 @@ class LinearTap(torch.autograd.Function):
 
 
 def linear(input: Tensor, call: LinearCall) -> Tensor:
-    """``input @ call.weight.T`` through the tap."""
+    """``input @ call.weight.T`` through the tap. A bias has a tap of its own (``taps.bias.bias``). UserError: a call with one."""
+    if call.bias is not None:
+        raise UserError(
+            f"layer {call.site.name}: linear() adds no bias; add taps.bias.bias(Call(site, run, bias), output) to its output"
+        )
     call.refuse_autocast()
     return LinearTap.apply(input, call.attached(call.weight), call.anchor(input), call)
 
