@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -54,6 +55,11 @@ def test_library_page(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "runs/own")
     assert ledger.values().count_rows() == 16 and all(check.ok for check in ledger.verify())
     assert re.search(r"^3 \[\d\.\d+\] tensor\(\[", done.stdout, flags=re.M), done.stdout
+    # A dataset of which run.json says no more than the name has samples, and no documents.
+    inrun = Path(sys.executable).parent / "inrun"
+    show = [inrun, "show", "runs/own", "--sample", "web:49", "--json"]
+    shown = json.loads(subprocess.run(show, cwd=tmp_path, capture_output=True, check=True).stdout)
+    assert [row["step"] for row in shown["values"]] == [6] and shown["documents"] == []
 
 
 def test_the_hugging_face_example(tmp_path: Path) -> None:

@@ -77,8 +77,10 @@ def _sample(
         f"WHERE s.dataset = {dataset} AND s.sample = {sample} "
         f"AND s.step BETWEEN {phase.first} AND {phase.last} ORDER BY s.step, t.position"
     )
-    measured = _measured(query, documents, dataset, sample, phase) if ledger.granularity != "sample" else None
-    spans = documents.spans(dataset, sample)
+    described = documents.described(dataset)
+    by_part = described and ledger.granularity != "sample"
+    measured = _measured(query, documents, dataset, sample, phase) if by_part else None
+    spans = documents.spans(dataset, sample) if described else []
     total = sum(span.end - span.start for span in spans)
     parts = [
         {

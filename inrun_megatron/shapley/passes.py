@@ -95,8 +95,8 @@ class ModulePasses:
         with self._taps.during(run):
             try:
                 losses = self._loss_fn(self._module, task.microbatch).float()
-            except RuntimeError as error:
-                if run.expanded:
+            except (RuntimeError, ValueError, IndexError) as error:
+                if run.expanded and not isinstance(error, UserError):
                     raise UserError(
                         f"the model failed ({str(error).strip().splitlines()[0]}) with an output [b, s, h] of embedding "
                         f"{run.expanded[0]}, whose ids are the same for all rows: give it ids [b, s]"

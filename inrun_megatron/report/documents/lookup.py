@@ -69,6 +69,10 @@ class Documents:
             return places_of_tokens(self.resolver, dataset, samples)
         return places_of_documents(self.resolver, dataset, samples, np.asarray(counts))
 
+    def described(self, dataset: int) -> bool:
+        """Does run.json say where the dataset lies? A loop of one's own may give its name alone."""
+        return "path_prefix" in self._datasets[dataset]
+
     def spans(self, dataset: int, sample: int) -> list[Span]:
         """The spans that a sample reads, in order."""
         return self.resolver.resolve(dataset, sample)
