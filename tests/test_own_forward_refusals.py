@@ -167,6 +167,8 @@ class InTraining(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
+        if self.kind == "unsqueezed":
+            x = x + self.places(torch.arange(tokens.shape[1])).unsqueeze(0)
         if self.kind == "first of all":
             x = x + self.places(torch.arange(tokens.shape[1])[None])[0]
         x = self.scale(x) + self.hidden(x)
@@ -215,6 +217,7 @@ def _refused(rank: int, world: int, kind: str, rows: int) -> str:
     ("kind", "rows", "refused"),
     [
         ("drops", ROWS, "is used outside its own module, or there in another way"),
+        ("unsqueezed", ROWS, "of embedding places, whose ids are the same for all rows: give it ids [b, s]"),
         ("mixes", ROWS, "does not have the microbatch's rows apart and in order"),
         ("first of all", ROWS, "does not have the microbatch's rows apart and in order"),
         ("joined", ROWS, "does not have the microbatch's rows apart and in order"),
