@@ -141,7 +141,9 @@ def test_a_dataset_table_without_files(tmp_path: Path) -> None:
     assert result.code == 0 and "Documents cannot be shown: run.json says no path_prefix" in result.out
     assert inrun("top", tmp_path, "--by", "sample").code == 0
     assert inrun("report", tmp_path, "--json").json["documents"] is None
-    for arguments in (("top",), ("show", "--sample", "code:1"), ("curate", "--drop-negative", "--dry-run")):
+    shown = inrun("show", tmp_path, "--sample", "code:1", "--json").json
+    assert shown["values"] and shown["documents"] == []
+    for arguments in (("top",), ("show", "--document", "code:1"), ("curate", "--drop-negative", "--dry-run")):
         refused = inrun(arguments[0], tmp_path, *arguments[1:])
         assert refused.code == 1 and refused.err.count("\n") == 1
         assert "of dataset code, so that its samples lead to no documents" in refused.err
