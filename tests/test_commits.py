@@ -64,7 +64,7 @@ def test_the_training_thread_syncs_no_file_between_checkpoints(
         assert inside and set(inside) == {f"ledger-writer-{rank}"}, inside
     commits = sorted(path.name for path in (tmp_path / "shapley" / "commits").iterdir())
     # A commit that found the one before it unfinished takes its parts along.
-    assert {"0000000006.json", "0000000008.json"} <= set(commits) and len(commits) in (3, 4)
+    assert {"0000000006.json", "0000000008.json"} <= set(commits) and len(commits) <= 4
     last = [json.loads((tmp_path / "shapley/commits" / name).read_text())["checkpoint"] for name in commits]
     assert last[-2:] == ["iter_0000006", "iter_0000008"]
     rows = ledger(tmp_path, "values")

@@ -134,11 +134,6 @@ class ScoredStep:
         with owner.taps.during(run):
             yield
         if scorer is not None:
-            if not scorer.seen:
-                raise UserError(
-                    f"no layer was seen in microbatch {self._microbatches} of step {self.iteration}: forward and backward both "
-                    f"belong inside `with step.samples(...)`"
-                )
             scorer.flush()
 
     def _pass(self, consumers: tuple[Consumer, ...], rows: int, tokens: Any) -> Pass:
@@ -150,6 +145,15 @@ class ScoredStep:
             positions=mask[1] if len(mask) == 2 else None,
             apart=self.owner.rows_apart,
         )
+
+    def _require_seen(self) -> None:
+        """Raise UserError where a microbatch went past the taps, so that its values would be 0."""
+        unseen = [index for index, scorer in enumerate(self._scorers, 1) if not scorer.seen]
+        if unseen and self.owner.layout.pp_size == 1:  # a stage may hold nothing that trains
+            raise UserError(
+                f"no layer was seen in microbatch {unseen[0]} of step {self.iteration}: its forward belongs inside `with "
+                f"step.samples(...)`, and its backward, too"
+            )
 
     def scorer(self, dataset: Any, sample: Any, tokens: Any, segments: Any = None) -> RowScorer:
         """What takes the dots of a further microbatch (arguments as of ``samples``); to be flushed after its backward."""
@@ -173,6 +177,7 @@ class ScoredStep:
                 early=self._early,
             )
             owner.probe.require_unchanged(self.iteration)
+            self._require_seen()
         with self.scoring.running():
             if result.scored and not owner.adapter.step_applied():
                 result.status = "skipped: overflow"
