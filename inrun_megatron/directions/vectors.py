@@ -31,6 +31,7 @@ from ..engines.shards import FlatGroup, Residence, merged
 from ..errors import UserError
 from ..parallel import Layout
 from ..taps import Sharding
+from ..taps.attach import full_shape
 from .counting import Counting
 from .gathers import LayerGathers
 from .reductions import Reductions, sum_together
@@ -44,10 +45,6 @@ class _Place:
     start: int
     numel: int  # elements of the span: the parameter, or this rank's part of it under ZeRO-3
     shape: torch.Size
-
-
-def _full_shape(parameter: Parameter) -> torch.Size:
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class Directions:
@@ -87,7 +84,7 @@ class Directions:
         self._begun: list[set[int]] = [set() for _ in range(targets)]
         for index, group in enumerate(groups):
             for span in group.spans:
-                shape = _full_shape(span.parameter)
+                shape = full_shape(span.parameter)
                 self._places[id(span.parameter)] = _Place(index, span.start, span.numel, shape)
         buckets = {
             index: Buckets(group, layout)

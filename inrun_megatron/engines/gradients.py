@@ -1,9 +1,9 @@
 """What DeepSpeed has to be told about gradients under tensor parallelism.
 
 Under sequence parallelism each rank's gradient of a norm's weight or of a row-parallel bias comes from its part of the
-sequence only; that of a norm of queries or keys by head comes from the rank's own heads, always. Megatron-LM's own data-parallel wrapper sums them over the tensor-parallel group
-(megatron/core/distributed/finalize_model_grads.py, `_allreduce_non_tensor_model_parallel_grads`); DeepSpeed does not,
-and the replicas would drift apart silently.
+sequence only; that of a norm of queries or keys by head comes from the rank's own heads, always. Megatron-LM's own
+data-parallel wrapper sums them over the tensor-parallel group (megatron/core/distributed/finalize_model_grads.py,
+`_allreduce_non_tensor_model_parallel_grads`); DeepSpeed does not, and the replicas would drift apart silently.
 """
 
 from __future__ import annotations

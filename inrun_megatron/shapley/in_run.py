@@ -123,7 +123,7 @@ class InRunShapley:
         self.passes = self._make_passes(loss_fn)
         along = () if self.preparation.batch is None else (self.preparation.batch,)
         self.probe = AdditivityProbe(self.adapter, self.directions, *along)
-        self.rows_apart = self._rows_are_apart = False
+        self.rows_apart: bool | None = None  # not looked at yet
 
     def _make_passes(self, loss_fn: Any) -> Passes:
         """Once nothing is refused any more."""
@@ -150,10 +150,10 @@ class InRunShapley:
 
     def require_rows_apart(self) -> None:
         """At the first scored step: see row_watch.py."""
-        if not self._rows_are_apart:
+        if self.rows_apart is None:
             first = self.targets[0].microbatches[0]
             self.rows_apart = require_rows_apart(self.passes, first, self.adapter.engine.module, self.device)
-            self.taps.settled = self._rows_are_apart = True
+            self.taps.settled = True
 
     def expire_direction(self) -> None:
         """Let the next scored step take its own directions; on all ranks, when a checkpoint is written or loaded."""

@@ -143,7 +143,7 @@ class ScoredStep:
             microbatch=self._microbatches,
             rows=rows,
             positions=mask[1] if len(mask) == 2 else None,
-            apart=self.owner.rows_apart,
+            apart=bool(self.owner.rows_apart),
         )
 
     def _require_seen(self) -> None:
