@@ -69,7 +69,7 @@ class Scene:
     """Model, batch and the pieces that the ways share."""
 
     def __init__(self, setting: Setting) -> None:
-        from inrun_megatron.config import ModelConfig
+        from inrun_megatron.model_config import ModelConfig
         from inrun_megatron.models import build_gpt
 
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from inrun_megatron.config import ModelConfig
 from inrun_megatron.defaults import default_base
+from inrun_megatron.model_config import ModelConfig
 from inrun_megatron.plan.costs import EstimatorCost, estimator_cost
 from tests.small_models import LLAMA
 

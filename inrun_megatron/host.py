@@ -26,6 +26,27 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+class Later:
+    """A copy on the host of what the device computes now. On a GPU it is on its way when it is made, and ``read`` waits for it
+    only if it is read before it has come."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._copy = tensor
+        if tensor.is_cuda:
+            self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._copy.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> Tensor:
+        """The copy."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._copy
+
+
 class Stopwatch:
     """Seconds that stretches of a step take; on a GPU those of the current stream, which works behind the host."""
 

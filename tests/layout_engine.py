@@ -64,6 +64,7 @@ def build_engine(case: LayoutCase) -> Any:
     import deepspeed
     from megatron.core import parallel_state
 
+    from inrun_megatron.engines.balancing import scale_balancing_losses
     from inrun_megatron.engines.gradients import keep_fp32_norm, sum_partial_gradients
     from inrun_megatron.models import build_gpt, cpu
     from inrun_megatron.models.pipeline import build_pipeline
@@ -104,6 +105,7 @@ def build_engine(case: LayoutCase) -> Any:
         mpu=Mpu() if case.pp == 1 else None,
     )[0]
     keep_fp32_norm(engine)
+    scale_balancing_losses(engine)
     sum_partial_gradients(engine.module, parallel_state.get_tensor_model_parallel_group())
     if case.zero == 3 and shape.is_tied:
         deepspeed.zero.register_external_parameter(

@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from inrun_megatron.config import ModelConfig
+from inrun_megatron.model_config import ModelConfig
 from tests.oracle import (
     GlobalBatch,
     OracleRun,
@@ -19,6 +19,7 @@ from tests.oracle import (
     random_rows,
     split_batch,
 )
+from tests.oracle_experts import BALANCE, Z
 from tests.oracle_gpt import GPTShape, random_parameters
 from tests.oracle_optimizer import OptimizerSpec
 from tests.small_models import LLAMA
@@ -90,6 +91,9 @@ class LayoutCase:
     )
     second_copy: int = 1  # ZeRO-3: ranks of a node that share a further copy of the weights (hpZ)
     qk_layernorm: bool = False
+    experts: int | None = None  # of every layer, two for a token; llama's shape, which has no biases
+    shared_expert: bool = False
+    balance: str | None = None  # losses that balance experts
     frozen: tuple[str, ...] = ()  # parameters whose names begin with one of these do not train
 
     @property
@@ -109,6 +113,9 @@ class LayoutCase:
             num_query_groups=groups,
             tied=self.tied,
             qk_layernorm=self.qk_layernorm,
+            experts=self.experts,
+            shared_ffn=16 if self.shared_expert else None,
+            balance=self.balance,
         )
 
     def config(self) -> ModelConfig:
@@ -127,6 +134,16 @@ class LayoutCase:
             **(llama if self.shape == "llama" else {}),
             "untie_embeddings_and_output_weights": not model.is_tied,
         }
+        if model.experts is not None:
+            settings |= {
+                "num_experts": model.experts,
+                "moe_ffn_hidden_size": model.expert_ffn,
+                "moe_router_topk": model.topk,
+                "moe_shared_expert_intermediate_size": model.shared_ffn,
+                "moe_router_load_balancing_type": model.balance or "none",
+                "moe_aux_loss_coeff": BALANCE if model.balance else 0.0,
+                "moe_z_loss_coeff": Z if model.balance else None,
+            }
         return ModelConfig(**settings)
 
     def spec(self) -> OptimizerSpec:

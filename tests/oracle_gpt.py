@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.oracle_experts import mixture
+
 Parameters = dict[str, Tensor]
 Microbatch = dict[str, Tensor]
 
@@ -46,6 +48,11 @@ class GPTShape:
     rotary_base: int = 10000
     rotary_percent: float = 1.0
     qk_layernorm: bool = False
+    experts: int | None = None  # of every layer, in the place of its feed-forward layer
+    topk: int = 2
+    expert_ffn: int = 24
+    shared_ffn: int | None = None
+    balance: str | None = None  # auxiliary losses of training: aux_loss or seq_aux_loss, and the z loss
 
     @property
     def ffn(self) -> int:
@@ -98,12 +105,23 @@ def parameter_shapes(shape: GPTShape) -> dict[str, tuple[int, ...]]:
             norm(f"{prefix}.self_attention.q_layernorm", shape.head_dim)
             norm(f"{prefix}.self_attention.k_layernorm", shape.head_dim)
         norm(f"{prefix}.pre_mlp_layernorm")
-        linear(f"{prefix}.mlp.linear_fc1", (2 if shape.gated else 1) * shape.ffn, h)
-        linear(f"{prefix}.mlp.linear_fc2", h, shape.ffn)
+        if shape.experts is not None:
+            linear(f"{prefix}.mlp.router", shape.experts, h)
+        for name, width in _feed_forward(shape).items():
+            linear(f"{prefix}.{name}.linear_fc1", (2 if shape.gated else 1) * width, h)
+            linear(f"{prefix}.{name}.linear_fc2", h, width)
     norm("decoder.final_layernorm")
     if not shape.is_tied:
         shapes["output_layer.weight"] = (shape.padded_vocab, h)
     return shapes
+
+
+def _feed_forward(shape: GPTShape) -> dict[str, int]:
+    """A layer's feed-forward layers and their widths."""
+    if shape.experts is None:
+        return {"mlp": shape.ffn}
+    widths = {f"mlp.experts.local_experts.{e}": shape.expert_ffn for e in range(shape.experts)}
+    return widths if shape.shared_ffn is None else {**widths, "mlp.shared_experts": shape.shared_ffn}
 
 
 def random_parameters(
@@ -145,6 +163,7 @@ class OracleGPT:
         self.shape = shape
         self.own = own
         self.frozen = frozen or {}
+        self.routed: list[Tensor] = []  # logits [b, s, E] of the last forward's routers
 
     def _use(self, function: Callable[..., Tensor], *parameters: Tensor | None) -> Tensor:
         """`function` of parameters, a gradient only at `own` positions; its result is [b, s, ...]."""
@@ -164,6 +183,7 @@ class OracleGPT:
     def logits(self, parameters: Parameters, tokens: Tensor, position_ids: Tensor) -> Tensor:
         """Logits of the real vocabulary, [b, s, v], from tokens and positions [b, s]."""
         shape, parameters = self.shape, {**self.frozen, **parameters}
+        self.routed = []
         words = parameters["embedding.word_embeddings.weight"]
         hidden = self._use(lambda w: F.embedding(tokens, w), words)  # [b, s, h]
         if shape.kind == "gpt2":
@@ -174,7 +194,8 @@ class OracleGPT:
             normed = self._norm(parameters, f"{prefix}.input_layernorm", hidden)
             hidden = hidden + self._attention(parameters, f"{prefix}.self_attention", normed)
             normed = self._norm(parameters, f"{prefix}.pre_mlp_layernorm", hidden)
-            hidden = hidden + self._mlp(parameters, f"{prefix}.mlp", normed)
+            feed_forward = self._mlp if shape.experts is None else self._experts
+            hidden = hidden + feed_forward(parameters, f"{prefix}.mlp", normed)
         hidden = self._norm(parameters, "decoder.final_layernorm", hidden)
         output = "embedding.word_embeddings.weight" if shape.is_tied else "output_layer.weight"
         return self._use(lambda w: hidden @ w[: shape.vocab_size].T, parameters[output])
@@ -192,14 +213,29 @@ class OracleGPT:
         weight, bias = parameters[f"{name}.weight"], parameters.get(f"{name}.bias")
         return self._use(lambda w, c: F.linear(hidden, w, c), weight, bias)
 
-    def _mlp(self, parameters: Parameters, prefix: str, hidden: Tensor) -> Tensor:
+    def _experts(self, parameters: Parameters, prefix: str, hidden: Tensor) -> Tensor:
+        logits = self._linear(parameters, f"{prefix}.router", hidden)
+        self.routed.append(logits)
+
+        def expert(e: int, weight: Tensor) -> Tensor:
+            return self._mlp(parameters, f"{prefix}.experts.local_experts.{e}", hidden, weight)
+
+        output = mixture(logits, self.shape.topk, expert)
+        if self.shape.shared_ffn is not None:
+            output = output + self._mlp(parameters, f"{prefix}.shared_experts", hidden)
+        return output
+
+    def _mlp(
+        self, parameters: Parameters, prefix: str, hidden: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        """weight [b, s, 1]: what a token counts, as Megatron applies it, between the two linear layers."""
         inner = self._linear(parameters, f"{prefix}.linear_fc1", hidden)  # [b, s, f or 2f]
         if self.shape.gated:
             gate, up = inner.chunk(2, dim=-1)
             inner = F.silu(gate) * up
         else:
             inner = F.gelu(inner)
-        return self._linear(parameters, f"{prefix}.linear_fc2", inner)
+        return self._linear(parameters, f"{prefix}.linear_fc2", inner if weight is None else inner * weight)
 
     def _attention(self, parameters: Parameters, prefix: str, hidden: Tensor) -> Tensor:
         """Causal attention; the rows of linear_qkv are, group by group, its n/g queries, its key, its value."""

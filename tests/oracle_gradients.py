@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.oracle_batches import GlobalBatch
+from tests.oracle_experts import balance, loads
 from tests.oracle_gpt import Microbatch, OracleGPT, Parameters
 
 
@@ -64,9 +65,13 @@ def sample_gradients(model: OracleGPT, parameters: Parameters, batch: GlobalBatc
         tokens = microbatch["loss_mask"].double().sum()
         assert tokens > 0, "a microbatch without loss tokens has no loss"
         rows = len(microbatch["tokens"])
-        for row in _rows(microbatch):
+        of_experts = _loads(model, leaves, microbatch)
+        for index, row in enumerate(_rows(microbatch)):
             share = masked_sum(model, leaves, row) / (tokens * len(microbatches))
             loss += share.item()
+            if of_experts is not None:
+                own = balance(model.shape.balance, model.routed, of_experts, index, rows, model.shape.topk)
+                share = share + own / len(microbatches)
             for name, gradient in zip(leaves, _gradients(share, leaves), strict=True):
                 columns[name].append(gradient)
         missing = torch.full((rows,), -1)
@@ -74,6 +79,15 @@ def sample_gradients(model: OracleGPT, parameters: Parameters, batch: GlobalBatc
         sample.append(microbatch.get("sample", missing))
     stacked = {name: torch.stack(column) for name, column in columns.items()}
     return SampleGradients(stacked, torch.cat(dataset), torch.cat(sample), loss)
+
+
+def _loads(model: OracleGPT, parameters: Parameters, microbatch: Microbatch) -> list[Tensor] | None:
+    """Of the experts of every layer, where training balances them."""
+    if model.shape.balance is None:
+        return None
+    with torch.no_grad():
+        model.logits(parameters, microbatch["tokens"], microbatch["position_ids"])
+    return loads(model.routed, model.shape.topk)
 
 
 def target_gradient(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from inrun_megatron.config import ModelConfig
+from inrun_megatron.model_config import ModelConfig
 
 VOCABULARY, SEQUENCE = 257, 12
 LLAMA: dict[str, Any] = {

@@ -33,6 +33,14 @@ PAIRWISE = [
     LayoutCase(4, 4, False, 3, 1, "gpt2", "sgd", qk_layernorm=True),
     LayoutCase(4, 2, False, 0, 2, "gpt2", "adamw", qk_layernorm=True),
 ]
+# Tensor parallelism needs sequence parallelism (megatron/core/transformer/moe/moe_layer.py).
+EXPERTS = [
+    LayoutCase(2, 1, False, 0, 1, "llama", "adamw", experts=4),
+    LayoutCase(2, 1, False, 3, 2, "llama", "adamw", experts=4, balance="aux_loss"),
+    LayoutCase(2, 2, True, 1, 2, "llama", "sgd", experts=4, balance="seq_aux_loss", shared_expert=True),
+    LayoutCase(2, 2, True, 3, 1, "llama", "momentum", experts=8, micro_batch=4, balance="aux_loss"),
+    LayoutCase(2, 1, False, 2, 2, "llama", "momentum", experts=3, micro_batch=1, shared_expert=True),
+]
 # What the product leaves out: one row and many rows per microbatch, recomputation, momentum, Adam with coupled
 # decay, the SGD proxy, lower precision, each once.
 BESIDES = [
@@ -78,6 +86,9 @@ def _reference(case: LayoutCase) -> OracleRun:
         micro_batch=case.micro_batch,
         proxy=case.proxy,
         qk_layernorm=case.qk_layernorm,
+        experts=case.experts,
+        shared_expert=case.shared_expert,
+        balance=case.balance,
     ).oracle()
 
 
@@ -97,7 +108,9 @@ def _check(cases: list[LayoutCase]) -> None:
 
 
 @pytest.mark.parametrize(
-    "cases", [PAIRWISE, pytest.param(BESIDES, marks=pytest.mark.slow)], ids=["pairwise", "besides"]
+    "cases",
+    [PAIRWISE, EXPERTS, pytest.param(BESIDES, marks=pytest.mark.slow)],
+    ids=["pairwise", "experts", "besides"],
 )
 def test_values_equal_the_oracle(cases: list[LayoutCase]) -> None:
     _check(cases)

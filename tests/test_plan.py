@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from inrun_megatron.config import ModelConfig
 from inrun_megatron.defaults import BUCKET_SIZE
 from inrun_megatron.ledger import LedgerWriter, RunDescription, create_ledger
+from inrun_megatron.model_config import ModelConfig
 from inrun_megatron.plan import predict
 from inrun_megatron.plan.job import Job, count
 from inrun_megatron.plan.presets import PRESETS

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from inrun_megatron.config import ModelConfig
+from inrun_megatron.model_config import ModelConfig
 from inrun_megatron.plan import costs, predict, times
 from inrun_megatron.plan.costs import ESTIMATORS
 from inrun_megatron.plan.job import Job

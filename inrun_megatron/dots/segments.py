@@ -77,6 +77,7 @@ class Segments:
     positions: int
     offsets: Tensor
     _lengths: dict[tuple[torch.device, int, int], Tensor] = field(default_factory=dict, repr=False)
+    _parts: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
     _shards: dict[tuple[int, int], Bounds] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -102,6 +103,13 @@ class Segments:
     def row(self) -> Tensor:
         """The row of every part, int64 ``[n]`` on the CPU."""
         return self.offsets[:-1] // self.positions
+
+    def part_of(self, row: Tensor, position: Tensor) -> Tensor:
+        """The parts of single tokens, int64 like their rows and positions, on whose device it works."""
+        if row.device not in self._parts:
+            parts = torch.arange(len(self)).repeat_interleave(self.offsets.diff())
+            self._parts[row.device] = to_device(parts, row.device)
+        return self._parts[row.device][row * self.positions + position]
 
     @cached_property
     def ordinal(self) -> Tensor:

@@ -19,13 +19,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from inrun_megatron.defaults import padded_vocabulary
-from inrun_megatron.models import cpu
+from inrun_megatron.models import cpu, experts
 from inrun_megatron.models.attention import SdpaCoreAttention, document_mask
 from inrun_megatron.models.initialise import Gather, initialise
 from inrun_megatron.models.norm import HeadNorm, Norm
 
 if TYPE_CHECKING:
-    from inrun_megatron.config import ModelConfig
+    from inrun_megatron.model_config import ModelConfig
 
 
 def transformer_config(
@@ -63,12 +63,15 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        **experts.expert_settings(model),
     )
 
 
-def layer_spec(model: ModelConfig) -> ModuleSpec:
-    """One transformer layer: megatron-core's own layers, with norms and attention that also run on CPU."""
-    layer = get_gpt_layer_local_spec(normalization=model.normalization)
+def layer_spec(model: ModelConfig, number: int) -> ModuleSpec:
+    """Transformer layer `number`, counted from 0: megatron-core's own layers, with norms and attention that also run on CPU."""
+    experts.install()
+    count = model.num_experts if model.has_experts(number) else None
+    layer = get_gpt_layer_local_spec(num_experts=count, normalization=model.normalization)
     layer.submodules.input_layernorm = Norm
     layer.submodules.pre_mlp_layernorm = Norm
     attention = layer.submodules.self_attention.submodules
@@ -128,7 +131,7 @@ def build_gpt(
         gpt = GPT(
             config=config,
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec(model)] * model.num_layers, layer_norm=Norm
+                layer_specs=[layer_spec(model, number) for number in range(model.num_layers)], layer_norm=Norm
             ),
             vocab_size=padded_vocabulary(vocab_size, model.make_vocab_size_divisible_by, tp_size),
             max_sequence_length=model.max_position_embeddings or seq_length,

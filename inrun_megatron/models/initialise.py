@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 Gather = Callable[[torch.Tensor], contextlib.AbstractContextManager]
@@ -152,6 +153,9 @@ class _Filler:
                 shape = (module.output_size, module.input_size)
                 self._split(module.weight, self._master(name, shape, config.output_layer_init_method), dim=1)
                 self._zero(module.bias)
+            case TopKRouter():
+                shape = (config.num_moe_experts or 0, config.hidden_size)
+                self._fill(module.weight, self._master(name, shape, config.init_method))
             case torch.nn.Embedding():
                 shape = (module.num_embeddings, module.embedding_dim)
                 self._fill(module.weight, self._master(name, shape, config.embedding_init_method))

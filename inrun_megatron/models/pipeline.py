@@ -33,7 +33,7 @@ from inrun_megatron.models.recompute import Wrap
 from inrun_megatron.models.stages import Block, FinalNorm, Output, PipelineLoss, Positions, WordEmbeddings
 
 if TYPE_CHECKING:
-    from inrun_megatron.config import ModelConfig
+    from inrun_megatron.model_config import ModelConfig
 
 
 class GPTPipeline(PipelineModule):

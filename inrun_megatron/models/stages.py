@@ -24,7 +24,7 @@ from inrun_megatron.models.norm import Norm
 from inrun_megatron.models.recompute import Wrap, recomputed
 
 if TYPE_CHECKING:
-    from inrun_megatron.config import ModelConfig
+    from inrun_megatron.model_config import ModelConfig
 
 # tokens, position ids and, where attention is cut at documents, documents: [b, s] each
 Inputs = tuple[Tensor, ...]
@@ -99,7 +99,7 @@ class Block(torch.nn.Module):
     def __init__(self, config: TransformerConfig, model: ModelConfig, number: int) -> None:
         super().__init__()
         self.gpt_prefix = f"decoder.layers.{number - 1}."
-        self.layer = build_module(layer_spec(model), config=config, layer_number=number)
+        self.layer = build_module(layer_spec(model, number - 1), config=config, layer_number=number)
         self.tensor_parallel = config.tensor_model_parallel_size if config.sequence_parallel else 1
         self.rotary: RotaryEmbedding | None = None
         self.wrap: Wrap | None = None

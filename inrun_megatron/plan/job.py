@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, inf, prod
 
-from inrun_megatron.config import ModelConfig
 from inrun_megatron.defaults import default_base
 from inrun_megatron.errors import UserError
+from inrun_megatron.model_config import ModelConfig
 from inrun_megatron.plan.costs import DIRECTION_BYTES, EstimatorCost, estimator_cost
-from inrun_megatron.training.validation import check_widths
+from inrun_megatron.training.model_checks import check_widths
 from inrun_megatron.wording import flag_of
 
 _POSITIVE = (
@@ -106,7 +106,7 @@ class Job:
     def _require_layout(self) -> None:
         """The GPUs can share the model and the batch."""
         t, p = self.tensor_parallel, self.pipeline_parallel
-        check_widths(self.model, t)
+        check_widths(self.model, t, self.sequence_parallel)
         if self.world_size % (t * p):
             raise UserError(
                 f"{self.world_size} GPUs are no multiple of tensor x pipeline parallel = {t} x {p}"

@@ -25,9 +25,10 @@ from ..dots.parts import Parts
 from ..dots.precision import wide
 from ..dots.products import weight_gradient_fp32
 from ..dots.projection import token_dots
+from ..dots.routed import RoutedParts
 from ..dots.segments import Bounds, Segments
 from ..errors import UserError
-from ..taps import Emission
+from ..taps import Emission, Routing
 
 
 class DirectionFiller:
@@ -120,6 +121,15 @@ class RowScorer:
             case kind:
                 raise AssertionError(f"no dots for sites of kind {kind}")
 
+    def route(self, routing: Routing) -> None:
+        """Experts are about to see these tokens."""
+        rows = len(self.dots) if self.segments is None else self.segments.rows
+        require_tokens(routing, rows, self.segments)
+        parts = routing.rows(rows)
+        if self.segments is not None:
+            parts = self.segments.part_of(parts, routing.positions(rows))
+        routing.parts = RoutedParts(parts, routing.sizes, len(self.dots))
+
     def flush(self) -> None:
         """Add up what layers have left: one call for many, as a call for each would cost more than the arithmetic."""
         self._parts.flush()
@@ -132,6 +142,10 @@ class RowScorer:
 
     def _linear(self, e: Emission) -> None:
         directions = self.directions.of(e.weight)
+        if e.routed is not None:
+            parts: RoutedParts = e.routed.routing.parts
+            e.weight_grad = parts.weight_gradient_and_dots(e.routed.expert, *e.factors, directions, self.dots)
+            return
         if self.segments is not None and e.site.sequence_shard[1] > 1:
             # A plain layer among Megatron's sees a shard of the sequence, where a row's parts are no whole blocks.
             self._add_tokens(e, token_dots(*e.factors, directions))
@@ -210,8 +224,20 @@ def _kernels() -> Any:
     return triton_elementwise
 
 
+def require_tokens(routing: Routing, rows: int, segments: Segments | None = None) -> None:
+    """Experts must be given the tokens of all rows of the microbatch."""
+    wanted = rows if segments is None else segments.rows * segments.positions
+    if routing.total % wanted if segments is None else routing.total != wanted:
+        raise UserError(
+            f"a mixture-of-experts layer routes {routing.total} tokens of a microbatch of {rows} rows: values need layers that "
+            f"see every token of each"
+        )
+
+
 def require_rows(e: Emission, rows: int, segments: Segments | None = None) -> None:
     """The layer must see all rows of the microbatch; where they are cut, the tokens that are cut."""
+    if e.routed is not None:
+        return  # see require_tokens
     shape, dim = list(e.output_grad.shape[:-1]), e.site.batch_dim
     if segments is None:
         ids = len(shape) == 1 and e.site.kind == "embedding"

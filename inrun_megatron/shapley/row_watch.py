@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..engines import rng
+from ..engines.balancing import without_balancing_losses
 from ..engines.evaluating import buffers_kept
 from ..errors import UserError
-from ..taps import Emission
-from .consumers import require_rows
+from ..taps import Emission, Routing
+from .consumers import require_rows, require_tokens
 from .passes import Microbatch, Passes, Task
 
 
@@ -34,7 +35,7 @@ def require_rows_apart(
         UserError: on all ranks; see RowWatch.
     """
     watch = RowWatch(len(microbatch["loss_mask"]))
-    with rng.kept(device), buffers_kept(module):  # training must not notice
+    with rng.kept(device), buffers_kept(module), without_balancing_losses():  # training must not notice
         for own, training in zip(watch.halves, (False, True), strict=True):
             watch.own = own
             passes.run([Task(microbatch, watch, watch.loss)], training=training)
@@ -57,7 +58,20 @@ class RowWatch:
         """Of the own rows, from token losses ``[b, s]``."""
         return losses[self.own].mean()
 
+    def route(self, routing: Routing) -> None:
+        """Emissions of experts shall say which tokens they are of."""
+        try:
+            require_tokens(routing, self._rows)
+        except UserError as error:
+            self._misshapen = self._misshapen or error
+
     def __call__(self, e: Emission) -> None:
+        if e.routed is not None:
+            row = e.routed.of(e.routed.routing.rows(self._rows))
+            own = (row >= self.own.start) & (row < self.own.stop)
+            self._layers.append(e.site.name)
+            self._reached.append((e.output_grad.abs().sum(1) * ~own).sum() > 0)
+            return
         try:
             require_rows(e, self._rows)
         except UserError as error:  # raised later, on all ranks

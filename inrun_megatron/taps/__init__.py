@@ -2,6 +2,7 @@
 
 from .attach import REGISTRY, Coverage, Taps, attach_taps, register
 from .emission import Call, Consumer, Emission, Pass, Sharding, Site
+from .routing import Routing
 
 __all__ = [
     "REGISTRY",
@@ -10,6 +11,7 @@ __all__ = [
     "Coverage",
     "Emission",
     "Pass",
+    "Routing",
     "Sharding",
     "Site",
     "Taps",

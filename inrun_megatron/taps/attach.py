@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .emission import Pass, Sharding
 from .replaced import METHODS, Replaced, methods_of
+from .routing import Routed
 
 # Taps a module in place and tells ``taps.cover`` which of its parameters are now seen.
 Attacher = Callable[["Taps", Any, str], None]
@@ -78,6 +79,7 @@ class Taps:
         sequence_first: plain norms and linears see ``[s, b, h]`` (Megatron) rather than ``[b, s, h]``.
         current: the pass that a forward joins; None: taps compute, and emit nothing.
         sharding: of every tapped parameter, by ``id``.
+        routed: of experts' linear layers, by ``id``: which tokens the layer sees now (experts.py).
         settled: detached passes, in evaluation and in training mode, have been watched (see ``untouched``).
     """
 
@@ -85,6 +87,7 @@ class Taps:
     sequence_first: bool
     current: Pass | None = None
     sharding: dict[int, Sharding] = field(default_factory=dict)
+    routed: dict[int, Callable[[], Routed | None]] = field(default_factory=dict)
     settled: bool = False
     _replaced: list[tuple[str, Replaced]] = field(default_factory=list)
     _trains: list[tuple[str, nn.Parameter, bool]] = field(default_factory=list)
@@ -239,6 +242,7 @@ class Taps:
             replaced.restore()
         self._replaced.clear()
         self.sharding.clear()
+        self.routed.clear()
         self._detached = True
 
 
@@ -276,7 +280,7 @@ def _fill_registry() -> tuple[type[nn.Module], ...]:
         with suppress(ImportError):
             from . import huggingface  # noqa: F401
     try:
-        from . import megatron
+        from . import experts, megatron  # noqa: F401
     except ImportError:  # megatron-core is needed only for models made of its layers
         return ()
     return megatron.PARALLEL_LAYERS

@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 from ..dots.precision import widened
 from ..errors import UserError
+from .routing import Routed, Routing
 
 
 class Sharding(Enum):
@@ -52,6 +53,7 @@ class Site:
         batch_dim: the dimension of the activation that counts the rows of the microbatch.
         tp_rank, tp_size: place in the tensor-parallel group that the shards belong to.
         transposed: ``linear``: the weight lies as ``[in, out]``.
+        expert: ``linear``: of one expert, which sees the tokens ``[n, .]`` that are routed to it (routing.py).
     """
 
     name: str
@@ -61,6 +63,7 @@ class Site:
     tp_rank: int = 0
     tp_size: int = 1
     transposed: bool = False
+    expert: bool = False
 
     @property
     def counts_here(self) -> bool:
@@ -102,6 +105,7 @@ class Emission:
         mean, rstd: ``norm``: the tokens' statistics ``[s, b, 1]``; no mean: RMSNorm.
         weight_grad: set by a consumer that computed the weight's or bias's gradient on its way (``linear`` and ``bias``);
             the tap computes it otherwise.
+        routed: ``linear`` of an expert: which tokens these are, where a consumer asked in the forward.
     """
 
     site: Site
@@ -113,6 +117,7 @@ class Emission:
     mean: Tensor | None = None
     rstd: Tensor | None = None
     weight_grad: Tensor | None = None
+    routed: Routed | None = None
     _normalised: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -130,7 +135,7 @@ class Emission:
         """Put rows and positions in front, as views, where a model has joined them, ``[b * s, .]``, or has heads between them,
         ``[b, heads, s, h]``."""
         dims, shape = self.run.token_dims(self.site), self.output_grad.shape
-        if dims is None:
+        if dims is None or self.site.expert:
             return
         if len(shape) == 2 and shape[0] == dims[0] * dims[1]:
             if self.run.rows > 1:
@@ -157,6 +162,8 @@ class Emission:
 
 
 Consumer = Callable[[Emission], None]
+"""Called with every emission. One that has to know which tokens an expert sees has a method ``route``, which the layer's forward
+calls with its ``Routing`` (routing.py)."""
 
 
 @dataclass(eq=False)
@@ -185,6 +192,11 @@ class Pass:
     expanded: list[str] = field(default_factory=list, repr=False)
     arriving: Callable[[Parameter], None] | None = None
     anchor: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def routes(self) -> list[Callable[[Routing], None]]:
+        """Of the consumers that have to know which tokens experts see."""
+        return [consumer.route for consumer in self.consumers if hasattr(consumer, "route")]
 
     def require_apart(self, what: str) -> None:
         """Rows can only be told from the order of tokens where that order has been looked at; ``what`` needs it.

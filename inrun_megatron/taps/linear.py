@@ -21,20 +21,33 @@ from torch import Tensor
 from ..dots.products import weight_gradient
 from ..errors import UserError
 from .emission import Call
+from .routing import Routed
 
 
 @dataclass
 class LinearCall(Call):
-    """A linear layer's call; ``group`` is the tensor-parallel group of its collectives."""
+    """A linear layer's call.
+
+    Attributes:
+        group: the tensor-parallel group of its collectives.
+        dtype: of product and output, where it is another one than the input's (a router's).
+        routed: of an expert: which tokens it sees.
+    """
 
     group: dist.ProcessGroup | None = None
     sequence_parallel: bool = False
     allreduce_dgrad: bool = False
+    dtype: torch.dtype | None = None
+    routed: Routed | None = None
 
     @property
     def matrix(self) -> Tensor:
-        """The weight as ``[out, in]``."""
-        return self.weight.t() if self.site.transposed else self.weight
+        """The weight as ``[out, in]``, in the type of the product."""
+        return self.cast(self.weight.t() if self.site.transposed else self.weight)
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """In the type of the product."""
+        return tensor if self.dtype is None else tensor.to(self.dtype)
 
 
 class LinearTap(torch.autograd.Function):
@@ -47,7 +60,7 @@ class LinearTap(torch.autograd.Function):
         ctx.call = call
         ctx.save_for_backward(input)
         total = _gather(input, call.group)[0] if call.sequence_parallel else input
-        return torch.matmul(total, call.matrix.t())
+        return torch.matmul(call.cast(total), call.matrix.t())
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -62,7 +75,8 @@ class LinearTap(torch.autograd.Function):
         if call.sequence_parallel and needs_activation:
             total, gathering = _gather(input, call.group, async_op=True)
 
-        input_grad = output_grad.matmul(call.matrix)
+        total = call.cast(total)
+        input_grad = output_grad.matmul(call.matrix).to(input.dtype)
         if gathering is not None:
             gathering.wait()
 
@@ -76,10 +90,12 @@ class LinearTap(torch.autograd.Function):
 
         weight_grad = None
         if call.emits:
-            weight_grad = call.emit(output_grad, activation=total).weight_grad
+            weight_grad = call.emit(output_grad, activation=total, routed=call.routed).weight_grad
         if needs_weight and weight_grad is None:
             factors = (output_grad, total) if call.site.transposed else (total, output_grad)
             weight_grad = weight_gradient(*factors)
+        if weight_grad is not None:
+            weight_grad = weight_grad.to(call.weight.dtype)
 
         if reducing is not None:
             reducing.wait()

@@ -8,6 +8,7 @@ megatron/core/tensor_parallel/layers.py; ``tests/test_canary.py`` fails if these
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -34,7 +35,8 @@ PARALLEL_LAYERS = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbeddi
 
 
 def _tap_product(taps: Taps, module: Any, site: Site) -> None:
-    original = type(module)._forward_impl
+    original, routed = type(module)._forward_impl, taps.routed.get(id(module))
+    site = replace(site, expert=routed is not None)
 
     def forward_impl(input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
         if not weight.requires_grad:
@@ -47,6 +49,7 @@ def _tap_product(taps: Taps, module: Any, site: Site) -> None:
             group=module.tp_group,
             sequence_parallel=options["sequence_parallel"],
             allreduce_dgrad=options["allreduce_dgrad"],
+            routed=None if routed is None else routed(),
         )
         output = linear(input, call)
         return output if bias is None else output + bias  # frozen
@@ -73,10 +76,11 @@ def _tap_bias(taps: Taps, module: Any, site: Site) -> None:
     module.forward = forward
 
 
-def _check(module: Any, name: str) -> None:
-    if module.is_expert:
+def _check(taps: Taps, module: Any, name: str) -> None:
+    if module.is_expert and id(module) not in taps.routed:
         raise UserError(
-            f"layer {name} is a mixture-of-experts layer, which has no tap yet; train a dense model"
+            f"layer {name} belongs to an expert outside a MoELayer with SequentialMLP, which has no tap: use that layer, or "
+            f"train a dense model"
         )
     if module.gradient_accumulation_fusion:
         raise UserError(
@@ -87,7 +91,7 @@ def _check(module: Any, name: str) -> None:
 
 @register(ColumnParallelLinear)
 def _column(taps: Taps, module: ColumnParallelLinear, name: str) -> None:
-    _check(module, name)
+    _check(taps, module, name)
     if module.gather_output and module.bias is not None:
         raise UserError(
             f"layer {name} gathers its output and has a bias; set gather_output=False or bias=False"
@@ -107,7 +111,7 @@ def _column(taps: Taps, module: ColumnParallelLinear, name: str) -> None:
 
 @register(RowParallelLinear)
 def _row(taps: Taps, module: RowParallelLinear, name: str) -> None:
-    _check(module, name)
+    _check(taps, module, name)
     place = (dist.get_rank(module.tp_group), dist.get_world_size(module.tp_group))
     _tap_product(taps, module, Site(name, "linear", Sharding.ROW, 1, *place))
     bias_sharding = Sharding.SEQUENCE if module.sequence_parallel else Sharding.REPLICATED

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-METHODS = ("forward", "_forward_impl")
-"""What attachers replace: of any module, and of megatron-core's linear layers."""
+METHODS = ("forward", "_forward_impl", "gating")
+"""What attachers replace: of any module, of megatron-core's linear layers, and of its routers."""
 
 
 class Replaced:

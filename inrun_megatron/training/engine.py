@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from inrun_megatron.config import Config
+from inrun_megatron.engines.balancing import scale_balancing_losses
 from inrun_megatron.engines.gradients import (
     keep_fp32_norm,
     mark_tensor_parallel_gradients,
@@ -77,6 +78,7 @@ def build_trainer(config: Config, deepspeed_config: dict[str, Any], batch: Batch
     )
     limit_waits(config.parallel)
     keep_fp32_norm(engine)
+    scale_balancing_losses(engine)
     sum_partial_gradients(engine.module, parallel_state.get_tensor_model_parallel_group())
     if type(engine.optimizer).__name__ == "FP16_UnfusedOptimizer":
         mark_tensor_parallel_gradients(engine.module)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from inrun_megatron.config import Config, ModelConfig, TrainingConfig
+from inrun_megatron.config import Config, TrainingConfig
 from inrun_megatron.errors import UserError
+from inrun_megatron.training.model_checks import check_widths, divides, not_negative, positive
 from inrun_megatron.wording import flag_of
 
 
@@ -46,18 +47,6 @@ def _no_nan(config: Config) -> None:
                 raise UserError(f"{flag_of(name)} is {value}: it must be a number")
 
 
-def _positive(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and value <= 0:
-            raise UserError(f"{flag_of(name)} is {value}: it must be positive")
-
-
-def _not_negative(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 0:
-            raise UserError(f"{flag_of(name)} is {value}: it must not be negative")
-
-
 def _below_one(**values: float) -> None:
     for name, value in values.items():
         if not 0.0 <= value < 1.0:
@@ -66,7 +55,7 @@ def _below_one(**values: float) -> None:
 
 def _parallel(config: Config) -> None:
     parallel = config.parallel
-    _positive(
+    positive(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
@@ -122,48 +111,10 @@ def check_pipeline(config: Config) -> None:
         )
 
 
-def _divides(tp: int, name: str, value: int) -> None:
-    if value % tp:
-        raise UserError(f"--tensor-model-parallel-size {tp} does not divide {name} {value}")
-
-
-def check_widths(model: ModelConfig, tp: int) -> None:
-    """The model's sizes fit together, and `tp` tensor-parallel ranks can share them. `inrun plan` asks it, too."""
-    _positive(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        ffn_hidden_size=model.ffn_hidden_size,
-        kv_channels=model.kv_channels,
-        num_query_groups=model.num_query_groups,
-    )
-    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
-        raise UserError(
-            f"--num-attention-heads {model.num_attention_heads} does not divide --hidden-size {model.hidden_size}: "
-            f"change one or give --kv-channels"
-        )
-    if model.num_attention_heads % model.query_groups:
-        raise UserError(
-            f"--num-query-groups {model.query_groups} does not divide --num-attention-heads "
-            f"{model.num_attention_heads}"
-        )
-    if model.num_query_groups != 1 and not model.group_query_attention:
-        raise UserError(f"--num-query-groups {model.num_query_groups} needs --group-query-attention")
-    _divides(tp, "--num-attention-heads", model.num_attention_heads)
-    if model.group_query_attention:
-        _divides(tp, "--num-query-groups", model.num_query_groups)
-    _divides(tp, "--hidden-size", model.hidden_size)
-    _divides(tp, "--ffn-hidden-size", model.resolved_ffn_hidden_size)
-    if model.resolved_ffn_hidden_size < 1:
-        raise UserError(
-            f"--swiglu with --hidden-size {model.hidden_size} gives a feed-forward width of 0: give --ffn-hidden-size"
-        )
-
-
 def _model(config: Config) -> None:
     model, tp, sequence = config.model, config.parallel.tensor_model_parallel_size, config.data.seq_length
-    check_widths(model, tp)
-    _positive(
+    check_widths(model, tp, config.parallel.sequence_parallel)
+    positive(
         seq_length=sequence,
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
         init_method_std=model.init_method_std,
@@ -171,7 +122,7 @@ def _model(config: Config) -> None:
         norm_epsilon=model.norm_epsilon,
     )
     if config.parallel.sequence_parallel:
-        _divides(tp, "--seq-length (needed by --sequence-parallel)", sequence)
+        divides(tp, "--seq-length (needed by --sequence-parallel)", sequence)
     positions = model.max_position_embeddings
     if positions is not None and positions < sequence:
         raise UserError(f"--max-position-embeddings {positions} is smaller than --seq-length {sequence}")
@@ -184,7 +135,7 @@ def _model(config: Config) -> None:
 
 def _training(config: Config) -> None:
     training = config.training
-    _positive(
+    positive(
         micro_batch_size=training.micro_batch_size,
         train_iters=training.train_iters,
         global_batch_size=training.global_batch_size,
@@ -204,7 +155,7 @@ def _training(config: Config) -> None:
         raise UserError(
             f"--seed is {training.seed}: it must be from 0 to {2**32 - 1}, as numpy's generators want it"
         )
-    _not_negative(
+    not_negative(
         lr_warmup_iters=training.lr_warmup_iters,
         weight_decay=training.weight_decay,
         clip_grad=training.clip_grad,
@@ -254,8 +205,8 @@ def _run_directory(config: Config) -> None:
     save, interval, shapley = config.checkpoint.save, config.checkpoint.save_interval, config.shapley
     if save is None and interval:
         raise UserError(f"--save-interval {interval} needs --save DIRECTORY")
-    _not_negative(save_interval=interval)
-    _positive(save_retain_interval=config.checkpoint.save_retain_interval)
+    not_negative(save_interval=interval)
+    positive(save_retain_interval=config.checkpoint.save_retain_interval)
     for flag, directory in (("--save", save), ("--shapley-dir", shapley.dir if shapley.enabled else None)):
         if directory is not None:
             _can_be_directory(flag, Path(directory))
