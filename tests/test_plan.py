@@ -32,6 +32,7 @@ COLLECTIVE_MODULES = (
     "engines.buckets",
     "shapley.scored_step",
     "engines.evaluating",
+    "taps.experts",
 )
 
 
@@ -42,6 +43,7 @@ class Case:
     base: str = "current"
     direction_dtype: str = "fp32"
     bucket_size: int = BUCKET_SIZE
+    operations: bool = True  # experts: how many rows each is given depends on the routing
 
     def job(self) -> Job:
         """The plan's description of the run that `_measure` makes."""
@@ -213,10 +215,18 @@ def _measure(rank: int, world: int, case: Case) -> Measured:
 
 
 def _case(
-    world: int, zero: int, shape: str = "gpt2", tp: int = 1, *, qk_layernorm: bool = False, **options: Any
+    world: int,
+    zero: int,
+    shape: str = "gpt2",
+    tp: int = 1,
+    *,
+    qk_layernorm: bool = False,
+    experts: int | None = None,
+    **options: Any,
 ) -> Case:
     layout = LayoutCase(world, tp, tp > 1, zero, 2, shape, "adamw", micro_batch=MICRO_BATCH, steps=3)  # type: ignore[arg-type]
-    return Case(replace(layout, qk_layernorm=qk_layernorm), **options)
+    layout = replace(layout, qk_layernorm=qk_layernorm, experts=experts, shared_expert=experts is not None)
+    return Case(layout, **options)
 
 
 CASES = {
@@ -238,6 +248,8 @@ CASES = {
         _case(2, 3, "llama", estimator="midpoint", direction_dtype="bf16"),
         _case(2, 1, tp=2, qk_layernorm=True),
         _case(2, 1, "llama", tp=2, estimator="midpoint"),
+        _case(2, 2, "llama", tp=2, experts=4),
+        _case(2, 3, "llama", experts=4, operations=False),
     ],
 }
 TOLERANCE = 0.01
@@ -271,7 +283,7 @@ def test_predictions_are_what_real_steps_hold_send_and_compute(
         assert found.calls == calls, name
         for kind, size in sizes.items():
             assert found.bytes[kind] == pytest.approx(size, rel=TOLERANCE), f"{name}: {kind}"
-        if job.tensor_parallel == 1:
+        if job.tensor_parallel == 1 and case.operations:
             plain = sum(rank.plain for rank in ranks)
             extra = sum(rank.scored for rank in ranks) - plain
             print(f", operations +{extra / plain:.1%} (plan +{work.extra / work.training:.1%})", end="")
@@ -321,7 +333,7 @@ def test_ledger_bytes(tmp_path: Path, targets: int) -> None:
 
 @pytest.mark.parametrize(
     ("preset", "parameters", "gpus"),
-    [("7b", 6.738e9, 64), ("70b", 68.98e9, 1024), ("405b", 405.9e9, 16384)],
+    [("7b", 6.738e9, 64), ("70b", 68.98e9, 1024), ("405b", 405.9e9, 16384), ("8x7b", 46.70e9, 256)],
 )
 def test_presets_are_the_published_models(preset: str, parameters: float, gpus: int) -> None:
     model, job = PRESETS[preset]

@@ -39,6 +39,12 @@ def plan(
     num_attention_heads: Annotated[Number, typer.Option(help="Attention heads.")] = None,
     ffn_hidden_size: Annotated[Number, typer.Option(help="Width of the feed-forward layer.")] = None,
     num_query_groups: Annotated[Number, typer.Option(help="Query groups; default: one per head.")] = None,
+    num_experts: Annotated[Number, typer.Option(help="Experts of a layer. Default: a dense model.")] = None,
+    moe_router_topk: Annotated[Number, typer.Option(help="Experts of a token. Default: 2.")] = None,
+    moe_ffn_hidden_size: Annotated[Number, typer.Option(help="Width of an expert.")] = None,
+    moe_shared_expert_intermediate_size: Annotated[
+        Number, typer.Option(help="Width of an expert for every token.")
+    ] = None,
     llama: Annotated[
         bool, typer.Option("--llama", help="RMSNorm, SwiGLU, rotary positions, no biases, untied output.")
     ] = False,
@@ -124,6 +130,10 @@ def plan(
         "ffn_hidden_size": ffn_hidden_size,
         "num_query_groups": num_query_groups,
         "group_query_attention": None if num_query_groups is None else True,
+        "num_experts": num_experts,
+        "moe_router_topk": moe_router_topk,
+        "moe_ffn_hidden_size": moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": moe_shared_expert_intermediate_size,
     }
     if llama:
         model |= {

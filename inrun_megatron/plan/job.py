@@ -39,7 +39,7 @@ class Parameter:
 
     shape: of this rank's tensor-parallel part. uses: how often a microbatch passes through it. summed: a replicated
     parameter that sees sequence shards or the rank's own heads, so that its gradient is summed over tensor-parallel
-    ranks. linear: of a linear layer.
+    ranks. linear: of a linear layer. share: of the tokens that pass through it, an expert's where they are spread evenly.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Parameter:
     uses: int = 1
     summed: bool = False
     linear: bool = False
+    share: float = 1.0
 
     @property
     def numel(self) -> int:
@@ -186,35 +187,60 @@ class Job:
             if model.position_embedding_type == "learned_absolute":
                 rows = model.max_position_embeddings or self.seq_length
                 found.append(Parameter("position", (rows, h)))
-        for _ in range(ceil(model.num_layers / self.pipeline_parallel)):
-            found += self.layer_parameters()
+        for layer in self.stage_layers(stage):
+            found += self.layer_parameters(layer)
         if last:
             found += self._norm("final")
             if not tied or not first:
                 found.append(Parameter("output", (self.vocab_size // t, h), linear=True))
         return tuple(found)
 
-    def layer_parameters(self) -> list[Parameter]:
+    def stage_layers(self, stage: int) -> range:
+        """Numbers of a stage's layers."""
+        layers = ceil(self.model.num_layers / self.pipeline_parallel)
+        return range(stage * layers, min((stage + 1) * layers, self.model.num_layers))
+
+    def layer_parameters(self, layer: int) -> list[Parameter]:
         """Parameters of one rank of one layer."""
         model, t, h = self.model, self.tensor_parallel, self.model.hidden_size
         queries = model.num_attention_heads * model.resolved_kv_channels
         qkv = queries + 2 * model.query_groups * model.resolved_kv_channels
-        ffn = model.resolved_ffn_hidden_size
-        wide = ffn * (2 if model.swiglu else 1)
         found = self._norm("attention norm") + self._norm("mlp norm")
-        for name, shape in (
-            ("qkv", (qkv // t, h)),
-            ("projection", (h, queries // t)),
-            ("fc1", (wide // t, h)),
-            ("fc2", (h, ffn // t)),
-        ):
+        shapes = [("qkv", (qkv // t, h)), ("projection", (h, queries // t))]
+        if not model.has_experts(layer):
+            shapes += self._feed_forward("", model.resolved_ffn_hidden_size)
+        for name, shape in shapes:
             found.append(Parameter(name, shape, linear=True))
             if not model.disable_bias_linear or (name == "qkv" and model.add_qkv_bias):
                 row = name in ("projection", "fc2")
                 found.append(Parameter(f"{name} bias", shape[:1], summed=self.sequence_parallel and row))
+        if model.has_experts(layer):
+            found += self._experts()
         if model.qk_layernorm:
             found += self._norm("query norm", model.resolved_kv_channels, summed=t > 1)
             found += self._norm("key norm", model.resolved_kv_channels, summed=t > 1)
+        return found
+
+    def _feed_forward(self, name: str, width: int) -> list[tuple[str, tuple[int, int]]]:
+        t, h = self.tensor_parallel, self.model.hidden_size
+        wide = width * (2 if self.model.swiglu else 1)
+        return [(f"{name}fc1", (wide // t, h)), (f"{name}fc2", (h, width // t))]
+
+    def _experts(self) -> list[Parameter]:
+        """Of one layer: its router, its experts and the one that all tokens pass through."""
+        model = self.model
+        count, shared = model.num_experts, model.moe_shared_expert_intermediate_size
+        assert count is not None
+        router = (count, model.hidden_size)
+        found = [Parameter("router", router, summed=self.sequence_parallel, linear=True)]
+        share = model.moe_router_topk / count
+        for own in range(count):
+            for name, shape in self._feed_forward(f"expert {own} ", model.resolved_moe_ffn_hidden_size):
+                found.append(Parameter(name, shape, linear=True, share=share))
+        if shared is not None:
+            found += [
+                Parameter(name, shape, linear=True) for name, shape in self._feed_forward("shared ", shared)
+            ]
         return found
 
     def _norm(self, name: str, width: int | None = None, summed: bool | None = None) -> list[Parameter]:

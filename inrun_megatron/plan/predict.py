@@ -6,7 +6,7 @@ takes out: the whole vector for an all-reduce, reduce-scatter or all-gather.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from inrun_megatron.defaults import BUCKET_SIZE, CUDA_BLOCK
@@ -241,6 +241,12 @@ def _beside_data_parallel(job: Job) -> list[Collective]:
         tied = SUM_BYTES * job.vocab_size // t * job.model.hidden_size
         calls = job.targets + 1 if cost.batch_passes else job.targets if cost.moves else 1
         found.append(Collective("all_reduce", "tied", "tied embeddings", calls, vectors * tied))
+    experts = sum(job.model.has_experts(layer) for layer in job.stage_layers(0))
+    if t > 1 and experts:
+        calls = experts * job.microbatches
+        tokens = calls * job.micro_batch_size * job.seq_length
+        size = tokens * (job.model.num_experts or 0)
+        found.append(Collective("all_gather", "tp", "experts of tokens", calls, size))
     return found
 
 
@@ -267,16 +273,25 @@ def _figures(job: Job) -> list[Collective]:
     return found
 
 
-def linear_weights(job: Job) -> int:
-    """Weights of all linear layers of the model, the output layer included."""
-    layer = sum(parameter.numel for parameter in job.layer_parameters() if parameter.linear)
-    return job.tensor_parallel * layer * job.model.num_layers + job.vocab_size * job.model.hidden_size
+def linear_weights(job: Job) -> tuple[float, float]:
+    """Weights of all linear layers of the model, the output layer included, and how many of them a token meets."""
+    whole = replace(job, world_size=1, tensor_parallel=1, pipeline_parallel=1, sequence_parallel=False)
+    output = job.vocab_size * job.model.hidden_size
+    layers = [
+        parameter
+        for layer in range(job.model.num_layers)
+        for parameter in whole.layer_parameters(layer)
+        if parameter.linear
+    ]
+    met = sum(parameter.numel * parameter.share for parameter in layers)
+    return output + sum(parameter.numel for parameter in layers), output + met
 
 
 def operations(job: Job) -> Operations:
     """Matrix products and attention. The causal half of attention counts in full, as torch's counter counts it."""
     model, s = job.model, job.seq_length
-    products = 2 * s * linear_weights(job)
+    weights, met = linear_weights(job)
+    products = 2 * s * met
     heads = model.num_attention_heads * model.resolved_kv_channels
     attention = 4 * s * s * heads * model.num_layers
     forward = products + attention
@@ -289,7 +304,7 @@ def operations(job: Job) -> Operations:
         training=job.global_batch_size * whole,
         validation=validation_rows * (cost.validation_passes * whole + cost.loss_passes * forward),
         batch=job.global_batch_size * cost.batch_passes * whole,
-        dots=2.0 * job.targets * linear_weights(job) * job.global_batch_size,
+        dots=2.0 * job.targets * weights * job.global_batch_size,
         terms=4.0 * job.targets * count(job.parameters) * job.tensor_parallel * job.pipeline_parallel,
     )
 

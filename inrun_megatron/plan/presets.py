@@ -1,4 +1,5 @@
-"""Jobs to start from: shapes of Llama 2 7B and 70B (arXiv 2307.09288) and Llama 3.1 405B (arXiv 2407.21783).
+"""Jobs to start from: shapes of Llama 2 7B and 70B (arXiv 2307.09288), Llama 3.1 405B (arXiv 2407.21783) and Mixtral 8x7B
+(arXiv 2401.04088).
 
 Layout and batch are usual ones for the number of GPUs, not those of the papers. 405B has 126 layers, which 16 stages do not
 divide: the plan is for the fullest stage (8 layers); launch/pretrain.py wants equal stages, 128 layers.
@@ -72,6 +73,30 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "sequence_parallel": True,
             "zero_stage": 1,
             "target_sequences": 128,
+        },
+    ),
+    "8x7b": (
+        _LLAMA
+        | {
+            "num_layers": 32,
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "ffn_hidden_size": 14336,
+            "group_query_attention": True,
+            "num_query_groups": 8,
+            "num_experts": 8,
+            "moe_router_topk": 2,
+        },
+        {
+            "vocab_size": 32000,
+            "seq_length": 4096,
+            "world_size": 256,
+            "global_batch_size": 1024,
+            "tensor_parallel": 8,
+            "pipeline_parallel": 4,
+            "sequence_parallel": True,
+            "zero_stage": 1,
+            "target_sequences": 32,
         },
     ),
 }

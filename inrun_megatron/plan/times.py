@@ -12,7 +12,7 @@ from inrun_megatron.plan.costs import (
     dot_traffic_bytes,
     elementwise_bytes,
 )
-from inrun_megatron.plan.job import Job
+from inrun_megatron.plan.job import Job, Parameter
 from inrun_megatron.plan.predict import (
     AUDITS,
     DOTS,
@@ -82,13 +82,7 @@ def time(job: Job, hardware: Hardware) -> Time:
     if stages > 1 and job.cost.moves:
         # Weights that move let nothing ride along: every pass fills and drains the pipeline.
         extra += bubble * (job.cost.validation_passes + job.cost.batch_passes + job.cost.loss_passes / 3)
-    weights = sum(p.numel for p in job.parameters if p.linear)
-    traffic = weights * dot_traffic_bytes(
-        job.targets, job.parameter_bytes < 4, job.micro_batch_size, job.direction_bytes
-    )
-    # cuBLAS alone is about twice as fast as a whole training step per operation.
-    product = 2.0 * weights * job.seq_length / (2.0 * hardware.flops)
-    slower = SLOWER_PRODUCT * product if job.parameter_bytes < 4 and job.micro_batch_size > 1 else 0.0
+    dots = sum(_dots(job, hardware, parameter) for parameter in job.parameters if parameter.linear)
     sent = [
         (own, own.bytes * (2 if own.kind == "all_reduce" else 1) / hardware.network)
         for own in collectives(job)
@@ -99,7 +93,7 @@ def time(job: Job, hardware: Hardware) -> Time:
     return Time(
         training=(job.microbatches + bubble) * microbatch,
         passes=extra * microbatch,
-        dots=(traffic / hardware.memory + slower) * job.microbatches * job.micro_batch_size,
+        dots=dots * job.microbatches * job.micro_batch_size,
         elementwise=of_memory
         * elementwise_bytes(job.targets, job.direction_bytes, job.parameter_bytes, job.cost.moves),
         communication=sum(seconds for _, seconds in sent),
@@ -108,6 +102,17 @@ def time(job: Job, hardware: Hardware) -> Time:
         each=each,
         hidden=_hidden(job, microbatch, {own.purpose: seconds for own, seconds in sent}),
     )
+
+
+def _dots(job: Job, hardware: Hardware, parameter: Parameter) -> float:
+    """Of one row and a linear layer's weight, beside the weight gradient."""
+    low = job.parameter_bytes < 4
+    traffic = parameter.numel * dot_traffic_bytes(job.targets, low, job.micro_batch_size, job.direction_bytes)
+    # cuBLAS alone is about twice as fast as a whole training step per operation.
+    product = 2.0 * parameter.numel * parameter.share * job.seq_length / (2.0 * hardware.flops)
+    slower = SLOWER_PRODUCT * product if low and job.micro_batch_size > 1 else 0.0
+    # An expert of few tokens is scored by projecting them.
+    return min(traffic / hardware.memory + slower, job.targets * product)
 
 
 def _hidden(job: Job, microbatch: float, seconds: dict[str, float]) -> float:
