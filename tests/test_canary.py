@@ -40,6 +40,32 @@ def test_vocabulary_embedding_is_what_the_tap_replaces() -> None:
         assert f"self.{name}" in source
 
 
+def test_experts_lie_as_their_taps_expect() -> None:
+    from megatron.core.transformer.moe import experts, moe_layer, moe_utils, router, token_dispatcher
+
+    layer = _source(moe_layer.MoELayer)
+    for name in ("self.router", "self.experts", "self.ep_group", "self.attn_tp_group"):
+        assert name in layer or name in _source(moe_layer.BaseMoELayer), name
+    assert "self.gating(" in _source(router.TopKRouter.forward)
+    assert re.search(r"return probs, routing_map", _source(router.TopKRouter.forward))
+    assert "self.weight, self.bias, router_dtype)" in _source(router.Router.gating)
+    forward = list(inspect.signature(experts.SequentialMLP.forward).parameters)
+    assert forward == [
+        "self",
+        "permuted_local_hidden_states",
+        "tokens_per_expert",
+        "permuted_probs",
+    ], forward
+    assert "local_experts" in _source(experts.SequentialMLP)
+    # Tokens of an expert in their order: by a transposed mask, expert after expert.
+    assert "routing_map.bool().T.contiguous()" in _source(moe_utils.permute)
+    assert "self.tp_ep_group" in _source(token_dispatcher.MoEAllGatherTokenDispatcher.token_dispatch)
+    # What balances experts has its gradient times this number (engines/balancing.py), and none in evaluation.
+    assert "main_loss_backward_scale" in _source(moe_utils.MoEAuxLossAutoScaler.backward)
+    assert "self.training and torch.is_grad_enabled()" in _source(router.TopKRouter.routing)
+    assert "self.training and torch.is_grad_enabled()" in _source(router.TopKRouter.apply_z_loss)
+
+
 @pytest.mark.parametrize(
     ("module", "owner", "names"),
     [

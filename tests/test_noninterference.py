@@ -31,6 +31,8 @@ ONE_ROW = [
     LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", precision="bf16", estimator="midpoint"),
     LayoutCase(2, 1, False, 2, 2, "gpt2", "momentum", dropout=0.1, base="drift"),
     LayoutCase(2, 1, False, 2, 2, "gpt2", "adamw", dropout=0.1, refresh=2),
+    LayoutCase(2, 2, True, 2, 2, "llama", "adamw", dropout=0.1, experts=4, balance="aux_loss"),
+    LayoutCase(2, 1, False, 3, 2, "llama", "adamw", precision="bf16", experts=4, balance="seq_aux_loss"),
     LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, dropout=0.1, recompute=True),
     LayoutCase(2, 1, False, 0, 3, "llama", "sgd", pp=2, dropout=0.1),
     LayoutCase(2, 1, False, 1, 2, "llama", "adamw", pp=2, precision="bf16"),
@@ -48,6 +50,7 @@ ON_FOUR_RANKS = [
 SEVERAL_ROWS = [
     LayoutCase(2, 2, True, 2, 2, "gpt2", "adamw", micro_batch=4, dropout=0.1),
     LayoutCase(2, 1, False, 3, 1, "llama", "adamw", micro_batch=3),
+    LayoutCase(2, 1, False, 2, 1, "llama", "adamw", micro_batch=3, experts=4, balance="aux_loss"),
 ]
 
 

@@ -25,6 +25,7 @@ FOUR = [
     LayoutCase(4, 2, True, 1, 2, "gpt2", "adamw", estimator="midpoint", pp=2),
     LayoutCase(4, 1, False, 0, 4, "llama", "adamw", estimator="simpson", pp=2, recompute=True),
     LayoutCase(4, 1, False, 1, 2, "gpt2", "momentum", base="drift", pp=2),
+    LayoutCase(4, 2, True, 3, 2, "llama", "adamw", estimator="midpoint", experts=4, balance="aux_loss"),
 ]
 TWO = [
     LayoutCase(2, 1, False, 2, 2, "gpt2", "adamw", estimator="midpoint", precision="bf16"),

@@ -58,6 +58,12 @@ BESIDES = [
     LayoutCase(2, 1, False, 0, 2, "llama", "momentum", pp=2, micro_batch=4),
     LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, proxy=True),
     LayoutCase(2, 1, False, 1, 2, "llama", "momentum", pp=2, qk_layernorm=True),
+    LayoutCase(
+        2, 1, False, 1, 2, "llama", "momentum", pp=2, experts=4, balance="seq_aux_loss", shared_expert=True
+    ),
+    LayoutCase(
+        2, 1, False, 0, 2, "llama", "sgd", pp=2, experts=4, balance="aux_loss", checkpoints=True, base="drift"
+    ),
     LayoutCase(2, 1, False, 1, 2, "gpt2", "adamw", pp=2, precision="bf16"),
     LayoutCase(2, 1, False, 0, 2, "llama", "sgd", pp=2, precision="bf16"),
     LayoutCase(2, 1, False, 1, 2, "llama", "adamw", pp=2, precision="bf16", grad_accum_fp32=True),

@@ -31,11 +31,13 @@ def drawn(seed: int) -> LayoutCase:
     if optimizer == "adam":
         estimator = "first_order"
     shape = r.choice(["gpt2", "llama"])
+    sequence_parallel = tp == 2 and r.random() < 0.5
+    experts = shape == "llama" and sequence_parallel == (tp == 2)  # they want it (test_experts.py)
     frozen = [(), (), ("embedding.",), ("decoder.layers.1.",), ("decoder.final",)]
     return LayoutCase(
         2,
         tp,
-        tp == 2 and r.random() < 0.5,
+        sequence_parallel,
         r.choice([0, 1] if pp == 2 else [0, 1, 2, 3]),
         r.choice([1, 2, 3]),
         shape,  # type: ignore[arg-type]
@@ -54,6 +56,8 @@ def drawn(seed: int) -> LayoutCase:
         lr_growth=r.choice([1.0, 1.5]),
         frozen=r.choice(frozen),
         qk_layernorm=r.random() < 0.3,
+        experts=r.choice([None, 3, 4]) if experts else None,
+        shared_expert=r.random() < 0.5,
     )
 
 

@@ -62,6 +62,17 @@ CIRCLES = {
             "--zero-stage 3",
         ],
     ),
+    "experts, fp32": (
+        f"{LLAMA} --num-experts 4 --moe-ffn-hidden-size 16 --moe-layer-freq 2 --moe-aux-loss-coeff 0.01 "
+        "--moe-shared-expert-intermediate-size 8",
+        [
+            f"{TP} 2 --sequence-parallel --zero-stage 2",
+            f"{PP} 2 --zero-stage 1",
+            "--zero-stage 3",
+            f"{TP} 2 {PP} 2 --sequence-parallel --zero-stage 0",
+            "--zero-stage 2",
+        ],
+    ),
     "gpt2, fp16": (
         "",
         ["--zero-stage 1 --fp16", "--zero-stage 3 --fp16", f"{PP} 2 --zero-stage 1 --fp16"],

@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..host import Later
+from ..host import Later, to_device
 from .linear import weight_gradient_and_dots
 from .products import weight_gradient
 from .projection import token_dots
@@ -39,7 +40,7 @@ class RoutedParts:
         experts = len(sizes)
         self._starts = (0, *accumulate(sizes))
         owner = torch.arange(experts, device=parts.device).repeat_interleave(
-            torch.tensor(sizes, device=parts.device), output_size=len(parts)
+            to_device(torch.tensor(sizes), parts.device), output_size=len(parts)
         )
         cells = owner * count + parts
         # Stable: tokens of a part stay in their order, whatever the device.
@@ -76,12 +77,12 @@ class RoutedParts:
             ]
             dots += torch.stack(sums, dim=1)
             return weight_gradient(activation, output_grad)
-        counts = self._on_host.read()[expert]
-        parts = counts.nonzero().flatten()
+        counts = self._on_host.read()[expert].numpy()
+        (parts,) = counts.nonzero()
         own = dots.new_zeros(len(parts), len(directions))
         if len(parts) > 1:
             activation, output_grad = activation[order], output_grad[order]
-        offsets = torch.cat((torch.zeros(1, dtype=torch.int64), counts[parts].cumsum(0)))
+        offsets = torch.from_numpy(np.concatenate(([0], counts[parts].cumsum())))
         grad = weight_gradient_and_dots(
             activation.unsqueeze(0),
             output_grad.unsqueeze(0),
@@ -90,5 +91,5 @@ class RoutedParts:
             own,
             Segments(1, stop - start, offsets),
         )
-        dots.index_add_(0, parts.to(dots.device, non_blocking=True), own)
+        dots.index_add_(0, to_device(torch.from_numpy(parts), dots.device), own)
         return grad

@@ -43,14 +43,17 @@ class Experts:
         """The router's map ``[T(/tp), E]`` of the microbatch whose forward runs."""
         self._map = routed
 
-    def dispatch(self, sizes: list[int]) -> None:
-        """Experts are about to see so many tokens each."""
+    def dispatch(self, hidden: Tensor, tokens_per_expert: Tensor) -> None:
+        """Experts are about to see these tokens ``[n, h]``, so many each."""
         run, own = self._taps.current, self._map
         self._now, self._map = None, None
-        wanted = [] if run is None else run.routes
+        # A checkpoint's first forward has no backward.
+        wanted = run.routes if run is not None and torch.is_grad_enabled() else []
         if not wanted:
             return
         assert own is not None, "experts ran without their router"
+        # A single expert's number may still be on the device; of several it is on the host, where the tokens are split.
+        sizes = [len(hidden)] if own.shape[1] == 1 else tokens_per_expert.numpy().tolist()
         self._now = Routing.of_map(self._whole(own), sizes)
         for route in wanted:
             route(self._now)
@@ -155,7 +158,7 @@ def _watch_experts(taps: Taps, module: SequentialMLP, name: str, experts: Expert
         own = type(mlp).forward
 
         def forward(hidden: Tensor, tokens_per_expert: Tensor, *args: Any, **kwargs: Any) -> Any:
-            experts.dispatch([len(hidden)] if mlp.num_local_experts == 1 else tokens_per_expert.tolist())
+            experts.dispatch(hidden, tokens_per_expert)
             return own(mlp, hidden, tokens_per_expert, *args, **kwargs)
 
         mlp.forward = forward
