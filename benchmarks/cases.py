@@ -79,5 +79,12 @@ class Case:
             num_attention_heads=max(1, self.hidden // 64),
             attention_dropout=self.dropout,
             hidden_dropout=self.dropout,
-            **(LLAMA if self.shape == "llama" else {}),
+            **({} if self.shape == "gpt2" else LLAMA),
+            **(self._experts if self.shape == "experts" else {}),
         )
+
+    @property
+    def _experts(self) -> dict[str, int]:
+        """Eight in every layer, two of them for a token: half as wide as Llama's layer, they multiply as much."""
+        width = ModelConfig(num_layers=1, hidden_size=self.hidden, num_attention_heads=1, swiglu=True)
+        return {"num_experts": 8, "moe_ffn_hidden_size": width.resolved_ffn_hidden_size // 2}

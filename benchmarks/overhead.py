@@ -31,6 +31,7 @@ from benchmarks.runs import Measured, on_ranks, plain_and_scored
 MATRIX: dict[str, dict[str, Any]] = {
     "base": {},
     "llama": {"shape": "llama"},
+    "experts": {"shape": "experts"},
     "bf16": {"precision": "bf16"},
     "K=4": {"targets": 4},
     "K=16": {"targets": 16},
@@ -133,7 +134,7 @@ def main(
     tp: Annotated[int, typer.Option(help="tensor-parallel ranks")] = 1,
     dp: Annotated[int, typer.Option(help="data-parallel ranks")] = 1,
     pp: Annotated[int, typer.Option(help="pipeline stages (ZeRO 0 or 1)")] = 1,
-    shape: Annotated[Literal["gpt2", "llama"], typer.Option(help="model shape")] = "gpt2",
+    shape: Annotated[Literal["gpt2", "llama", "experts"], typer.Option(help="model shape")] = "gpt2",
     bf16: Annotated[bool, typer.Option(help="train in bf16")] = False,
     targets: Annotated[int, typer.Option(help="validation targets")] = 1,
     granularity: Annotated[

@@ -63,6 +63,7 @@ def _lines(ledger: Ledger, run: Mapping[str, Any]) -> dict[str, str]:
         _count(setting(run, "num_layers"), "layer"),
         _named("hidden", setting(run, "hidden_size")),
         _count(setting(run, "num_attention_heads"), "head"),
+        _count(setting(run, "num_experts"), "expert"),
         _named("", setting(run, "normalization")),
         _named("positions", setting(run, "position_embedding_type")),
         _named("sequence", setting(run, "seq_length")),
