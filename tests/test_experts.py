@@ -63,7 +63,7 @@ def test_dots_of_an_experts_parts(cut: str, targets: int) -> None:
     if segments is not None:
         part = segments.part_of(part, routing.positions(rows))
     count = rows if segments is None else len(segments)
-    parts = RoutedParts(part, sizes, count)
+    parts = RoutedParts(part, routing.owners(), sizes, count)
     assert (parts._on_host is None) == (sum(sizes) < FEWEST * EXPERTS * count) == (cut == "tokens")
     dots = torch.zeros(count, targets, dtype=torch.float64)
     expected = torch.zeros_like(dots)

@@ -32,6 +32,24 @@ GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_po
 NEO = {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "embed_dropout": 0.0}
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}  # an offset of positions; [b * s, h]
 MPT = {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 32}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+GROUPS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
 # What each family has beside plain layers.
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,  # Conv1D, positions [1, s], tied
@@ -55,10 +73,24 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 BY_HEAD = ("qwen3", "gemma3_text", "olmo2", "cohere2", "exaone4")  # norms of queries and keys
 OTHERS = ("glm4", "helium", "smollm3", "ernie4_5", "arcee")
+MIXTURES: dict[str, dict[str, Any]] = {}
 if int(metadata.version("transformers").split(".")[0]) >= 5:
     MODELS |= dict.fromkeys(BY_HEAD + OTHERS, SIZES)
     # Before, these do not run in fp64, or take no `use_cache`.
     MODELS |= {"opt": SIZES | OPT, "mpt": MPT, "openai-gpt": GPT2}
+    MIXTURES |= {
+        "mixtral": SIZES | {"num_local_experts": 4},
+        "olmoe": SIZES | EXPERTS,
+        "qwen2_moe": SIZES | EXPERTS | {"shared_expert_intermediate_size": 16},
+        "qwen3_moe": SIZES | EXPERTS,
+        "granitemoe": SIZES | {"num_local_experts": 4},
+        "gpt_oss": SIZES | {"num_local_experts": 4},
+        "glm4_moe": SIZES | GROUPS,
+        "deepseek_v3": SIZES | GROUPS | LATENT,
+        "deepseek_v2": SIZES | GROUPS | LATENT,
+        "ernie4_5_moe": SIZES | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
+    }
+    MODELS |= MIXTURES
 
 
 def _model(kind: str) -> torch.nn.Module:
@@ -67,7 +99,10 @@ def _model(kind: str) -> torch.nn.Module:
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = AutoConfig.for_model(kind, **MODELS[kind], **tokens)
     torch.manual_seed(0)
+    config._experts_implementation = "eager"  # the grouped product knows no fp64
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and not name.endswith("sinks"))  # no layer's
     with torch.no_grad():
         for parameter in model.parameters():  # no norm and no bias may be what it is at first
             parameter += 0.05 * torch.randn_like(parameter)
@@ -90,7 +125,7 @@ def _batch(seed: int) -> dict[str, Tensor]:
 def _gradient(model: torch.nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
     """Of the sum over loss tokens."""
     loss = (_losses(model, batch) * batch["loss_mask"]).sum()
-    return list(torch.autograd.grad(loss, list(model.parameters())))
+    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
 
 
 def _one_row_at_a_time(kind: str, rank: int, world: int) -> Tensor:
@@ -111,7 +146,10 @@ def _scored(rank: int, world: int, kind: str, stage: int) -> tuple[Tensor, Tenso
     expected = _one_row_at_a_time(kind, rank, world)
     model = _model(kind)
     sgd = torch.optim.SGD(model.parameters(), lr=RATE)
-    engine = make_engine(model, sgd, {"stage": stage}, clip=0.0)
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3 and kind in MIXTURES:  # some of which DeepSpeed marks as leaves
+        zero["leaf_module"] = {"classes": []}
+    engine = make_engine(model, sgd, zero, clip=0.0)
     held_out = _batch(50 + rank)
     target = ShapleyTarget("held_out", [held_out], num_tokens=world * int(held_out["loss_mask"].sum()))
     shapley = InRunShapley(engine, [target], _losses, base="current")

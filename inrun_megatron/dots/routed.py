@@ -32,17 +32,15 @@ class RoutedParts:
 
     Args:
         parts: int64 ``[n]``, expert after expert: the part of every token.
+        owners: int64 ``[n]``: its expert.
         sizes: tokens of every expert.
         count: P.
     """
 
-    def __init__(self, parts: Tensor, sizes: Sequence[int], count: int) -> None:
+    def __init__(self, parts: Tensor, owners: Tensor, sizes: Sequence[int], count: int) -> None:
         experts = len(sizes)
         self._starts = (0, *accumulate(sizes))
-        owner = torch.arange(experts, device=parts.device).repeat_interleave(
-            to_device(torch.tensor(sizes), parts.device), output_size=len(parts)
-        )
-        cells = owner * count + parts
+        cells = owners * count + parts
         # Stable: tokens of a part stay in their order, whatever the device.
         self._order = cells.argsort(stable=True)
         counts = torch.zeros(experts * count, dtype=torch.int64, device=parts.device)
@@ -69,13 +67,7 @@ class RoutedParts:
         start, stop = self._starts[expert], self._starts[expert + 1]
         order = self._order[start:stop] - start
         if self._on_host is None:
-            products = token_dots(activation, output_grad, directions)[order]
-            # Adds in a fixed order on a GPU, too, unlike index_add_.
-            sums = [
-                torch.segment_reduce(column, "sum", lengths=self._counts[expert], axis=0, unsafe=True)
-                for column in products.unbind(1)
-            ]
-            dots += torch.stack(sums, dim=1)
+            dots += _sums(token_dots(activation, output_grad, directions)[order], self._counts[expert])
             return weight_gradient(activation, output_grad)
         counts = self._on_host.read()[expert].numpy()
         (parts,) = counts.nonzero()
@@ -93,3 +85,16 @@ class RoutedParts:
         )
         dots.index_add_(0, to_device(torch.from_numpy(parts), dots.device), own)
         return grad
+
+    def sums(self, tokens: Tensor) -> Tensor:
+        """Sums of every part's tokens, of all experts: ``[n, K]`` -> ``[P, K]``."""
+        return _sums(tokens[self._order], self._counts.flatten()).view(*self._counts.shape, -1).sum(0)
+
+
+def _sums(tokens: Tensor, lengths: Tensor) -> Tensor:
+    """Sums of stretches of these lengths ``[m]``: ``[n, K]`` -> ``[m, K]``, in a fixed order on a GPU, too."""
+    columns = [
+        torch.segment_reduce(column, "sum", lengths=lengths, axis=0, unsafe=True)
+        for column in tokens.unbind(1)
+    ]
+    return torch.stack(columns, dim=1)

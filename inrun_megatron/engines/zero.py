@@ -188,8 +188,9 @@ def _refuse_partitioned(engine: Any, layout: Layout) -> None:
     if leaves:
         raise UserError(
             f"ZeRO-3 leaf module {leaves[0] or type(engine.module).__name__}: DeepSpeed reduces the gradients of a leaf module "
-            f"after every backward through it, also after the detached ones of scoring; leave out set_z3_leaf_modules, "
-            f"zero_optimization.leaf_module and stage3_module_granularity_threshold"
+            f"after every backward through it, also after the detached ones of scoring; leave out set_z3_leaf_modules and "
+            f'stage3_module_granularity_threshold, and set zero_optimization.leaf_module to {{"classes": []}}, as DeepSpeed marks '
+            f"some mixtures of experts by itself"
         )
     predivided = engine.gradient_predivide_factor()
     if engine.postscale_gradients() and predivided == layout.dp_size != 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ class DirectionFiller:
                 self._add(
                     e, e.weight, lambda out, fresh: weight_gradient_fp32(*factors, out, overwrite=fresh)
                 )
+            case "experts":
+                self._add(e, e.weight, lambda out, fresh: _add_experts(e, out, fresh))
             case "bias":
                 self._add_sum(e, e.weight, sum_of_tokens(b))
             case "embedding":
@@ -73,6 +75,18 @@ class DirectionFiller:
             out.copy_(total) if fresh else out.add_(total)
 
         self._add(e, parameter, add_to)
+
+
+def _add_experts(e: Emission, out: Tensor, fresh: bool) -> None:
+    for own, (a, b) in zip(out, _by_expert(e), strict=True):
+        weight_gradient_fp32(a, b, own, overwrite=fresh)
+
+
+def _by_expert(e: Emission) -> Iterator[tuple[Tensor, Tensor]]:
+    """(A, B) of every expert whose weight is a part of the parameter."""
+    assert e.routed is not None
+    sizes = e.routed.routing.sizes
+    yield from zip(*(factor.split(sizes) for factor in e.factors), strict=True)
 
 
 def norm_gradients(e: Emission, *, fused: bool) -> tuple[Tensor, Tensor]:
@@ -112,6 +126,8 @@ class RowScorer:
         match e.site.kind:
             case "linear":
                 self._linear(e)
+            case "experts":
+                self._experts(e)
             case "bias":
                 self._bias(e)
             case "embedding":
@@ -128,7 +144,7 @@ class RowScorer:
         parts = routing.rows(rows)
         if self.segments is not None:
             parts = self.segments.part_of(parts, routing.positions(rows))
-        routing.parts = RoutedParts(parts, routing.sizes, len(self.dots))
+        routing.parts = RoutedParts(parts, routing.owners(), routing.sizes, len(self.dots))
 
     def flush(self) -> None:
         """Add up what layers have left: one call for many, as a call for each would cost more than the arithmetic."""
@@ -143,8 +159,8 @@ class RowScorer:
     def _linear(self, e: Emission) -> None:
         directions = self.directions.of(e.weight)
         if e.routed is not None:
-            parts: RoutedParts = e.routed.routing.parts
-            e.weight_grad = parts.weight_gradient_and_dots(e.routed.expert, *e.factors, directions, self.dots)
+            parts, expert = e.routed.routing.parts, e.routed.expert
+            e.weight_grad = parts.weight_gradient_and_dots(expert, *e.factors, directions, self.dots)
             return
         if self.segments is not None and e.site.sequence_shard[1] > 1:
             # A plain layer among Megatron's sees a shard of the sequence, where a row's parts are no whole blocks.
@@ -155,6 +171,17 @@ class RowScorer:
         )
         if not e.site.replicated:
             e.weight_grad = grad
+
+    def _experts(self, e: Emission) -> None:
+        assert e.routed is not None
+        parts: RoutedParts = e.routed.routing.parts
+        of_experts = zip(*self.directions.of(e.weight), strict=True)
+        gradients = [
+            parts.weight_gradient_and_dots(expert, a, b, directions, self.dots)
+            for expert, ((a, b), directions) in enumerate(zip(_by_expert(e), of_experts, strict=True))
+        ]
+        if not e.site.replicated:
+            e.weight_grad = torch.stack(gradients)
 
     def _bias(self, e: Emission) -> None:
         directions = self.directions.of(e.weight)
@@ -172,7 +199,9 @@ class RowScorer:
     def _embedding(self, e: Emission) -> None:
         b, ids, dim = e.output_grad, e.input, e.site.batch_dim
         directions = self.directions.of(e.weight)
-        if self._by_kernel(e):
+        if e.routed is not None:
+            self.dots += e.routed.routing.parts.sums(token_embedding_dots(b, ids, directions))
+        elif self._by_kernel(e):
             self._parts.append(_kernels().embedding_dots(b, ids, dim, directions, self._bounds(e)))
         elif self.segments is None:
             embedding_dots(b, ids, dim, directions, self.dots)

@@ -274,7 +274,7 @@ def _attacher(module: nn.Module) -> Attacher | None:
 
 def _fill_registry() -> tuple[type[nn.Module], ...]:
     """Import what registers taps; returns megatron-core's parallel layers."""
-    from . import plain, vectors  # noqa: F401
+    from . import any_module, plain  # noqa: F401
 
     if "transformers" in sys.modules:  # a model of theirs is made with it; importing it takes seconds
         with suppress(ImportError):

@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .emission import Call
+from .routing import Routed
 
 
 @dataclass
 class EmbeddingCall(Call):
-    """``padding_idx`` as in torch.nn.Embedding: that row gets no gradient."""
+    """``padding_idx`` as in torch.nn.Embedding: that row gets no gradient. ``routed``: of experts' biases, their tokens."""
 
     padding_idx: int | None = None
+    routed: Routed | None = None
 
 
 class EmbeddingTap(torch.autograd.Function):
@@ -55,7 +57,7 @@ class EmbeddingTap(torch.autograd.Function):
         if dropped is not None:
             output_grad = output_grad.masked_fill(dropped.unsqueeze(-1), 0.0)
         if call.emits:
-            call.emit(output_grad, activation=ids)
+            call.emit(output_grad, activation=ids, routed=call.routed)
         grad = None
         if ctx.needs_input_grad[0]:
             grad = _gradient(output_grad, ids, ctx.shape)

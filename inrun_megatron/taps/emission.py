@@ -48,12 +48,13 @@ class Site:
 
     Attributes:
         name: the module's path in the model.
-        kind: ``linear``, ``bias`` (any vector of which every token has its own view), ``embedding`` or ``norm``.
+        kind: ``linear``, ``bias`` (any vector of which every token has its own view), ``embedding``, ``norm`` or ``experts``
+            (linear layers whose weights ``[E, out, in]`` are one parameter).
         sharding: see :class:`Sharding`.
         batch_dim: the dimension of the activation that counts the rows of the microbatch.
         tp_rank, tp_size: place in the tensor-parallel group that the shards belong to.
-        transposed: ``linear``: the weight lies as ``[in, out]``.
-        expert: ``linear``: of one expert, which sees the tokens ``[n, .]`` that are routed to it (routing.py).
+        transposed: ``linear``, ``experts``: the weight lies as ``[in, out]``.
+        expert: it sees tokens ``[n, .]`` that are routed to it (routing.py), not rows.
     """
 
     name: str
@@ -99,13 +100,13 @@ class Emission:
         run: the pass that the forward belonged to (captured at forward time).
         weight: the parameter (its ``.data`` is gathered here under ZeRO-3); for ``norm`` the scale, for ``bias`` the bias.
         output_grad: gradient of the loss with respect to the layer's output, ``[s, b, out]`` or ``[b, s, h]``.
-        activation: ``linear``, ``norm``: the input ``[s, b, in]``; ``embedding``: local row ids, int64 ``[b, s]``;
+        activation: ``linear``, ``norm``, ``experts``: the input ``[s, b, in]``; ``embedding``: local row ids, int64 ``[b, s]``;
             ``bias``: None.
         bias: ``norm``: the shift, if there is one.
         mean, rstd: ``norm``: the tokens' statistics ``[s, b, 1]``; no mean: RMSNorm.
         weight_grad: set by a consumer that computed the weight's or bias's gradient on its way (``linear`` and ``bias``);
             the tap computes it otherwise.
-        routed: ``linear`` of an expert: which tokens these are, where a consumer asked in the forward.
+        routed: of experts: which tokens these are; of one expert's layer where a consumer asked in the forward.
     """
 
     site: Site

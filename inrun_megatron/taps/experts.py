@@ -106,6 +106,11 @@ def _layer(taps: Taps, module: Any, name: str) -> None:
     _watch_experts(taps, module.experts, f"{name}.experts", experts)
 
 
+@register(TopKRouter, refuses=True)
+def _router(taps: Taps, module: Any, name: str) -> None:
+    """Its layer taps it."""
+
+
 _UNTAPPED: dict[str, tuple[Any, ...]] = {
     "moe_token_dispatcher_type": ("allgather", "alltoall"),
     "moe_pad_expert_input_to_capacity": (False, None),

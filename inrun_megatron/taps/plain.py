@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -62,25 +63,30 @@ def _linear(taps: Taps, module: Any, name: str) -> None:
 
 def tap_linear(
     taps: Taps, module: Any, name: str, *, transposed: bool = False
-) -> Callable[[Tensor], Tensor] | None:
-    """The tapped forward of a module with a ``weight [out, in]`` (``transposed``: ``[in, out]``) and perhaps a ``bias``, None if frozen."""
+) -> Callable[..., Tensor] | None:
+    """The tapped forward ``(input, dtype of the product)`` of a module with a ``weight [out, in]`` (``transposed``: ``[in, out]``) and perhaps a ``bias``, None if frozen."""
     if not module.weight.requires_grad:
         return None
     rank, size = tensor_parallel_place()
     site = Site(name, "linear", place(module.weight), 1 if taps.sequence_first else 0, rank, size, transposed)
     bias_site = replace(site, kind="bias", transposed=False)
-    taps.cover(site.sharding, module.weight, module.bias)
+    taps.cover(site.sharding, module.weight, bias_of(module))
 
-    def tapped(input: Tensor) -> Tensor:
-        run = taps.current
-        output = linear(input, LinearCall(site, run, module.weight))
-        if module.bias is None:
+    def tapped(input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        run, bias = taps.current, bias_of(module)
+        output = linear(input, LinearCall(site, run, module._parameters["weight"], dtype=dtype))
+        if bias is None:
             return output
-        if not module.bias.requires_grad:
-            return output + module.bias
-        return output + tapped_bias(Call(bias_site, run, module.bias), output)
+        if not bias.requires_grad:
+            return output + bias
+        return output + tapped_bias(Call(bias_site, run, bias), output)
 
     return tapped
+
+
+def bias_of(module: nn.Module) -> nn.Parameter | None:
+    """A layer's bias, if it is a parameter: others have a flag of that name."""
+    return module._parameters.get("bias")
 
 
 def _every_row(ids: Tensor, name: str, run: Pass | None) -> Tensor:

@@ -1,8 +1,8 @@
 """Which tokens of a microbatch a mixture-of-experts layer gives to each of its experts.
 
 An expert's linear layers see ``[n, .]``: the tokens that are routed to it, of all rows. Shape legend: T = s b tokens of the
-microbatch, numbered as Megatron's ``[s, b]`` lies flat; E experts; n tokens of all experts together, one token counted once
-for each of its experts.
+microbatch, numbered as ``[s, b]`` (Megatron) or ``[b, s]`` lies flat; E experts; n tokens of all experts together, one token
+counted once for each of its experts.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..host import to_device
+
 
 @dataclass(eq=False)
 class Routing:
@@ -25,12 +27,14 @@ class Routing:
         tokens: int64 ``[n]``, expert after expert: which of the T tokens each is.
         sizes: tokens of every expert.
         total: T.
+        batch_first: tokens are numbered row after row.
         parts: what a consumer has made of it in the forward (``dots.routed.RoutedParts``).
     """
 
     tokens: Tensor
     sizes: tuple[int, ...]
     total: int
+    batch_first: bool = False
     parts: Any = None
 
     @classmethod
@@ -53,23 +57,31 @@ class Routing:
         """Where every expert's tokens begin, and where the last one's end."""
         return (0, *accumulate(self.sizes))
 
+    def owners(self) -> Tensor:
+        """The expert of every token, int64 ``[n]``."""
+        experts = torch.arange(len(self.sizes), device=self.tokens.device)
+        sizes = to_device(torch.tensor(self.sizes), experts.device)
+        return experts.repeat_interleave(sizes, output_size=len(self.tokens))
+
     def rows(self, rows: int) -> Tensor:
         """The row of every token, int64 ``[n]``, of a microbatch of so many."""
-        return self.tokens % rows
+        return self.tokens // (self.total // rows) if self.batch_first else self.tokens % rows
 
     def positions(self, rows: int) -> Tensor:
         """Its position in the row, int64 ``[n]``."""
-        return self.tokens // rows
+        return self.tokens % (self.total // rows) if self.batch_first else self.tokens // rows
 
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """What one expert sees of a routing."""
+    """What one expert sees of a routing; ``expert`` None: what all of them see, one after the other."""
 
     routing: Routing
-    expert: int
+    expert: int | None = None
 
     def of(self, tokens: Tensor) -> Tensor:
         """This expert's stretch of something by token ``[n, ...]``."""
+        if self.expert is None:
+            return tokens
         starts = self.routing.starts
         return tokens[starts[self.expert] : starts[self.expert + 1]]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .attach import Taps, full_shape, register
+from .attach import Taps, full_shape
 from .bias import bias as tapped_bias
 from .emission import Call, Site
 from .own_forward import USES, Given, around, watched
@@ -35,8 +35,8 @@ def vectors_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return own if alone and len(shapes) == 1 and len(shapes.pop()) == 1 else {}
 
 
-@register(nn.Module)
-def _vectors(taps: Taps, module: Any, name: str) -> None:
+def tap_vectors(taps: Taps, module: Any, name: str) -> None:
+    """Tap a module of vectors; nothing happens to any other one."""
     trained = [vector for vector in vectors_of(module).values() if vector.requires_grad]
     if not trained:
         return
