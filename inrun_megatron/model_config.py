@@ -68,6 +68,8 @@ class ModelConfig:
     """(Mixture of experts) Width of an expert. Default: that of the feed-forward layer."""
     moe_shared_expert_intermediate_size: Unset[int] = None
     """(Mixture of experts) Width of an expert that every token passes through, beside those it is routed to. Default: none."""
+    moe_shared_expert_gate: bool = False
+    """(Mixture of experts) A gate for that expert's output, by token."""
     moe_router_topk: int = 2
     """(Mixture of experts) Experts that a token is routed to."""
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"

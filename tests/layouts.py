@@ -92,7 +92,7 @@ class LayoutCase:
     second_copy: int = 1  # ZeRO-3: ranks of a node that share a further copy of the weights (hpZ)
     qk_layernorm: bool = False
     experts: int | None = None  # of every layer, two for a token; llama's shape, which has no biases
-    shared_expert: bool = False
+    shared_expert: bool = False  # one for every token, with a gate
     balance: str | None = None  # losses that balance experts
     frozen: tuple[str, ...] = ()  # parameters whose names begin with one of these do not train
 
@@ -140,6 +140,7 @@ class LayoutCase:
                 "moe_ffn_hidden_size": model.expert_ffn,
                 "moe_router_topk": model.topk,
                 "moe_shared_expert_intermediate_size": model.shared_ffn,
+                "moe_shared_expert_gate": model.shared_ffn is not None,
                 "moe_router_load_balancing_type": model.balance or "none",
                 "moe_aux_loss_coeff": BALANCE if model.balance else 0.0,
                 "moe_z_loss_coeff": Z if model.balance else None,

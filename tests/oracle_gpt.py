@@ -51,7 +51,7 @@ class GPTShape:
     experts: int | None = None  # of every layer, in the place of its feed-forward layer
     topk: int = 2
     expert_ffn: int = 24
-    shared_ffn: int | None = None
+    shared_ffn: int | None = None  # of an expert for every token, with a gate
     balance: str | None = None  # auxiliary losses of training: aux_loss or seq_aux_loss, and the z loss
 
     @property
@@ -107,6 +107,8 @@ def parameter_shapes(shape: GPTShape) -> dict[str, tuple[int, ...]]:
         norm(f"{prefix}.pre_mlp_layernorm")
         if shape.experts is not None:
             linear(f"{prefix}.mlp.router", shape.experts, h)
+        if shape.shared_ffn is not None:
+            shapes[f"{prefix}.mlp.shared_experts.gate_weight"] = (1, h)
         for name, width in _feed_forward(shape).items():
             linear(f"{prefix}.{name}.linear_fc1", (2 if shape.gated else 1) * width, h)
             linear(f"{prefix}.{name}.linear_fc2", h, width)
@@ -222,7 +224,9 @@ class OracleGPT:
 
         output = mixture(logits, self.shape.topk, expert)
         if self.shape.shared_ffn is not None:
-            output = output + self._mlp(parameters, f"{prefix}.shared_experts", hidden)
+            shared = self._mlp(parameters, f"{prefix}.shared_experts", hidden)
+            gate = parameters[f"{prefix}.shared_experts.gate_weight"]
+            output = output + shared * self._use(lambda w: F.linear(hidden, w), gate).sigmoid()
         return output
 
     def _mlp(

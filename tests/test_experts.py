@@ -86,6 +86,7 @@ MIXTURE: dict[str, Any] = {
     "num_experts": EXPERTS,
     "moe_ffn_hidden_size": 16,
     "moe_shared_expert_intermediate_size": 24,
+    "moe_shared_expert_gate": True,
     "moe_layer_freq": 2,
     "num_layers": 3,
 }
@@ -149,8 +150,10 @@ def test_loss_and_parameters_do_not_depend_on_tensor_parallelism(two_ranks: Work
         # The router's softmax is fp32 in every precision.
         torch.testing.assert_close(other["losses"], one["losses"], rtol=1e-6, atol=0)
         torch.testing.assert_close(other["router"], one["router"], rtol=1e-4, atol=1e-8)
-    experts = [name for name in one["parameters"] if ".experts." in name or "router" in name]
-    assert len(experts) == 2 * (2 * EXPERTS + 1)
+    experts = [
+        name for name in one["parameters"] if ".mlp." in name and ("experts" in name or "router" in name)
+    ]
+    assert len(experts) == 2 * (2 * EXPERTS + 1 + 3)
     whole = {name: one["parameters"][name] for name in experts}
     assert len({tuple(w.flatten()[:5].tolist()) for w in whole.values()}) == len(experts)  # all drawn anew
     for name, weight in whole.items():
@@ -159,7 +162,7 @@ def test_loss_and_parameters_do_not_depend_on_tensor_parallelism(two_ranks: Work
             stride = 2 if "linear_fc1" in name else 1
             cut = shard(weight, differing[0], stride, rank, 2) if differing else weight
             assert torch.equal(part, cut), name
-            assert bool(differing) == ("router" not in name)
+            assert bool(differing) == ("router" not in name and "gate_weight" not in name)
 
 
 class _Rows:
@@ -262,7 +265,6 @@ def _refusals(rank: int, world: int) -> list[str]:
     found = []
     for changes, groups in (
         ({"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}, {}),
-        ({"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_gate": True}, {}),
         ({"add_bias_linear": True}, {}),
         ({"expert_model_parallel_size": world}, {"expert_model_parallel_size": world}),
     ):
@@ -285,9 +287,8 @@ def _refusals(rank: int, world: int) -> list[str]:
 
 
 def test_what_taps_do_not_know_is_refused_by_name(two_ranks: Workers) -> None:
-    padded, gate, biases, spread, outside, single = two_ranks.run(_refusals)[0]
+    padded, biases, spread, outside, single = two_ranks.run(_refusals)[0]
     assert "moe_pad_expert_input_to_capacity=True, which has no tap yet: use False" in padded
-    assert "moe_shared_expert_gate=True, which has no tap yet: use False" in gate
     assert "biases" in biases and "use add_bias_linear=False" in biases
     assert "expert_model_parallel_size=1" in spread and "layer mlp has" in spread
     assert "outside a MoELayer" in outside and "outside a MoELayer" in single

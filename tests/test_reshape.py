@@ -64,7 +64,7 @@ CIRCLES = {
     ),
     "experts, fp32": (
         f"{LLAMA} --num-experts 4 --moe-ffn-hidden-size 16 --moe-layer-freq 2 --moe-aux-loss-coeff 0.01 "
-        "--moe-shared-expert-intermediate-size 8",
+        "--moe-shared-expert-intermediate-size 8 --moe-shared-expert-gate",
         [
             f"{TP} 2 --sequence-parallel --zero-stage 2",
             f"{PP} 2 --zero-stage 1",

@@ -18,6 +18,7 @@ def expert_settings(model: ModelConfig) -> dict[str, Any]:
         "moe_layer_freq": model.moe_layer_freq,
         "moe_ffn_hidden_size": model.resolved_moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": model.moe_shared_expert_gate,
         "moe_router_topk": model.moe_router_topk,
         "moe_router_score_function": model.moe_router_score_function,
         "moe_router_pre_softmax": model.moe_router_pre_softmax,

@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
 )
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 Gather = Callable[[torch.Tensor], contextlib.AbstractContextManager]
@@ -156,6 +157,10 @@ class _Filler:
             case TopKRouter():
                 shape = (config.num_moe_experts or 0, config.hidden_size)
                 self._fill(module.weight, self._master(name, shape, config.init_method))
+            case SharedExpertMLP():
+                shape = (1, config.hidden_size)
+                gate = name.removesuffix("weight") + "gate_weight"
+                self._fill(module.gate_weight, self._master(gate, shape, config.init_method))
             case torch.nn.Embedding():
                 shape = (module.num_embeddings, module.embedding_dim)
                 self._fill(module.weight, self._master(name, shape, config.embedding_init_method))

@@ -241,6 +241,9 @@ class Job:
             found += [
                 Parameter(name, shape, linear=True) for name, shape in self._feed_forward("shared ", shared)
             ]
+        if model.moe_shared_expert_gate:
+            gate = (1, model.hidden_size)
+            found.append(Parameter("shared gate", gate, summed=self.sequence_parallel, linear=True))
         return found
 
     def _norm(self, name: str, width: int | None = None, summed: bool | None = None) -> list[Parameter]:

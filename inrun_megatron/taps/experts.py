@@ -18,12 +18,14 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
-from torch import Tensor
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from torch import Tensor, nn
 
 from ..errors import UserError
 from .attach import Taps, register
 from .emission import Site
 from .linear import LinearCall, linear
+from .own_forward import around
 from .plain import place, tensor_parallel_place
 from .routing import Routed, Routing
 
@@ -106,6 +108,21 @@ def _layer(taps: Taps, module: Any, name: str) -> None:
     _watch_experts(taps, module.experts, f"{name}.experts", experts)
 
 
+@register(SharedExpertMLP)
+def _shared_expert(taps: Taps, module: Any, name: str) -> None:
+    """Its gate, if it has one; its linear layers have taps of their own."""
+    weight = module.gate_weight
+    if weight is None or not weight.requires_grad:
+        return
+    site = Site(f"{name}.gate_weight", "linear", place(weight), 1, *tensor_parallel_place())
+
+    def gate(input: Tensor) -> Tensor:
+        return linear(input, LinearCall(site, taps.current, weight))
+
+    module.forward = around(module, nn.Linear, weight, None, gate)
+    taps.cover(site.sharding, weight)
+
+
 @register(TopKRouter, refuses=True)
 def _router(taps: Taps, module: Any, name: str) -> None:
     """Its layer taps it."""
@@ -115,7 +132,6 @@ _UNTAPPED: dict[str, tuple[Any, ...]] = {
     "moe_token_dispatcher_type": ("allgather", "alltoall"),
     "moe_pad_expert_input_to_capacity": (False, None),
     "moe_latent_size": (None,),
-    "moe_shared_expert_gate": (False, None),
     "moe_shared_expert_overlap": (False, None),
 }
 """Settings, and those of their values that taps know."""

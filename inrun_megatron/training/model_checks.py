@@ -96,6 +96,8 @@ def _check_experts(model: ModelConfig, tp: int, sequence_parallel: bool) -> None
     divides(tp, "--moe-ffn-hidden-size", model.resolved_moe_ffn_hidden_size)
     if model.moe_shared_expert_intermediate_size is not None:
         divides(tp, "--moe-shared-expert-intermediate-size", model.moe_shared_expert_intermediate_size)
+    elif model.moe_shared_expert_gate:
+        raise UserError("--moe-shared-expert-gate needs --moe-shared-expert-intermediate-size")
     _check_router(model)
 
 
