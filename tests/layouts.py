@@ -114,7 +114,7 @@ class LayoutCase:
             tied=self.tied,
             qk_layernorm=self.qk_layernorm,
             experts=self.experts,
-            shared_ffn=16 if self.shared_expert else None,
+            shared_ffn=16 if self.shared_expert and self.experts else None,
             balance=self.balance,
         )
 
