@@ -80,6 +80,32 @@ def test_dots_of_an_experts_parts(cut: str, targets: int) -> None:
     torch.testing.assert_close(dots, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_dots_of_an_experts_parts_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16, as on a GPU: one matrix of uneven stretches, and of a single one."""
+    from inrun_megatron.dots import linear
+
+    monkeypatch.setattr(linear, "by_triton", lambda *tensors: True)
+    routed = _map(ROWS * 48)
+    routed[::ROWS] = False  # row 0 goes to the last expert alone
+    routed[::ROWS, -1] = True
+    sizes = routed.sum(0).tolist()
+    routing = Routing.of_map(routed, sizes)
+    row = routing.rows(ROWS)
+    parts = RoutedParts(row, routing.owners(), sizes, ROWS)
+    dots = torch.zeros(ROWS, 2, dtype=torch.float64)
+    expected = torch.zeros_like(dots)
+    for expert, size in enumerate(sizes):
+        a, b = torch.randn(size, 32).bfloat16(), torch.randn(size, 64).bfloat16()
+        directions = list(torch.randn(2, 64, 32).bfloat16().unbind())
+        grad = parts.weight_gradient_and_dots(expert, a, b, directions, dots)
+        torch.testing.assert_close(grad.float(), b.t().float() @ a.float(), rtol=1e-2, atol=1e-1)
+        own = Routed(routing, expert).of(row)
+        tokens = torch.stack([((b.double() @ d.double()) * a.double()).sum(1) for d in directions], dim=1)
+        expected.index_add_(0, own, tokens)
+    # The block of a single stretch is training's own product, which is rounded to bf16.
+    torch.testing.assert_close(dots, expected, rtol=1e-2, atol=5e-3 * float(expected.abs().max()))
+
+
 # --- layers on ranks ------------------------------------------------------------------------------------------------
 
 MIXTURE: dict[str, Any] = {

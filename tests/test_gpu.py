@@ -27,6 +27,8 @@ CASES = {
     "microbatch 1, 2 targets": replace(BASE, micro_batch=1, targets=2),
     "documents": replace(BASE, granularity="document", shape="llama"),
     "tokens": replace(BASE, granularity="token"),
+    "experts": replace(BASE, shape="experts"),
+    "experts, documents": replace(BASE, shape="experts", granularity="document", micro_batch=1),
     "midpoint": replace(BASE, estimator="midpoint"),
     "bf16": replace(BASE, precision="bf16"),
     "bf16, directions too, llama": replace(BASE, precision="bf16", direction_dtype="bf16", shape="llama"),
