@@ -12,6 +12,9 @@ from inrun_megatron.training.validation import check_fp16, check_pipeline, valid
 from tests.flags import config, write_json
 
 
+EXPERTS = "--disable-bias-linear --num-experts 4"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -29,6 +32,23 @@ from tests.flags import config, write_json
         ),
         ("--tensor-model-parallel-size 2 --sequence-parallel --seq-length 15", "--seq-length.*15"),
         ("--tensor-model-parallel-size 16", "8 ranks are no multiple of --tensor-model-parallel-size 16"),
+        ("--moe-router-topk 3", "--moe-router-topk 3 needs --num-experts"),
+        ("--num-experts 4", "--num-experts needs --disable-bias-linear"),
+        (f"{EXPERTS} --num-experts 0", "--num-experts is 0: it must be positive"),
+        (f"{EXPERTS} --moe-router-topk 5", "--moe-router-topk 5 is more than --num-experts 4"),
+        (f"{EXPERTS} --moe-router-topk 1", "--moe-router-topk 1 needs --moe-router-pre-softmax"),
+        (f"{EXPERTS} --moe-router-topk-scaling-factor 2", "--moe-router-topk-scaling-factor 2.0 needs"),
+        (f"{EXPERTS} --moe-shared-expert-gate", "needs --moe-shared-expert-intermediate-size"),
+        (f"{EXPERTS} --moe-z-loss-coeff -1", "--moe-z-loss-coeff is -1.0: it must not be negative"),
+        (f"{EXPERTS} --tensor-model-parallel-size 2", "needs --sequence-parallel, as in Megatron-LM"),
+        (
+            f"{EXPERTS} --tensor-model-parallel-size 2 --sequence-parallel --moe-ffn-hidden-size 9",
+            "2 does not divide --moe-ffn-hidden-size 9",
+        ),
+        (
+            f"{EXPERTS} --moe-aux-loss-coeff 0.1 --moe-router-load-balancing-type none",
+            "--moe-aux-loss-coeff 0.1 with --moe-router-load-balancing-type none: leave one out",
+        ),
         ("--sequence-parallel", "--sequence-parallel needs --tensor-model-parallel-size"),
         ("--pipeline-model-parallel-size 0", "--pipeline-model-parallel-size is 0: it must be positive"),
         (

@@ -88,7 +88,9 @@ def _check_experts(model: ModelConfig, tp: int, sequence_parallel: bool) -> None
             f"--moe-router-topk {model.moe_router_topk} is more than --num-experts {model.num_experts}"
         )
     if not model.disable_bias_linear:
-        raise UserError("--num-experts needs --disable-bias-linear: experts with biases have no taps")
+        raise UserError(
+            "--num-experts needs --disable-bias-linear (inrun plan: --llama): experts with biases have no taps"
+        )
     if tp > 1 and not sequence_parallel:
         raise UserError(
             f"--num-experts with --tensor-model-parallel-size {tp} needs --sequence-parallel, as in Megatron-LM"
