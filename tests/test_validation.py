@@ -11,7 +11,6 @@ from inrun_megatron.training.deepspeed_config import merge
 from inrun_megatron.training.validation import check_fp16, check_pipeline, validate
 from tests.flags import config, write_json
 
-
 EXPERTS = "--disable-bias-linear --num-experts 4"
 
 
