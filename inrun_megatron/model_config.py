@@ -80,6 +80,10 @@ class ModelConfig:
     """(Mixture of experts) Factor of a token's scores; with --moe-router-pre-softmax or sigmoid. Default: 1."""
     moe_router_dtype: Unset[Literal["fp32", "fp64"]] = None
     """(Mixture of experts) Precision of routing. Default: that of training."""
+    moe_router_enable_expert_bias: bool = False
+    """(Mixture of experts) Balance experts by a bias of each one's score, with --moe-router-score-function sigmoid."""
+    moe_router_bias_update_rate: float = 1e-3
+    """(Mixture of experts) By how much such a bias moves after a step."""
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"
     """(Mixture of experts) Over what --moe-aux-loss-coeff evens out the experts' tokens: a microbatch, or each sample."""
     moe_aux_loss_coeff: float = 0.0

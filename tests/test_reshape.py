@@ -35,6 +35,11 @@ LLAMA = (
     "--untie-embeddings-and-output-weights --normalization RMSNorm --swiglu --disable-bias-linear "
     "--position-embedding-type rope --group-query-attention --num-query-groups 2 --qk-layernorm"
 )
+EXPERTS = (
+    f"{LLAMA} --num-experts 4 --moe-ffn-hidden-size 16 --moe-layer-freq 2 --moe-shared-expert-intermediate-size 8 "
+    "--moe-shared-expert-gate --moe-router-score-function sigmoid --moe-router-enable-expert-bias "
+    "--moe-router-bias-update-rate 0.02 --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01"
+)
 GATED = LLAMA.replace("--disable-bias-linear ", "")
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
 # Every step of a circle is a resume in another layout; its end is its beginning.
@@ -63,8 +68,7 @@ CIRCLES = {
         ],
     ),
     "experts, fp32": (
-        f"{LLAMA} --num-experts 4 --moe-ffn-hidden-size 16 --moe-layer-freq 2 --moe-aux-loss-coeff 0.01 "
-        "--moe-shared-expert-intermediate-size 8 --moe-shared-expert-gate",
+        EXPERTS,
         [
             f"{TP} 2 --sequence-parallel --zero-stage 2",
             f"{PP} 2 --zero-stage 1",
@@ -156,6 +160,10 @@ ELSEWHERE = {
     "tp 2, zero 0 -> pp 2, zero 1": (
         f"{TP} 2 --zero-stage 0 --shapley-base current",
         f"{PP} 2 --zero-stage 1",
+    ),
+    "tp 2, zero 1 -> dp 2, zero 3, experts": (
+        f"{TP} 2 --sequence-parallel --zero-stage 1 {EXPERTS}",
+        f"--zero-stage 3 {EXPERTS}",
     ),
     "tp 2 -> dp 2, gated with biases": (
         f"{TP} 2 --zero-stage 1 {GATED}",

@@ -133,7 +133,11 @@ def _write_own(config: Config, trainer: Trainer, progress: Progress, path: Path)
 
 def _write_deepspeed(trainer: Trainer, progress: Progress, path: Path) -> list[Path]:
     """DeepSpeed's files; returns this rank's. Collective over the world."""
-    client_state = {"progress": progress.counters, "schedule": trainer.schedule.state_dict()}
+    client_state = {
+        "progress": progress.counters,
+        "schedule": trainer.schedule.state_dict(),
+        "expert_biases": trainer.biases.state(),
+    }
     with _noting_files(trainer.engine) as written:
         trainer.engine.save_checkpoint(
             str(path.parent), tag=path.name, client_state=client_state, save_latest=False
@@ -261,6 +265,7 @@ def _load(trainer: Trainer, path: Path) -> Progress:
     name, key, *rest = state["numpy"]
     state["numpy"] = (name, key.numpy().astype(np.uint32), *rest)
     cpu.set_rng_state(state)
+    trainer.biases.restore(client_state.get("expert_biases", {}))
     return Progress(**client_state["progress"])
 
 
@@ -283,6 +288,7 @@ def _load_reshaped(config: Config, trainer: Trainer, path: Path) -> Progress:
     saved = all_ranks(read)
     Lookahead(state).copy_from_masters()
     zero_files.restore_counters(trainer.engine, saved)
+    trainer.biases.restore(saved.get("expert_biases", {}))
     progress = Progress(**saved["progress"])
     seed_streams(config.training.seed + progress.iteration)
     return progress

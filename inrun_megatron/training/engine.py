@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from inrun_megatron.config import Config
-from inrun_megatron.engines.balancing import scale_balancing_losses
+from inrun_megatron.engines.balancing import ExpertBiases, scale_balancing_losses
 from inrun_megatron.engines.gradients import (
     keep_fp32_norm,
     mark_tensor_parallel_gradients,
@@ -32,12 +32,14 @@ MONITOR_SECTIONS = ("tensorboard", "csv_monitor", "wandb", "comet")
 
 @dataclass
 class Trainer:
-    """What the loop drives: `engine` (DeepSpeed), its `optimizer` and the `schedule` of learning rate and decay."""
+    """What the loop drives: `engine` (DeepSpeed), its `optimizer`, the `schedule` of learning rate and decay, and the biases by
+    which experts are chosen."""
 
     engine: Any
     optimizer: torch.optim.Optimizer
     schedule: OptimizerParamScheduler
     device: torch.device
+    biases: ExpertBiases
 
     @property
     def model(self) -> GPT | GPTPipeline:
@@ -85,7 +87,8 @@ def build_trainer(config: Config, deepspeed_config: dict[str, Any], batch: Batch
         forget_first_step(engine.optimizer)
     # Built after the engine, which may replace the optimizer's parameter groups.
     schedule = build_schedule(optimizer, config.training, batch.size)
-    return Trainer(engine=engine, optimizer=optimizer, schedule=schedule, device=torch.device(engine.device))
+    biases = ExpertBiases(engine.module, engine.module.gpt_name if pipeline else str)
+    return Trainer(engine, optimizer, schedule, torch.device(engine.device), biases)
 
 
 def seed_streams(seed: int) -> None:

@@ -109,6 +109,7 @@ class Run:
             if scored is not None:
                 scored.train_loss = train_loss
                 scored.consumed_samples = self.progress.consumed_samples
+        self.trainer.biases.update()
         applied = bool(self.trainer.engine.was_step_applied())
         if applied:
             # As in Megatron-LM, a step that overflowed does not move the schedule.

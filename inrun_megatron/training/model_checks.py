@@ -81,7 +81,11 @@ def _check_experts(model: ModelConfig, tp: int, sequence_parallel: bool) -> None
         moe_router_topk=model.moe_router_topk,
         moe_router_topk_scaling_factor=model.moe_router_topk_scaling_factor,
     )
-    not_negative(moe_aux_loss_coeff=model.moe_aux_loss_coeff, moe_z_loss_coeff=model.moe_z_loss_coeff)
+    not_negative(
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_z_loss_coeff=model.moe_z_loss_coeff,
+        moe_router_bias_update_rate=model.moe_router_bias_update_rate,
+    )
     assert model.num_experts is not None
     if model.moe_router_topk > model.num_experts:
         raise UserError(
@@ -114,6 +118,8 @@ def _check_router(model: ModelConfig) -> None:
             f"--moe-router-topk-scaling-factor {model.moe_router_topk_scaling_factor} needs --moe-router-pre-softmax or "
             f"--moe-router-score-function sigmoid"
         )
+    if model.moe_router_enable_expert_bias and model.moe_router_score_function != "sigmoid":
+        raise UserError("--moe-router-enable-expert-bias needs --moe-router-score-function sigmoid")
     if model.moe_router_load_balancing_type == "none" and model.moe_aux_loss_coeff:
         raise UserError(
             f"--moe-aux-loss-coeff {model.moe_aux_loss_coeff} with --moe-router-load-balancing-type none: leave one out"
