@@ -64,7 +64,9 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         joined = hidden.reshape(-1, WIDTH)
-        logits = F.linear(joined.float(), self.weight.float(), self.bias if self.bias is not False else None)
+        logits = F.linear(
+            joined.float(), self.weight.float(), self.bias.float() if self.bias is not False else None
+        )
         weights, chosen = logits.topk(TOPK, dim=-1)
         return weights.softmax(-1).to(hidden.dtype), chosen
 

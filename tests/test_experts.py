@@ -308,47 +308,54 @@ def _refusals(rank: int, world: int) -> list[str]:
         with pytest.raises(UserError) as caught:
             attach_taps(alone)
         found.append(str(caught.value))
-    attach_taps(layer)
+    attach_taps(layer).detach()
+    own = type("Cosine", (type(layer.mlp.router),), {"gating": lambda self, input: input})
+    layer.mlp.router.__class__ = own
+    with pytest.raises(UserError) as caught:
+        attach_taps(layer)
+    found.append(str(caught.value))
     return found
 
 
 def test_what_taps_do_not_know_is_refused_by_name(two_ranks: Workers) -> None:
-    padded, biases, spread, outside, single = two_ranks.run(_refusals)[0]
+    padded, biases, spread, outside, single, gating = two_ranks.run(_refusals)[0]
     assert "moe_pad_expert_input_to_capacity=True, which has no tap yet: use False" in padded
     assert "biases" in biases and "use add_bias_linear=False" in biases
     assert "expert_model_parallel_size=1" in spread and "layer mlp has" in spread
+    assert gating.startswith("layer mlp.router is a Cosine with a gating of its own")
     assert "outside a MoELayer" in outside and "outside a MoELayer" in single
 
 
-def _counts(rank: int, world: int) -> tuple[list[float], list[float], list[float]]:
-    """What a router with biases has counted: at first, after a detached pass, after one that trains."""
+def _counts(rank: int, world: int) -> tuple[list[float], list[float], list[float], list[float]]:
+    """What a router with biases has counted: at first, after a detached pass, after one that trains; and what is logged of its
+    balance after either."""
+    from megatron.core.transformer.moe import moe_utils
+
     from inrun_megatron.models import build_gpt, token_losses
     from inrun_megatron.taps import Pass, attach_taps
 
     _initialise(1)
-    config = model_config("llama", **{**MIXTURE, "moe_router_score_function": "sigmoid"})
-    from inrun_megatron.models import experts
-
-    known = experts.expert_settings
-    try:
-        experts.expert_settings = lambda model: known(model) | {"moe_router_enable_expert_bias": True}
-        model = build_gpt(config, vocab_size=VOCABULARY, seq_length=SEQUENCE, seed=7)
-    finally:
-        experts.expert_settings = known
+    biased = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+    config = model_config("llama", **{**MIXTURE, **biased, "moe_aux_loss_coeff": 0.1})
+    model = build_gpt(config, vocab_size=VOCABULARY, seq_length=SEQUENCE, seed=7)
+    tracker = getattr(moe_utils, "get_moe_layer_wise_logging_tracker", None)
     taps = attach_taps(model)
     router = model.decoder.layers[0].mlp.router
-    found = [router.local_tokens_per_expert.tolist()]
+    found, logged = [router.local_tokens_per_expert.tolist()], []
     for detached in (True, False):
         run = Pass((lambda emission: None,), detached=detached, rows=ROWS, positions=SEQUENCE)
         with taps.during(run):
             token_losses(model, _batch()).mean().backward()
         found.append(router.local_tokens_per_expert.tolist())
-    return tuple(found)  # type: ignore[return-value]
+        log = {} if tracker is None else tracker()
+        logged.append(float(sum(entry["values"].sum() for entry in log.values())))
+    return (*found, logged)  # type: ignore[return-value]
 
 
 def test_validation_is_not_counted_for_the_experts_biases(two_ranks: Workers) -> None:
-    before, after, trained = two_ranks.run(_counts)[0]
+    before, after, trained, logged = two_ranks.run(_counts)[0]
     assert not any(before) and not any(after) and sum(trained) == TOPK * ROWS * SEQUENCE
+    assert logged[0] == 0.0 < logged[1]
 
 
 def _router_types(rank: int, world: int) -> list[tuple[bool, bool, str]]:

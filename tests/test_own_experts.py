@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from inrun_megatron.errors import UserError
 from inrun_megatron.taps import Pass, attach_taps
 from inrun_megatron.taps.routing import Routing
 from tests.distributed import Workers
-from tests.own_experts import Mixture
+from tests.own_experts import EXPERTS, TOPK, WIDTH, Mixture, Stacked
 from tests.own_loop import LENGTH, ROWS, VOCABULARY, make_batch, make_scored, token_losses
 
 SPELLINGS: dict[str, dict[str, bool]] = {
@@ -124,24 +125,36 @@ class Odd(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor]:
         if self.kind == "scaled":
             return (F.linear(x, 2.0 * self.weight),)
-        if self.kind == "product":
-            return (x @ self.weight.T,)
         if self.kind == "cast, then scaled":
             return (F.linear(x.double(), self.weight.double() * 2.0),)
+        if self.kind in ("cast, then scaled in place", "a cast without gradients"):
+            with torch.no_grad() if "without" in self.kind else nullcontext():
+                weight = self.weight.to(torch.float64, copy=True)
+            return (F.linear(x.double(), weight if "without" in self.kind else weight.mul_(0.5)),)
+        if self.kind == "in halves" and x.shape[1] > 2:
+            return (torch.cat([self(part)[0] for part in x.split(2, 1)], 1),)
         if self.kind == "a penalty beside it":
             return (F.linear(x, self.weight) + self.weight.square().sum(),)
         return (F.linear(x.double(), self.weight.to(torch.float64)) + F.linear(x, self.weight),)
 
 
-@pytest.mark.parametrize("kind", ["scaled", "product", "cast, then scaled", "a penalty beside it"])
+@pytest.mark.parametrize(
+    "kind", ["scaled", "cast, then scaled", "cast, then scaled in place", "a penalty beside it"]
+)
 def test_a_weight_that_is_used_otherwise_is_refused(kind: str) -> None:
     with pytest.raises(UserError, match=r"parameter weight is used outside its own module, or there in"):
         _gradients(Odd(kind), torch.randn(ROWS, LENGTH, 4), detached=True)
 
 
-def test_a_weight_that_is_cast_and_used_twice_is_followed() -> None:
+def test_a_constant_stays_one() -> None:
+    model, x = Odd("a cast without gradients"), torch.randn(ROWS, LENGTH, 4, requires_grad=True)
+    assert _gradients(model, x) == [None]
+
+
+@pytest.mark.parametrize("kind", ["twice", "in halves"])
+def test_a_weight_that_is_cast_or_used_twice_is_followed(kind: str) -> None:
     torch.manual_seed(0)
-    model, x = Odd("twice"), torch.randn(ROWS, LENGTH, 4)
+    model, x = Odd(kind), torch.randn(ROWS, LENGTH, 4)
     model(x)[0].square().sum().backward()
     assert model.weight.grad is not None
     expected = model.weight.grad.clone()
@@ -149,6 +162,53 @@ def test_a_weight_that_is_cast_and_used_twice_is_followed() -> None:
     torch.testing.assert_close(_gradients(model, x)[0], expected)
     model.weight.grad = None
     assert _gradients(model, x, detached=True) == [None]
+
+
+class Looked(nn.Module):
+    """A table, which is no linear layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+def test_a_table_of_ones_own_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"have no tap: 0\.weight \(Looked\)"):
+        attach_taps(nn.Sequential(Looked()))
+
+
+class Half(Stacked):
+    def forward(self, *given: Tensor) -> Tensor:
+        return 0.5 * super().forward(*given)
+
+
+def _pass(experts: Stacked, tokens: int, positions: int | None, chosen: int = EXPERTS) -> None:
+    taps = attach_taps(nn.Sequential(experts))
+    try:
+        with taps.during(Pass((lambda emission: None,), rows=ROWS, positions=positions)):
+            experts(
+                torch.randn(tokens, WIDTH), torch.randint(chosen, (tokens, TOPK)), torch.rand(tokens, TOPK)
+            )
+    finally:
+        taps.detach()
+
+
+def test_other_experts_and_tokens_are_refused() -> None:
+    torch.manual_seed(0)
+    plain = {"bias": False, "transposed": False, "gate": True}
+    with pytest.raises(UserError, match=r"layer 0 \(Half\) computes something else than stacked experts do"):
+        _pass(Half(**plain), ROWS * LENGTH, LENGTH)
+    experts = Stacked(**plain)
+    with pytest.raises(UserError, match=r"layer 0 sees 9 tokens joined, of a microbatch of 3 rows of 5 pos"):
+        _pass(experts, 9, LENGTH)
+    with pytest.raises(UserError, match=r"layer 0 sees 9 tokens joined, of a microbatch of 3 rows: values"):
+        _pass(experts, 9, None)
+    with pytest.raises(UserError, match=r"layer 0 is told of expert \d+ and has 4"):
+        _pass(experts, ROWS * LENGTH, LENGTH, chosen=3 * EXPERTS)
+    _pass(experts, ROWS * LENGTH, LENGTH)
 
 
 def test_experts_of_which_a_part_is_frozen_or_spread_are_refused() -> None:

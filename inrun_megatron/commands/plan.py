@@ -40,6 +40,9 @@ def plan(
     ffn_hidden_size: Annotated[Number, typer.Option(help="Width of the feed-forward layer.")] = None,
     num_query_groups: Annotated[Number, typer.Option(help="Query groups; default: one per head.")] = None,
     num_experts: Annotated[Number, typer.Option(help="Experts of a layer. Default: a dense model.")] = None,
+    moe_layer_freq: Annotated[
+        Number, typer.Option(help="Experts in the first and every n-th layer after it. Default: 1.")
+    ] = None,
     moe_router_topk: Annotated[Number, typer.Option(help="Experts of a token. Default: 2.")] = None,
     moe_ffn_hidden_size: Annotated[Number, typer.Option(help="Width of an expert.")] = None,
     moe_shared_expert_intermediate_size: Annotated[
@@ -131,6 +134,7 @@ def plan(
         "num_query_groups": num_query_groups,
         "group_query_attention": None if num_query_groups is None else True,
         "num_experts": num_experts,
+        "moe_layer_freq": moe_layer_freq,
         "moe_router_topk": moe_router_topk,
         "moe_ffn_hidden_size": moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": moe_shared_expert_intermediate_size,

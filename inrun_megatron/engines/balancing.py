@@ -26,7 +26,10 @@ _silent = False
 
 
 def scale_balancing_losses(engine: Any) -> RemovableHandle | None:
-    """Keep that number up to date for ``engine``, in every forward of its module; None where it has no experts."""
+    """Keep that number up to date for ``engine``, in every forward of its module that has a backward; None where it has no experts.
+
+    There is one number in a process: of two engines with experts, each's backward must follow its own forward.
+    """
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     if not any(isinstance(module, MoELayer) for module in engine.module.modules()):
@@ -34,6 +37,8 @@ def scale_balancing_losses(engine: Any) -> RemovableHandle | None:
     scaler = sys.modules[_MODULE].MoEAuxLossAutoScaler
 
     def set_scale(*_: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
         loss_scale = engine.optimizer.loss_scale if engine.fp16_enabled() else 1.0
         share = 0.0 if _silent else float(loss_scale) / engine.gradient_accumulation_steps()
         scaler.main_loss_backward_scale = torch.tensor(share)

@@ -82,6 +82,10 @@ SLOWER_PRODUCT = 0.22
 takes that scores on the way (docs/dots.md)."""
 
 
+WIDE_PROJECTION = 16.0
+"""Of a projection of 16-bit tokens: how much longer it takes with fp32 directions, as a product in fp32 (dots/cost.py)."""
+
+
 def dot_traffic_bytes(targets: int, low_precision: bool, rows: int, direction_bytes: int = 4) -> float:
     """Memory traffic of scoring one weight of a linear layer for one row, beyond training (docs/dots.md).
 

@@ -8,6 +8,8 @@ from inrun_megatron.plan.costs import (
     BACKWARD,
     FORWARD,
     SLOWER_PRODUCT,
+    SUM_BYTES,
+    WIDE_PROJECTION,
     audit_bytes,
     dot_traffic_bytes,
     elementwise_bytes,
@@ -112,7 +114,8 @@ def _dots(job: Job, hardware: Hardware, parameter: Parameter) -> float:
     product = 2.0 * parameter.numel * parameter.share * job.seq_length / (2.0 * hardware.flops)
     slower = SLOWER_PRODUCT * product if low and job.micro_batch_size > 1 else 0.0
     # An expert of few tokens is scored by projecting them.
-    return min(traffic / hardware.memory + slower, job.targets * product)
+    wide = WIDE_PROJECTION if low and job.direction_bytes == SUM_BYTES else 1.0
+    return min(traffic / hardware.memory + slower, job.targets * product * wide)
 
 
 def _hidden(job: Job, microbatch: float, seconds: dict[str, float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -115,6 +116,8 @@ class RowScorer:
         self.seen = False  # has any layer emitted?
         self._vectors: list[tuple[Tensor, Sequence[Tensor]]] = []
         self._parts = Parts(dots)  # of kernels
+        # Of layers of experts, until their backward has let go of the routing.
+        self._routed: WeakKeyDictionary[Routing, RoutedParts] = WeakKeyDictionary()
 
     def __call__(self, e: Emission) -> None:
         self.seen = True
@@ -144,7 +147,7 @@ class RowScorer:
         parts = routing.rows(rows)
         if self.segments is not None:
             parts = self.segments.part_of(parts, routing.positions(rows))
-        routing.parts = RoutedParts(parts, routing.owners(), routing.sizes, len(self.dots))
+        self._routed[routing] = RoutedParts(parts, routing.owners(), routing.sizes, len(self.dots))
 
     def flush(self) -> None:
         """Add up what layers have left: one call for many, as a call for each would cost more than the arithmetic."""
@@ -159,7 +162,8 @@ class RowScorer:
     def _linear(self, e: Emission) -> None:
         directions = self.directions.of(e.weight)
         if e.routed is not None:
-            parts, expert = e.routed.routing.parts, e.routed.expert
+            parts, expert = self._routed[e.routed.routing], e.routed.expert
+            assert expert is not None
             e.weight_grad = parts.weight_gradient_and_dots(expert, *e.factors, directions, self.dots)
             return
         if self.segments is not None and e.site.sequence_shard[1] > 1:
@@ -174,7 +178,7 @@ class RowScorer:
 
     def _experts(self, e: Emission) -> None:
         assert e.routed is not None
-        parts: RoutedParts = e.routed.routing.parts
+        parts = self._routed[e.routed.routing]
         of_experts = zip(*self.directions.of(e.weight), strict=True)
         gradients = [
             parts.weight_gradient_and_dots(expert, a, b, directions, self.dots)
@@ -200,7 +204,7 @@ class RowScorer:
         b, ids, dim = e.output_grad, e.input, e.site.batch_dim
         directions = self.directions.of(e.weight)
         if e.routed is not None:
-            self.dots += e.routed.routing.parts.sums(token_embedding_dots(b, ids, directions))
+            self.dots += self._routed[e.routed.routing].sums(token_embedding_dots(b, ids, directions))
         elif self._by_kernel(e):
             self._parts.append(_kernels().embedding_dots(b, ids, dim, directions, self._bounds(e)))
         elif self.segments is None:

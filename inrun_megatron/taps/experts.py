@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.router import Router, TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor, nn
 
@@ -138,6 +139,12 @@ _UNTAPPED: dict[str, tuple[Any, ...]] = {
 
 
 def _tap_router(taps: Taps, module: TopKRouter, name: str, experts: Experts) -> None:
+    if type(module).gating is not Router.gating:
+        raise UserError(
+            f"layer {name} is a {type(module).__name__} with a gating of its own, and the tap would undo that: put what it does "
+            f"around the product into its forward, or freeze its weight and gate elsewhere"
+        )
+
     def attach(_: Taps, router: Any, __: str) -> None:
         own = type(router).forward
 
@@ -164,14 +171,21 @@ def _tap_router(taps: Taps, module: TopKRouter, name: str, experts: Experts) -> 
 
 @contextmanager
 def _counts_kept(router: Any, detached: bool) -> Iterator[None]:
-    """A detached pass leaves no trace in what routers count (loads, for their biases and for balance over a whole batch)."""
+    """A detached pass leaves no trace in what routers count: loads, for their biases and for balance over a whole batch, and the
+    log of their losses."""
     counts = [b for b in router._buffers.values() if b is not None] if detached else []
+    tracker = getattr(moe_utils, "get_moe_layer_wise_logging_tracker", None)
+    log: dict[str, Any] = tracker() if detached and tracker is not None else {}
+    counts += [entry["values"] for entry in log.values()]
     before = [count.clone() for count in counts]
+    known = set(log)
     try:
         yield
     finally:
         for count, value in zip(counts, before, strict=True):
             count.copy_(value)
+        for name in log.keys() - known:  # begun in this pass
+            log[name]["values"].zero_()
 
 
 def _watch_experts(taps: Taps, module: SequentialMLP, name: str, experts: Experts) -> None:

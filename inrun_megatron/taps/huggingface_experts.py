@@ -58,6 +58,7 @@ class _StackedExperts:
     def __init__(self, taps: Taps, module: Any, name: str, up: str, own: dict[str, nn.Parameter]) -> None:
         self._taps, self._module, self._own, self._name = taps, module, own, name
         self._up, self._first = up, next(iter(own.values()))
+        self._compared = False
         module.forward = self.forward
         taps.cover(place(self._first), *own.values())
 
@@ -77,14 +78,44 @@ class _StackedExperts:
         output = output * top_k_weights.reshape(-1)[order].unsqueeze(-1)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         by_token = output[back].view(*top_k_index.shape, -1)
-        return by_token.sum(1).to(hidden_states.dtype)
+        total = by_token.sum(1).to(hidden_states.dtype)
+        if not self._compared:
+            self._compare(total.detach(), hidden_states, top_k_index, top_k_weights)
+        return total
+
+    def _compare(self, found: Tensor, *given: Tensor) -> None:
+        """The first call's output with that of the module's own forward, which may be anything.
+
+        Raises:
+            UserError: they differ.
+        """
+        with torch.no_grad():
+            own = type(self._module).forward(self._module, *given)
+        near = 64 * torch.finfo(found.dtype).eps * float(own.abs().max()) if own.numel() else 0.0
+        if own.shape != found.shape or not torch.allclose(own, found, rtol=0.0, atol=near, equal_nan=True):
+            raise UserError(
+                f"layer {self._name} ({type(self._module).__name__}) computes something else than stacked experts do, and its "
+                f"tap would undo that: register a tap for the type, or freeze its parameters (requires_grad=False)"
+            )
+        self._compared = True
 
     def _routing(self, run: Pass, chosen: Tensor, order: Tensor, experts_of_token: int) -> Routing:
         """Of this call; the host waits for the number of every expert's tokens."""
+        total = len(chosen) // experts_of_token
         if run.rows > 1:
             run.require_apart(f"layer {self._name} sees rows and positions joined")
+            if run.positions is None or total != run.rows * run.positions:
+                known = "" if run.positions is None else f" of {run.positions} positions"
+                raise UserError(
+                    f"layer {self._name} sees {total} tokens joined, of a microbatch of {run.rows} rows{known}: values need "
+                    f"experts that are given every token, and samples() the loss mask [b, s] as its tokens"
+                )
         sizes = torch.bincount(chosen, minlength=self._module.num_experts).tolist()
-        total = len(chosen) // experts_of_token
+        if len(sizes) > self._module.num_experts:
+            raise UserError(
+                f"layer {self._name} is told of expert {len(sizes) - 1} and has {self._module.num_experts}: every token must "
+                f"go to experts that there are"
+            )
         routing = Routing(order // experts_of_token, tuple(sizes), total, not self._taps.sequence_first)
         for route in run.routes if torch.is_grad_enabled() else ():
             route(routing)

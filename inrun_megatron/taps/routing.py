@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +27,12 @@ class Routing:
         sizes: tokens of every expert.
         total: T.
         batch_first: tokens are numbered row after row.
-        parts: what a consumer has made of it in the forward (``dots.routed.RoutedParts``).
     """
 
     tokens: Tensor
     sizes: tuple[int, ...]
     total: int
     batch_first: bool = False
-    parts: Any = None
 
     @classmethod
     def of_map(cls, routed: Tensor, sizes: Sequence[int]) -> Routing:

@@ -104,10 +104,12 @@ def _check_experts(model: ModelConfig, tp: int, sequence_parallel: bool) -> None
         divides(tp, "--moe-shared-expert-intermediate-size", model.moe_shared_expert_intermediate_size)
     elif model.moe_shared_expert_gate:
         raise UserError("--moe-shared-expert-gate needs --moe-shared-expert-intermediate-size")
-    _check_router(model)
 
 
-def _check_router(model: ModelConfig) -> None:
+def check_router(model: ModelConfig) -> None:
+    """How tokens are routed; no size depends on it."""
+    if model.num_experts is None:
+        return
     before = model.moe_router_pre_softmax or model.moe_router_score_function == "sigmoid"
     if model.moe_router_topk == 1 and not before:
         raise UserError(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from inrun_megatron.config import Config, TrainingConfig
 from inrun_megatron.errors import UserError
-from inrun_megatron.training.model_checks import check_widths, divides, not_negative, positive
+from inrun_megatron.training.model_checks import check_router, check_widths, divides, not_negative, positive
 from inrun_megatron.wording import flag_of
 
 
@@ -114,6 +114,7 @@ def check_pipeline(config: Config) -> None:
 def _model(config: Config) -> None:
     model, tp, sequence = config.model, config.parallel.tensor_model_parallel_size, config.data.seq_length
     check_widths(model, tp, config.parallel.sequence_parallel)
+    check_router(model)
     positive(
         seq_length=sequence,
         make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
