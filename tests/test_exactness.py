@@ -40,6 +40,8 @@ EXPERTS = [
     LayoutCase(2, 2, True, 1, 2, "llama", "sgd", experts=4, balance="seq_aux_loss", shared_expert=True),
     LayoutCase(2, 2, True, 3, 1, "llama", "momentum", experts=8, micro_batch=4, balance="aux_loss"),
     LayoutCase(2, 1, False, 2, 2, "llama", "momentum", experts=3, micro_batch=1, shared_expert=True),
+    # Of sixteen experts some are given no token, on one rank or on both.
+    LayoutCase(2, 1, False, 3, 2, "llama", "sgd", experts=16, micro_batch=1, recompute=True),
 ]
 # What the product leaves out: one row and many rows per microbatch, recomputation, momentum, Adam with coupled
 # decay, the SGD proxy, lower precision, each once.
