@@ -329,16 +329,14 @@ def test_what_taps_do_not_know_is_refused_by_name(two_ranks: Workers) -> None:
 def _counts(rank: int, world: int) -> tuple[list[float], list[float], list[float], list[float]]:
     """What a router with biases has counted: at first, after a detached pass, after one that trains; and what is logged of its
     balance after either."""
-    from megatron.core.transformer.moe import moe_utils
-
     from inrun_megatron.models import build_gpt, token_losses
     from inrun_megatron.taps import Pass, attach_taps
+    from inrun_megatron.taps.experts import logged_losses
 
     _initialise(1)
     biased = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
     config = model_config("llama", **{**MIXTURE, **biased, "moe_aux_loss_coeff": 0.1})
     model = build_gpt(config, vocab_size=VOCABULARY, seq_length=SEQUENCE, seed=7)
-    tracker = getattr(moe_utils, "get_moe_layer_wise_logging_tracker", None)
     taps = attach_taps(model)
     router = model.decoder.layers[0].mlp.router
     found, logged = [router.local_tokens_per_expert.tolist()], []
@@ -347,8 +345,7 @@ def _counts(rank: int, world: int) -> tuple[list[float], list[float], list[float
         with taps.during(run):
             token_losses(model, _batch()).mean().backward()
         found.append(router.local_tokens_per_expert.tolist())
-        log = {} if tracker is None else tracker()
-        logged.append(float(sum(entry["values"].sum() for entry in log.values())))
+        logged.append(float(sum(values.sum() for values in logged_losses().values())))
     return (*found, logged)  # type: ignore[return-value]
 
 

@@ -173,19 +173,28 @@ def _tap_router(taps: Taps, module: TopKRouter, name: str, experts: Experts) -> 
 def _counts_kept(router: Any, detached: bool) -> Iterator[None]:
     """A detached pass leaves no trace in what routers count: loads, for their biases and for balance over a whole batch, and the
     log of their losses."""
-    counts = [b for b in router._buffers.values() if b is not None] if detached else []
-    tracker = getattr(moe_utils, "get_moe_layer_wise_logging_tracker", None)
-    log: dict[str, Any] = tracker() if detached and tracker is not None else {}
-    counts += [entry["values"] for entry in log.values()]
+    if not detached:
+        yield
+        return
+    log = logged_losses()
+    counts = [*(b for b in router._buffers.values() if b is not None), *log.values()]
     before = [count.clone() for count in counts]
-    known = set(log)
     try:
         yield
     finally:
         for count, value in zip(counts, before, strict=True):
             count.copy_(value)
-        for name in log.keys() - known:  # begun in this pass
-            log[name]["values"].zero_()
+        for name, values in logged_losses().items():
+            if name not in log:  # begun in this pass
+                values.zero_()
+
+
+def logged_losses() -> dict[str, Tensor]:
+    """What megatron-core has added up of routers' losses for its log, by layer ``[L]``; by name."""
+    if hasattr(moe_utils, "get_moe_metrics_tracker"):  # since 0.17
+        return {name: entry.values for name, entry in moe_utils.get_moe_metrics_tracker().metrics.items()}
+    log = moe_utils.get_moe_layer_wise_logging_tracker()
+    return {name: entry["values"] for name, entry in log.items()}
 
 
 def _watch_experts(taps: Taps, module: SequentialMLP, name: str, experts: Experts) -> None:
