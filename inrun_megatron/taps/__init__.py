@@ -1,6 +1,7 @@
 """Taps: layers that emit their sharded activation and output-gradient buffers."""
 
-from .attach import REGISTRY, Coverage, Taps, attach_taps, register
+from .attach import REGISTRY, Taps, attach_taps, register
+from .coverage import Coverage
 from .emission import Call, Consumer, Emission, Pass, Sharding, Site
 from .routing import Routing
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import Taps, full_shape
+from .attach import Taps
+from .coverage import full_shape
 from .own_forward import USES, Given, watched
 from .plain import bias_of, tap_linear
 

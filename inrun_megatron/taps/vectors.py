@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .attach import Taps, full_shape
+from .attach import Taps
 from .bias import bias as tapped_bias
+from .coverage import full_shape
 from .emission import Call, Site
 from .own_forward import USES, Given, around, watched
 from .plain import place, require_all_heads, tapped_norm, tensor_parallel_place
