@@ -31,7 +31,7 @@ from ..engines.shards import FlatGroup, Residence, merged
 from ..errors import UserError
 from ..parallel import Layout
 from ..taps import Sharding
-from ..taps.attach import full_shape
+from ..taps.coverage import full_shape
 from .counting import Counting
 from .gathers import LayerGathers
 from .reductions import Reductions, sum_together
