@@ -14,6 +14,7 @@ import deepspeed.runtime.zero.muon.muon_optimizer
 import inrun_megatron.shapley.in_run
 import inrun_megatron.shapley.pipeline
 import inrun_megatron.taps.any_module
+import inrun_megatron.taps.experts
 import inrun_megatron.taps.megatron
 import inrun_megatron.taps.plain
 import inrun_megatron.training.run

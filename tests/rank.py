@@ -75,7 +75,7 @@ def _forget_engines() -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     for left in [
-        held for held in gc.get_objects() if isinstance(held, (DeepSpeedEngine, DeepSpeedOptimizer))
+        held for held in gc.get_objects() if issubclass(type(held), (DeepSpeedEngine, DeepSpeedOptimizer))
     ]:
         vars(left).clear()
 

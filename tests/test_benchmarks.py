@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import gpu, growth, overhead
+from benchmarks import gpu, growth, overhead, profile
 from benchmarks.cases import Case
 from benchmarks.pairs import Pairs, outcome
 from benchmarks.profile import Phases
@@ -77,15 +77,19 @@ def test_the_cases_of_a_gpu_run_in_one_process(capsys: pytest.CaptureFixture[str
     assert found["limit_mib"] == pytest.approx(2 * found["parameters"] / 2**20)
 
 
-def test_time_inside_a_phase_counts_once() -> None:
+def test_time_inside_a_phase_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    clock = SimpleNamespace(perf_counter=lambda: now, process_time=lambda: 2 * now)
+    monkeypatch.setattr(profile, "time", clock)
     phases = Phases()
     with phases.timed("outer"):
+        now += 1.0
         with phases.timed("inner"):
-            sum(range(200_000))
+            now += 4.0
+        now += 2.0
     with phases.timed("inner"):
-        pass
-    assert set(phases.spent) == {"outer", "inner"}
-    assert 0 <= phases.spent["outer"][0] < phases.spent["inner"][0]
+        now += 8.0
+    assert phases.spent == {"outer": [3.0, 6.0], "inner": [12.0, 24.0]}
 
 
 def test_growth_has_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -355,6 +355,44 @@ def test_validation_is_not_counted_for_the_experts_biases(two_ranks: Workers) ->
     assert logged[0] == 0.0 < logged[1]
 
 
+RATE = 1e-3
+
+
+def _biases(rank: int, world: int, tp: int) -> tuple[dict[str, list[float]], list[float], list[float]]:
+    """Of all routers after two steps of two microbatches; what is left of the counts; and those of another model that
+    was given them."""
+    from inrun_megatron.engines.balancing import ExpertBiases
+    from inrun_megatron.models import token_losses
+
+    biased = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+    model = _build(tp, **biased, moe_router_bias_update_rate=RATE)  # in fp64, buffers, too
+    biases = ExpertBiases(model)
+    for _ in range(2):
+        for start in (0, 2):
+            own = {name: column[start : start + 2] for name, column in _batch(4).items()}
+            token_losses(model, own).mean().backward()
+        with torch.no_grad():
+            token_losses(model, _batch(4))  # an evaluation, which does not count
+        biases.update()
+    router = model.decoder.layers[2].mlp.router
+    assert router.expert_bias.dtype == router.local_tokens_per_expert.dtype == torch.float32
+    other = _build(tp, **biased)
+    restored = ExpertBiases(other)
+    restored.restore(biases.state())
+    return biases.state(), router.local_tokens_per_expert.tolist(), restored.state()  # type: ignore[return-value]
+
+
+def test_biases_follow_the_loads_alike_in_every_layout(two_ranks: Workers) -> None:
+    (one, left, restored), _ = two_ranks.run(_biases, 1)
+    (two, *_), _ = two_ranks.run(_biases, 2)
+    assert one.keys() == {f"decoder.layers.{layer}.mlp.router" for layer in (0, 2)}
+    assert one == restored and not any(left)
+    for name, bias in one.items():
+        moved = {round(abs(b) / RATE, 4) for b in bias}
+        assert moved <= {0.0, 1.0, 2.0} and len(moved - {0.0}) > 0, bias
+        assert two[name] == pytest.approx(bias)
+
+
 def _router_types(rank: int, world: int) -> list[tuple[bool, bool, str]]:
     """Of each precision: are output and gradients those of the router without a tap, bit for bit, and the logits' type?"""
     from inrun_megatron.taps import Pass, attach_taps

@@ -142,6 +142,9 @@ def test_a_checkpoint_goes_through_every_layout_unchanged(
             four_ranks.run(function, argv)
 
     run(run_here, arguments(data, *flags, *layouts[0].split(), "--save", str(first)))
+    if "experts" in name:
+        saved = torch.load(first / "checkpoints/iter_0000002/mp_rank_00_model_states.pt", weights_only=False)
+        assert len(saved["expert_biases"]) == 2 and all(map(any, saved["expert_biases"].values()))
     before = first
     for number, layout in enumerate([*layouts[1:], layouts[0]], start=1):
         after = tmp_path / str(number)
