@@ -38,7 +38,7 @@ LLAMA = (
 EXPERTS = (
     f"{LLAMA} --num-experts 4 --moe-ffn-hidden-size 16 --moe-layer-freq 2 --moe-shared-expert-intermediate-size 8 "
     "--moe-shared-expert-gate --moe-router-score-function sigmoid --moe-router-enable-expert-bias "
-    "--moe-router-bias-update-rate 0.02 --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01"
+    "--moe-router-bias-update-rate 0.003 --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01"
 )
 GATED = LLAMA.replace("--disable-bias-linear ", "")
 TP, PP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size"
