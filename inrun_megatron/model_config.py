@@ -61,7 +61,7 @@ class ModelConfig:
     hidden_dropout: float = 0.1
     """Dropout probability of the embeddings and of each layer's two outputs."""
     num_experts: Unset[int] = None
-    """(Mixture of experts) Experts of a layer, in the place of its feed-forward layer. Default: a dense model."""
+    """(Mixture of experts) Experts of a layer, in the place of its feed-forward layer; with --disable-bias-linear. Default: a dense model."""
     moe_layer_freq: int = 1
     """(Mixture of experts) Experts in the first layer and every n-th after it; the others are dense."""
     moe_ffn_hidden_size: Unset[int] = None

@@ -96,6 +96,7 @@ def test_yaml_may_be_partial_and_is_checked(tmp_path: Path) -> None:
     [
         (["--num-layrs", "3"], "^unknown flag --num-layrs; did you mean --num-layers[?] .see --help.$"),
         (["--shapley-intervall=3"], "unknown flag --shapley-intervall; did you mean --shapley-interval[?]"),
+        (["--moe_grouped_gemm"], "^unknown flag --moe_grouped_gemm: grouped products are not supported"),
         (["--zzz"], "^unknown flag --zzz .see --help.$"),
         (["--lr", "1", "2"], "Unrecognized options: 2"),
         (["--lr", "fast"], "--lr.*'fast'"),

@@ -68,11 +68,26 @@ def test_the_hugging_face_example(tmp_path: Path) -> None:
     assert re.search(r"^3 scored \[\d\.\d+\] tensor\(\[", done.stdout, flags=re.M), done.stdout
 
 
-def test_the_megatron_example_has_the_same_values_on_one_rank_and_on_two(tmp_path: Path) -> None:
-    more = "\n    if layout.tp_rank == 0:\n        print('ALL', iteration, *result.values[:, 0].tolist())\n"
+def _megatron_example(experts: bool) -> str:
+    code = _blocks("library.md", "megatron_run.py")
+    if experts:
+        dense = code[code.index("config = TransformerConfig(") : code.index("engine, *_ =")]
+        code = code.replace(dense, _blocks("library.md", "experts_model.py"))
+        after = "def token_losses("
+        code = code.replace(after, _blocks("library.md", "experts_engine.py") + f"\n\n{after}", 1)
+    return (
+        code
+        + "\n    if layout.tp_rank == 0:\n        print('ALL', iteration, *result.values[:, 0].tolist())\n"
+    )
+
+
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+def test_the_megatron_example_has_the_same_values_on_one_rank_and_on_two(
+    tmp_path: Path, experts: bool
+) -> None:
     values = []
     for ranks in (1, 2):
-        done = _run(_blocks("library.md", "megatron_run.py") + more, tmp_path, ranks)
+        done = _run(_megatron_example(experts), tmp_path, ranks)
         assert done.returncode == 0, done.stderr[-3000:]
         values.append(
             [

@@ -80,7 +80,19 @@ def _one_line(box: str) -> str:
     return f"{re.sub(' +', ' ', text).strip()} (see --help)"
 
 
+UNSUPPORTED = {
+    "--expert-model-parallel-size": "expert parallelism is not supported",
+    "--expert-tensor-parallel-size": "experts are split as the other layers are",
+    "--moe-grouped-gemm": "grouped products are not supported",
+    "--context-parallel-size": "context parallelism is not supported",
+    "--moe-token-dispatcher-type": "experts are replicated, and tokens go nowhere",
+}
+"""Flags of Megatron-LM's that one may look for."""
+
+
 def _suggestion(unknown: str) -> str:
+    if unknown.replace("_", "-") in UNSUPPORTED:
+        return f": {UNSUPPORTED[unknown.replace('_', '-')]}"
     flags = [_flag(kind, field) for kind in groups().values() for field in dataclasses.fields(kind)]
     close = difflib.get_close_matches(unknown.replace("_", "-"), flags, n=1)
     return f"; did you mean {close[0]}?" if close else ""
