@@ -86,7 +86,7 @@ def test_rows_that_lie_one_after_the_other() -> None:
     routing = Routing.of_map(mask, sizes)
     routing.batch_first = True
     assert torch.equal(routing.rows(3) * 4 + routing.positions(3), routing.tokens)
-    assert torch.equal(routing.owners(), torch.arange(5).repeat_interleave(torch.tensor(sizes)))
+    assert torch.equal(routing.owners, torch.arange(5).repeat_interleave(torch.tensor(sizes)))
 
 
 def test_without_a_pass_the_forward_is_the_modules_own() -> None:

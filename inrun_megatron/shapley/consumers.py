@@ -147,7 +147,7 @@ class RowScorer:
         parts = routing.rows(rows)
         if self.segments is not None:
             parts = self.segments.part_of(parts, routing.positions(rows))
-        self._routed[routing] = RoutedParts(parts, routing.owners(), routing.sizes, len(self.dots))
+        self._routed[routing] = RoutedParts(parts, routing.owners, routing.sizes, len(self.dots))
 
     def flush(self) -> None:
         """Add up what layers have left: one call for many, as a call for each would cost more than the arithmetic."""

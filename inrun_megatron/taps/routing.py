@@ -54,6 +54,7 @@ class Routing:
         """Where every expert's tokens begin, and where the last one's end."""
         return (0, *accumulate(self.sizes))
 
+    @cached_property
     def owners(self) -> Tensor:
         """The expert of every token, int64 ``[n]``."""
         experts = torch.arange(len(self.sizes), device=self.tokens.device)
