@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from inrun_megatron.dots import cost
+from inrun_megatron.dots.late import LateDots
 from inrun_megatron.dots.linear import blocks_and_dots
 from inrun_megatron.dots.products import weight_gradient
 from inrun_megatron.dots.projection import token_dots
@@ -127,17 +128,16 @@ def measure(
     forms: dict[str, Callable[[], object]] = {"projection": projection, "gram": gram}
     if cuda:
         from inrun_megatron.dots import triton_blocks, triton_linear
-        from inrun_megatron.dots.parts import Parts
 
         def scored(form: Callable[..., tuple[Tensor, Tensor]]) -> None:
-            parts = Parts(dots)
-            parts.append(form(a, b, directions, 1)[1])
-            parts.flush()
+            late = LateDots(dots)
+            late.add_parts(form(a, b, directions, 1)[1])
+            late.flush()
 
         def one_row() -> None:
-            parts = Parts(dots)
-            parts.append(triton_blocks.block_dots(weight_gradient(a, b).unsqueeze(0), directions))
-            parts.flush()
+            late = LateDots(dots)
+            late.add_parts(triton_blocks.block_dots(weight_gradient(a, b).unsqueeze(0), directions))
+            late.flush()
 
         forms["blocks"] = lambda: scored(triton_blocks.blocks_and_dots)
         if segments == 1:  # what a microbatch of one row takes: dots of the product that training uses
@@ -148,7 +148,13 @@ def measure(
         forms["large tiles"] = lambda: scored(partial(fused, by=triton_linear.LARGE))
         forms["small tiles"] = lambda: scored(partial(fused, by=triton_linear.SMALL))
     else:
-        forms["blocks"] = lambda: blocks_and_dots(a, b, directions, 1, dots)
+
+        def blocks() -> None:
+            late = LateDots(dots)
+            blocks_and_dots(a, b, directions, 1, late)
+            late.flush()
+
+        forms["blocks"] = blocks
     plain = _seconds(lambda: weight_gradient(a, b), repetitions, cuda)
     times = {name: _seconds(work, repetitions, cuda) / plain for name, work in forms.items()}
     eligible = [name for name in times if name in ("blocks", "projection", "fused")]

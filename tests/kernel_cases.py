@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inrun_megatron.dots.parts import Parts
+from inrun_megatron.dots.late import LateDots
 from inrun_megatron.dots.segments import Bounds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -24,9 +24,9 @@ def tokens_of(batch_dim: int, features: int, dtype: torch.dtype = torch.float32,
 
 
 def add_parts(dots: Tensor, parts: list[Tensor]) -> None:
-    together = Parts(dots)
+    together = LateDots(dots)
     for part in parts:
-        together.append(part)
+        together.add_parts(part)
     together.flush()
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from inrun_megatron.dots import cost
+from inrun_megatron.dots import cost, linear
 from inrun_megatron.dots.elementwise import embedding_dots, embedding_gradient, row_gradients, vector_dots
-from inrun_megatron.dots.linear import blocks_and_dots, weight_gradient_and_dots
+from inrun_megatron.dots.late import LateDots
 from inrun_megatron.dots.products import weight_gradient, weight_gradient_fp32
 from inrun_megatron.dots.projection import token_dots
 
@@ -34,6 +34,22 @@ def _reference(a: Tensor, b: Tensor, directions: list[Tensor], batch_dim: int) -
     ]
     dots = torch.stack([torch.stack([(w * d.double()).sum() for d in directions]) for w in rows])
     return torch.stack(rows).sum(0), dots
+
+
+def blocks_and_dots(a: Tensor, b: Tensor, directions: list[Tensor], batch_dim: int, dots: Tensor) -> Tensor:
+    late = LateDots(dots)
+    grad = linear.blocks_and_dots(a, b, directions, batch_dim, late)
+    late.flush()
+    return grad
+
+
+def weight_gradient_and_dots(
+    a: Tensor, b: Tensor, directions: list[Tensor], batch_dim: int, dots: Tensor
+) -> Tensor:
+    late = LateDots(dots)
+    grad = linear.weight_gradient_and_dots(a, b, directions, batch_dim, late)
+    late.flush()
+    return grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from inrun_megatron.dots import linear
 from inrun_megatron.dots.elementwise import token_embedding_dots, token_vector_dots
+from inrun_megatron.dots.late import LateDots
 from inrun_megatron.dots.linear import weight_gradient_and_dots
 from inrun_megatron.dots.products import weight_gradient
 from inrun_megatron.dots.segments import Segments
@@ -102,7 +103,9 @@ def test_linear(
     expected = _reference(a, b, directions, batch_dim)
     start = torch.randn(len(BOUNDS), TARGETS, dtype=torch.float64)
     dots = start.clone()
-    grad = weight_gradient_and_dots(a, b, directions, batch_dim, dots, Segments.of(PARTS))
+    late = LateDots(dots)
+    grad = weight_gradient_and_dots(a, b, directions, batch_dim, late, Segments.of(PARTS))
+    late.flush()
     tolerance = 1e-12 if dtype == torch.float64 else 3e-6
     assert (dots - start - expected).abs().max() <= tolerance * expected.abs().max()
     if form == "projection":

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from inrun_megatron.dots import copy_engine, cost, kernels, triton_blocks, triton_linear
-from inrun_megatron.dots import parts as parts_of_kernels
-from inrun_megatron.dots.parts import Parts
+from inrun_megatron.dots import late as late_dots
+from inrun_megatron.dots.late import LateDots
 from inrun_megatron.dots.segments import Bounds, Segments, whole_rows
 from tests.kernel_cases import (
     DEVICE,
@@ -95,14 +95,14 @@ def test_parts_are_added_in_fp64() -> None:
 
 
 def test_parts_are_added_before_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts_of_kernels, "TOGETHER", 5)
+    monkeypatch.setattr(late_dots, "TOGETHER", 5)
     dots = torch.zeros(2, 1, dtype=torch.float64, device=DEVICE)
-    parts = Parts(dots)
+    late = LateDots(dots)
     seen = []
     for _ in range(4):
-        parts.append(torch.ones(1, 2, 1, device=DEVICE))
+        late.add_parts(torch.ones(1, 2, 1, device=DEVICE))
         seen.append(dots.sum().item())
-    parts.flush()
+    late.flush()
     assert seen == [0.0, 0.0, 6.0, 6.0] and dots.tolist() == [[4.0], [4.0]]
 
 
@@ -232,9 +232,9 @@ def test_a_layer_by_every_form(form: str, monkeypatch: pytest.MonkeyPatch) -> No
         cut = whole_rows(rows, S) if bounds is None else bounds
         grad, expected = _linear_reference(a, b, directions, dim, cut)
         dots = torch.zeros_like(expected)
-        parts = Parts(dots)
-        found = kernels.weight_gradient_and_dots(a, b, directions, dim, dots, segments, parts)
-        parts.flush()
+        late = LateDots(dots)
+        found = kernels.weight_gradient_and_dots(a, b, directions, dim, late, segments)
+        late.flush()
         # bf16 blocks of a single row are rounded before their dots, as the weight gradient is
         close(dots, expected, 4e-3 if form == "one row" else 2e-6)
         close(found.double(), grad, ROUNDING[torch.bfloat16])
@@ -250,9 +250,9 @@ def test_rows_of_any_rank(monkeypatch: pytest.MonkeyPatch) -> None:
         blocks = torch.einsum("bso,bsi->boi", flat[1].double(), flat[0].double())
         expected = torch.stack([(blocks * d.double()).sum((1, 2)) for d in directions], dim=1)
         dots = torch.zeros_like(expected)
-        parts = Parts(dots)
-        kernels.weight_gradient_and_dots(a, b, directions, 0, dots, None, parts)
-        parts.flush()
+        late = LateDots(dots)
+        kernels.weight_gradient_and_dots(a, b, directions, 0, late, None)
+        late.flush()
         close(dots, expected, 2e-6)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import copy_engine, cost, triton_blocks, triton_linear
-from .parts import Parts
+from .late import LateDots
 from .products import weight_gradient
 from .projection import token_dots
 from .segments import Segments
@@ -23,15 +23,14 @@ def weight_gradient_and_dots(
     output_grad: Tensor,
     directions: Sequence[Tensor],
     batch_dim: int,
-    dots: Tensor,
+    late: LateDots,
     segments: Segments | None,
-    parts: Parts,
 ) -> Tensor:
-    """As ``linear.weight_gradient_and_dots``, but kernels leave their parts of the dots in ``parts``."""
-    count = len(dots)
+    """As ``linear.weight_gradient_and_dots``, from kernels' parts of the dots."""
+    count = len(late.dots)
     if count == 1:
         only = weight_gradient(activation, output_grad)
-        parts.append(triton_blocks.block_dots(only.unsqueeze(0), directions))
+        late.add_parts(triton_blocks.block_dots(only.unsqueeze(0), directions))
         return only
     if activation.dim() != 3:
         activation, output_grad = (_by_rows(buffer, batch_dim) for buffer in (activation, output_grad))
@@ -39,13 +38,13 @@ def weight_gradient_and_dots(
     form = _form(activation, output_grad, directions, batch_dim, count)
     if form == "projection":
         products = token_dots(activation, output_grad, directions)
-        dots += products.sum(1 - batch_dim) if segments is None else segments.sums(products, batch_dim)
+        late.dots += products.sum(1 - batch_dim) if segments is None else segments.sums(products, batch_dim)
         return weight_gradient(activation, output_grad)
     compute = triton_linear.weight_gradient_and_dots if form == "fused" else triton_blocks.blocks_and_dots
     grad, own = compute(
         activation, output_grad, directions, batch_dim, None if segments is None else segments.bounds
     )
-    parts.append(own)
+    late.add_parts(own)
     return grad
 
 

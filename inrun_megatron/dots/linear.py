@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import cost
 from .backend import by_triton
-from .parts import Parts
+from .late import LateDots
 from .precision import LOW_PRECISION, widened
 from .products import weight_gradient
 from .projection import token_dots
@@ -41,9 +41,8 @@ def weight_gradient_and_dots(
     output_grad: Tensor,
     directions: Sequence[Tensor],
     batch_dim: int,
-    dots: Tensor,
+    late: LateDots,
     segments: Segments | None = None,
-    parts: Parts | None = None,
 ) -> Tensor:
     """The batch's weight gradient, and the dots of every row (of every part, with segments) on the way.
 
@@ -52,30 +51,24 @@ def weight_gradient_and_dots(
         output_grad: B, ``[s, b, out]``.
         directions: K tensors ``[out, in]``, fp32 or bf16 (fp64 in fp64 runs).
         batch_dim: dimension of A and B that counts the rows.
-        dots: ``[b, K]``, ``[n, K]`` with segments; the dots are added to it.
+        late: of ``[b, K]``, ``[n, K]`` with segments; the dots are added to it.
         segments: n parts of the rows, with A ``[s, b, in]`` or ``[b, s, in]``.
-        parts: of ``dots``, where a GPU's kernels leave theirs; default: they are added at once.
 
     Returns:
         dW ``[out, in]`` in the buffers' precision. With one row (or part), and where tokens are projected, it is
         bitwise what training without scoring computes; with several, blocks of lower precision are accumulated in
         fp32.
     """
+    arguments = (activation, output_grad, directions, batch_dim, late, segments)
     if by_triton(activation) and activation.dtype in LOW_PRECISION:
         from . import kernels  # where there is no GPU, Triton need not be installed
 
-        own = Parts(dots) if parts is None else parts
-        grad = kernels.weight_gradient_and_dots(
-            activation, output_grad, directions, batch_dim, dots, segments, own
-        )
-        if parts is None:
-            own.flush()
-        return grad
-    if _form(activation, output_grad, len(dots), len(directions)) == "projection":
+        return kernels.weight_gradient_and_dots(*arguments)
+    if _form(activation, output_grad, len(late.dots), len(directions)) == "projection":
         products = token_dots(activation, output_grad, [widened(direction) for direction in directions])
-        dots += products.sum(1 - batch_dim) if segments is None else segments.sums(products, batch_dim)
+        late.dots += products.sum(1 - batch_dim) if segments is None else segments.sums(products, batch_dim)
         return weight_gradient(activation, output_grad)
-    return blocks_and_dots(activation, output_grad, directions, batch_dim, dots, segments)
+    return blocks_and_dots(*arguments)
 
 
 def _form(activation: Tensor, output_grad: Tensor, segments: int, targets: int) -> cost.Form:
@@ -92,14 +85,14 @@ def blocks_and_dots(
     output_grad: Tensor,
     directions: Sequence[Tensor],
     batch_dim: int,
-    dots: Tensor,
+    late: LateDots,
     segments: Segments | None = None,
 ) -> Tensor:
     """``weight_gradient_and_dots`` from the segments' blocks of the weight gradient."""
     rows = _flat(directions)
-    if len(dots) == 1:
+    if len(late.dots) == 1:
         only = weight_gradient(activation, output_grad)
-        dots[0] += torch.stack(_products(only.reshape(-1).to(rows[0].dtype), rows))
+        late.add_running(0, _products(only.reshape(-1).to(rows[0].dtype), rows))
         return only
     dtype = activation.dtype
     if dtype in LOW_PRECISION:
@@ -109,7 +102,8 @@ def blocks_and_dots(
     grad: Tensor | None = None
     for start in range(0, len(a), ROWS_PER_ACCUMULATOR):
         part = slice(start, start + ROWS_PER_ACCUMULATOR)
-        summed = _running_dots(a[part], b[part], rows, dots[part])
+        summed, running = _running_dots(a[part], b[part], rows)
+        late.add_running(start, running)
         grad = summed if grad is None else grad.add_(summed)
     assert grad is not None
     return grad.to(dtype)
@@ -143,8 +137,8 @@ def _products(vector: Tensor, rows: Rows) -> list[Tensor]:
     return [torch.dot(vector, row) for row in rows]
 
 
-def _running_dots(a: Sequence[Tensor], b: Sequence[Tensor], rows: Rows, dots: Tensor) -> Tensor:
-    """``sum_i B_i^T A_i`` in one accumulator whose dot is taken after every row: a pass over memory less.
+def _running_dots(a: Sequence[Tensor], b: Sequence[Tensor], rows: Rows) -> tuple[Tensor, list[Tensor]]:
+    """``sum_i B_i^T A_i`` in one accumulator whose dots are taken after every row: a pass over memory less.
 
     Each product is added in the GEMM itself, so a row costs one read of accumulator and direction more than
     training without scoring.
@@ -155,7 +149,4 @@ def _running_dots(a: Sequence[Tensor], b: Sequence[Tensor], rows: Rows, dots: Te
     for a_i, b_i in zip(a[1:], b[1:], strict=True):
         grad.addmm_(b_i, a_i)
         running += _products(flat, rows)
-    sums = torch.stack(running).view(len(a), -1).to(dots.dtype)
-    dots += sums
-    dots[1:] -= sums[:-1]
-    return grad
+    return grad, running

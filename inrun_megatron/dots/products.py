@@ -15,6 +15,11 @@ def weight_gradient(activation: Tensor, output_grad: Tensor) -> Tensor:
     return output_grad.flatten(0, -2).t().matmul(activation.flatten(0, -2))
 
 
+def bias_gradient(output_grad: Tensor) -> Tensor:
+    """The sum over tokens ``[out]``, as training without scoring computes it."""
+    return output_grad.flatten(0, -2).sum(0)
+
+
 def weight_gradient_fp32(
     activation: Tensor, output_grad: Tensor, out: Tensor, *, overwrite: bool = False
 ) -> None:

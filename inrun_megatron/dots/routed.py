@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..host import Later, to_device
+from .late import LateDots
 from .linear import weight_gradient_and_dots
 from .products import weight_gradient
 from .projection import token_dots
@@ -71,7 +72,7 @@ class RoutedParts:
             return weight_gradient(activation, output_grad)
         counts = self._on_host.read()[expert].numpy()
         (parts,) = counts.nonzero()
-        own = dots.new_zeros(len(parts), len(directions))
+        own = LateDots(dots.new_zeros(len(parts), len(directions)))
         if len(parts) > 1:
             activation, output_grad = activation[order], output_grad[order]
         offsets = torch.from_numpy(np.concatenate(([0], counts[parts].cumsum())))
@@ -83,7 +84,8 @@ class RoutedParts:
             own,
             Segments(1, stop - start, offsets),
         )
-        dots.index_add_(0, to_device(torch.from_numpy(parts), dots.device), own)
+        own.flush()
+        dots.index_add_(0, to_device(torch.from_numpy(parts), dots.device), own.dots)
         return grad
 
     def sums(self, tokens: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def _kernel(
 def block_dots(
     blocks: Tensor, directions: Sequence[Tensor], sum_into: Tensor | None = None, add: bool = False
 ) -> Tensor:
-    """``<D_k, W_g>`` of every block and target, as parts ``[programs, G, K or more]`` (``parts.Parts``).
+    """``<D_k, W_g>`` of every block and target, as parts ``[programs, G, K or more]`` (``late.LateDots``).
 
     Args:
         blocks: ``[G, out, in]``, contiguous.

@@ -6,7 +6,7 @@
 
 Shape legend: B ``[s, b, h]`` or ``[b, s, h]`` (rows along ``batch_dim``), D_k ``[h]`` or ``[vocabulary, h]``. A program sums
 a block of features over ``STRETCH`` of a segment's tokens in fp32; neither the products nor xhat are ever written.
-Every function returns parts of the dots, ``[programs, segments, K]`` (``parts.Parts``).
+Every function returns parts of the dots, ``[programs, segments, K]`` (``late.LateDots``).
 """
 
 from __future__ import annotations

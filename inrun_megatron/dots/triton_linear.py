@@ -208,7 +208,7 @@ def weight_gradient_and_dots(
 
     Returns:
         dW ``[out, in]`` in the buffers' precision, from fp32 accumulation; and parts of the dots
-        ``[tiles, segments, K or more]`` (``parts.Parts``).
+        ``[tiles, segments, K or more]`` (``late.LateDots``).
 
     Raises:
         ValueError: a buffer that the copy engine cannot read (``copy_engine.fits``).

@@ -19,12 +19,11 @@ from ..dots.elementwise import (
     sum_of_tokens,
     token_embedding_dots,
     token_vector_dots,
-    vector_dots,
 )
+from ..dots.late import LateDots
 from ..dots.linear import weight_gradient_and_dots
-from ..dots.parts import Parts
 from ..dots.precision import wide
-from ..dots.products import weight_gradient_fp32
+from ..dots.products import bias_gradient, weight_gradient_fp32
 from ..dots.projection import token_dots
 from ..dots.routed import RoutedParts
 from ..dots.segments import Bounds, Segments
@@ -99,10 +98,6 @@ def norm_gradients(e: Emission, *, fused: bool) -> tuple[Tensor, Tensor]:
     return sum_of_tokens(e.output_grad * e.normalised()), sum_of_tokens(e.output_grad)
 
 
-# Layers whose rows' gradients of vector parameters are kept until their dots are taken together.
-VECTORS_TOGETHER = 64
-
-
 class RowScorer:
     """Adds each layer's partial dots of one microbatch's rows to ``dots [b, K]`` (fp64); of their parts
     ``[n, K]`` with segments. They are complete after ``flush()``."""
@@ -114,8 +109,9 @@ class RowScorer:
         # Vectors and embeddings in one Triton pass; on CPUs, and in fp64, by torch's operations.
         self.fused = by_triton(dots)
         self.seen = False  # has any layer emitted?
-        self._vectors: list[tuple[Tensor, Sequence[Tensor]]] = []
-        self._parts = Parts(dots)  # of kernels
+        self._rows = len(dots) if segments is None else segments.rows
+        self._one_row = segments is None and len(dots) == 1  # so that the microbatch's gradient is its own
+        self._late = LateDots(dots)
         # Of layers of experts, until their backward has let go of the routing.
         self._routed: WeakKeyDictionary[Routing, RoutedParts] = WeakKeyDictionary()
 
@@ -125,7 +121,7 @@ class RowScorer:
         # tensor-parallel rank, so same answer here) makes the same choice.
         if not e.site.counts_here:
             return
-        require_rows(e, len(self.dots), self.segments)
+        require_rows(e, self._rows, self.segments)
         match e.site.kind:
             case "linear":
                 self._linear(e)
@@ -142,22 +138,15 @@ class RowScorer:
 
     def route(self, routing: Routing) -> None:
         """Experts are about to see these tokens."""
-        rows = len(self.dots) if self.segments is None else self.segments.rows
-        require_tokens(routing, rows, self.segments)
-        parts = routing.rows(rows)
+        require_tokens(routing, self._rows, self.segments)
+        parts = routing.rows(self._rows)
         if self.segments is not None:
-            parts = self.segments.part_of(parts, routing.positions(rows))
+            parts = self.segments.part_of(parts, routing.positions(self._rows))
         self._routed[routing] = RoutedParts(parts, routing.owners, routing.sizes, len(self.dots))
 
     def flush(self) -> None:
-        """Add up what layers have left: one call for many, as a call for each would cost more than the arithmetic."""
-        self._parts.flush()
-        if not self._vectors:
-            return
-        gradients = torch.cat([rows for rows, _ in self._vectors], dim=1)
-        of_layers = zip(*(directions for _, directions in self._vectors), strict=True)
-        vector_dots(gradients, [torch.cat(target) for target in of_layers], self.dots)
-        self._vectors.clear()
+        """Add up what layers have left."""
+        self._late.flush()
 
     def _linear(self, e: Emission) -> None:
         directions = self.directions.of(e.weight)
@@ -170,9 +159,7 @@ class RowScorer:
             # A plain layer among Megatron's sees a shard of the sequence, where a row's parts are no whole blocks.
             self._add_tokens(e, token_dots(*e.factors, directions))
             return
-        grad = weight_gradient_and_dots(
-            *e.factors, directions, e.site.batch_dim, self.dots, self.segments, self._parts
-        )
+        grad = weight_gradient_and_dots(*e.factors, directions, e.site.batch_dim, self._late, self.segments)
         if not e.site.replicated:
             e.weight_grad = grad
 
@@ -191,13 +178,16 @@ class RowScorer:
         directions = self.directions.of(e.weight)
         # Whole rows go through torch everywhere: their sums make the bias's gradient, too, and one call takes many layers' dots.
         if self.segments is not None and self._by_kernel(e):
-            self._parts.append(
+            self._late.add_parts(
                 _kernels().bias_dots(e.output_grad, e.site.batch_dim, directions, self._bounds(e))
             )
             return
+        if self._one_row:  # its gradient is that of the bias, bit for bit
+            e.weight_grad = bias_gradient(e.output_grad)
+            self._late.add_vectors(e.weight_grad, directions)
+            return
         rows = self._add_vectors(e, e.output_grad, directions)
-        # Of one row autograd's own is kept, so that training stays bitwise the same.
-        if rows is not None and len(rows) > 1 and not e.site.replicated:
+        if rows is not None and not e.site.replicated:
             e.weight_grad = rows.sum(0).to(e.weight.dtype)
 
     def _embedding(self, e: Emission) -> None:
@@ -206,7 +196,7 @@ class RowScorer:
         if e.routed is not None:
             self.dots += self._routed[e.routed.routing].sums(token_embedding_dots(b, ids, directions))
         elif self._by_kernel(e):
-            self._parts.append(_kernels().embedding_dots(b, ids, dim, directions, self._bounds(e)))
+            self._late.add_parts(_kernels().embedding_dots(b, ids, dim, directions, self._bounds(e)))
         elif self.segments is None:
             embedding_dots(b, ids, dim, directions, self.dots)
         else:
@@ -216,11 +206,17 @@ class RowScorer:
         b, scales = e.output_grad, self.directions.of(e.weight)
         shifts = self.directions.of(e.bias) if e.bias is not None and e.bias.requires_grad else None
         if self._by_kernel(e):
-            self._parts.append(
+            self._late.add_parts(
                 _kernels().norm_dots(
                     b, e.input, e.site.batch_dim, scales, shifts, self._bounds(e), e.mean, e.rstd
                 )
             )
+            return
+        if self._one_row and e.weight_grad is not None:  # as of a bias
+            self._late.add_vectors(e.weight_grad, scales)
+            if shifts is not None:
+                assert e.bias_grad is not None
+                self._late.add_vectors(e.bias_grad, shifts)
             return
         self._add_vectors(e, b * e.normalised(), scales)
         if shifts is not None:
@@ -238,9 +234,7 @@ class RowScorer:
             self._add_tokens(e, token_vector_dots(tokens, directions))
             return None
         gradients = row_gradients(tokens, e.site.batch_dim, wide(directions[0].dtype))
-        self._vectors.append((gradients, directions))
-        if len(self._vectors) == VECTORS_TOGETHER:
-            self.flush()
+        self._late.add_vectors(gradients, directions)
         return gradients
 
     def _add_tokens(self, e: Emission, products: Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dots.products import bias_gradient
 from .emission import Call
 
 
@@ -29,7 +30,7 @@ class BiasTap(torch.autograd.Function):
         grad = ctx.call.emit(output_grad).weight_grad if ctx.call.emits else None
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
-        return output_grad.flatten(0, -2).sum(0) if grad is None else grad, None, None, None
+        return bias_gradient(output_grad) if grad is None else grad, None, None, None
 
 
 def bias(call: Call, output: Tensor) -> Tensor:

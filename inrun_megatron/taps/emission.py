@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Site:
     transposed: bool = False
     expert: bool = False
 
-    @property
+    @cached_property
     def counts_here(self) -> bool:
         """False where another rank of the tensor-parallel group counts the same (replicated) gradient.
 
@@ -76,12 +77,12 @@ class Site:
             return True
         return self.tp_rank == zlib.crc32(self.name.encode()) % self.tp_size
 
-    @property
+    @cached_property
     def replicated(self) -> bool:
         """True where other ranks compute this gradient, too: all must add it up in the same order, or replicas drift."""
         return self.sharding is Sharding.REPLICATED and self.tp_size > 1
 
-    @property
+    @cached_property
     def sequence_shard(self) -> tuple[int, int]:
         """(which, of how many) shard of the sequence the buffers hold; (0, 1): whole rows.
 
@@ -105,7 +106,8 @@ class Emission:
         bias: ``norm``: the shift, if there is one.
         mean, rstd: ``norm``: the tokens' statistics ``[s, b, 1]``; no mean: RMSNorm.
         weight_grad: set by a consumer that computed the weight's or bias's gradient on its way (``linear`` and ``bias``);
-            the tap computes it otherwise.
+            the tap computes it otherwise. Of a ``norm`` they are the tap's, with ``bias_grad``: the gradients ``[h]`` of scale and
+            shift over all tokens, which training takes; None in detached passes.
         routed: of experts: which tokens these are; of one expert's layer where a consumer asked in the forward.
     """
 
@@ -118,6 +120,7 @@ class Emission:
     mean: Tensor | None = None
     rstd: Tensor | None = None
     weight_grad: Tensor | None = None
+    bias_grad: Tensor | None = None
     routed: Routed | None = None
     _normalised: Tensor | None = field(default=None, repr=False)
 
@@ -135,8 +138,11 @@ class Emission:
     def part_tokens(self) -> None:
         """Put rows and positions in front, as views, where a model has joined them, ``[b * s, .]``, or has heads between them,
         ``[b, heads, s, h]``."""
-        dims, shape = self.run.token_dims(self.site), self.output_grad.shape
-        if dims is None or self.site.expert:
+        shape = self.output_grad.shape
+        if len(shape) == 3 or self.site.expert:
+            return
+        dims = self.run.token_dims(self.site)
+        if dims is None:
             return
         if len(shape) == 2 and shape[0] == dims[0] * dims[1]:
             if self.run.rows > 1:

@@ -89,6 +89,7 @@ class NormTap(torch.autograd.Function):
                 shift,
                 [True, needs_weight, needs_bias],
             )
+        weight_grad, bias_grad = weight_grad if needs_weight else None, bias_grad if needs_bias else None
         if call.emits:
             call.emit(
                 output_grad,
@@ -96,15 +97,11 @@ class NormTap(torch.autograd.Function):
                 bias=call.bias,
                 mean=mean[0] if mean else None,
                 rstd=rstd,
+                weight_grad=weight_grad,
+                bias_grad=bias_grad,
                 _normalised=normalised,
             )
-        return (
-            input_grad,
-            weight_grad if needs_weight else None,
-            bias_grad if needs_bias else None,
-            None,
-            None,
-        )
+        return input_grad, weight_grad, bias_grad, None, None
 
 
 def _has_fused_rms(x: Tensor, scale: Tensor) -> bool:
