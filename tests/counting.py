@@ -82,6 +82,23 @@ class HostWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Operations(TorchDispatchMode):
+    """Counts operations that start work on the device, by name: no views, no memory. ``paused``: none now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.paused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returns = func._schema.returns
+        view = bool(returns) and returns[0].alias_info is not None and not returns[0].alias_info.is_write
+        name = func.__name__.split(".")[0]
+        if not (view or self.paused or "empty" in name or name in ("_unsafe_view", "detach")):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class Collectives(TorchDispatchMode):
     """Counts the collectives of this rank by name and number of elements; those of the backward pass as well."""
 
