@@ -117,7 +117,9 @@ def test_commit_refuses_what_it_cannot_see_and_steps_of_the_future(
 def test_another_runs_directory_is_refused(tmp_path: Path) -> None:
     with create_ledger(tmp_path, description()) as handle:
         run_id = handle.run_id
-    with pytest.raises(UserError, match=f"run {run_id}; continue that run with --load, or choose another"):
+    with pytest.raises(
+        UserError, match=rf"run {run_id}; continue that run \(--load; .*\), or choose another"
+    ):
         create_ledger(tmp_path, description())
     with open_ledger(tmp_path) as handle:  # the refusal has let the lock go
         assert handle.run_id == run_id

@@ -51,6 +51,12 @@ def test_a_whole_ledger_passes(whole: Path) -> None:
     json.dumps([check.to_dict() for check in checks])
 
 
+def test_a_ledger_without_commits_says_that_nothing_is_in_it(tmp_path: Path) -> None:
+    create_ledger(tmp_path / "shapley", description()).close()
+    [commits] = [check for check in Ledger(tmp_path / "shapley").verify() if check.name == "commits"]
+    assert commits.ok and commits.note and "none yet" in commits.detail
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 

@@ -181,7 +181,7 @@ def plan(
     elif as_markdown:
         typer.echo(markdown(plans))
     else:
-        _print(plans)
+        _print(plans, hardware)
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def _job(model: dict[str, Any], job: dict[str, Any], remedy: str) -> Job:
     return Job(model=ModelConfig(**model), **job)
 
 
-def _print(plans: dict[str, dict[str, Any]]) -> None:
+def _print(plans: dict[str, dict[str, Any]], hardware: Hardware) -> None:
     out = console()
     made = table([("", "left"), *plans])
     for name, *cells in table_rows(plans):
@@ -305,5 +305,7 @@ def _print(plans: dict[str, dict[str, Any]]) -> None:
         out.print()
         out.print(calls)
     out.print(
-        "\nTime is a model (--tflops, --memory-gb-per-s, --network-gb-per-s); nothing is hidden behind anything else unless a row says so."
+        f"\nTime is a model of GPUs with {hardware.flops / 1e12:g} TFLOP/s (--tflops), {hardware.memory / 1e9:g} GB/s of memory "
+        f"(--memory-gb-per-s) and {hardware.network / 1e9:g} GB/s of network (--network-gb-per-s), without what it takes to start "
+        f"operations; nothing is hidden behind anything else unless a row says so."
     )

@@ -56,7 +56,7 @@ def require_own(
         if last < point.ledger_step:
             raise UserError(
                 f"{ledger.directory} ends at step {last}, but the checkpoint of step {point.step} follows its commit of "
-                f"step {point.ledger_step}: restore the ledger from a copy, or choose another --shapley-dir"
+                f"step {point.ledger_step}: restore the ledger from a copy, or choose another directory (--shapley-dir)"
             )
         return
     theirs = setting(starts.last(), "save", group="checkpoint")
@@ -75,7 +75,7 @@ def require_own(
     found = f"the checkpoint of step {point.step} is not its own" if point.step else "no checkpoint is loaded"
     raise UserError(
         f"{ledger.directory} holds the ledger of run {ledger.run_id}, {why}, but {found}, so that its commits up to step "
-        f"{last} would be lost: --load that run's checkpoint, or choose another --shapley-dir"
+        f"{last} would be lost: --load that run's checkpoint, or choose another directory (--shapley-dir)"
     )
 
 

@@ -55,13 +55,13 @@ def check_resumable(run: dict[str, Any], resumed: dict[str, Any]) -> None:
         if before != after:
             raise UserError(
                 f"the ledger of run {run['run_id']} holds values of --shapley-{name} {before}, the resumed run has "
-                f"{after}; resume with --shapley-{name} {before}, or choose another --shapley-dir"
+                f"{after}; resume with --shapley-{name} {before}, or choose another directory (--shapley-dir)"
             )
 
 
 def _check_same(what: str, run: dict[str, Any], resumed: dict[str, Any], words: dict[str, str]) -> None:
     old, new, run_id = run[f"{what}s"], resumed[f"{what}s"], run["run_id"]
-    remedy = f"resume with {_GIVEN_BY[what]} as it was, or choose another --shapley-dir"
+    remedy = f"resume with {_GIVEN_BY[what]} as it was, or choose another directory (--shapley-dir)"
     if len(old) != len(new):
         raise UserError(
             f"the ledger of run {run_id} has {counted(len(old), what)}, the resumed run {len(new)}; {remedy}"
@@ -83,7 +83,7 @@ def _check_loss(run: dict[str, Any], resumed: dict[str, Any]) -> None:
                 was, now = (flag_of(name if of[name] else f"no_{name}") for of in (before, after))
                 raise UserError(
                     f"the ledger of run {run['run_id']} holds values towards the loss of target {before['name']} under {was}, "
-                    f"the resumed run has {now}; resume with {was}, or choose another --shapley-dir"
+                    f"the resumed run has {now}; resume with {was}, or choose another directory (--shapley-dir)"
                 )
 
 
@@ -113,5 +113,5 @@ def _check_samples(
         causes = ["the installed megatron-core or numpy draws another order"]
     raise UserError(
         f"{name} of run {run['run_id']}: its sample numbers would mean other text than in the ledger: "
-        f"{', '.join(causes)}; {remedy}, or choose another --shapley-dir"
+        f"{', '.join(causes)}; {remedy}, or choose another directory (--shapley-dir)"
     )

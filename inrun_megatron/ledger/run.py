@@ -81,14 +81,14 @@ def create_ledger(directory: Path | str, description: RunDescription) -> OpenLed
         if (directory / RUN_FILE).exists():
             holder = read_json(directory / RUN_FILE).get("run_id", "unknown")
             raise UserError(
-                f"{directory} holds the ledger of run {holder}; continue that run with --load, "
-                "or choose another --shapley-dir"
+                f"{directory} holds the ledger of run {holder}; continue that run (--load; open_ledger() in a loop of your own), "
+                "or choose another directory (--shapley-dir)"
             )
         orphans = [path for table in (VALUES, STEPS, COMMITS) for path in (directory / table).glob("*")]
         if orphans:
             raise UserError(
                 f"{directory} holds {len(orphans)} ledger files but no {RUN_FILE} (first: {orphans[0].name}); "
-                f"restore {RUN_FILE}, or choose another --shapley-dir"
+                f"restore {RUN_FILE}, or choose another directory (--shapley-dir)"
             )
         for table in (VALUES, STEPS, COMMITS):
             _make_ledger_directory(directory / table)
@@ -109,7 +109,9 @@ def open_ledger(directory: Path | str, description: RunDescription | None = None
     """
     directory = Path(directory)
     if not (directory / RUN_FILE).exists():
-        raise UserError(f"{directory} holds no ledger ({RUN_FILE} is missing); check --shapley-dir")
+        raise UserError(
+            f"{directory} holds no ledger ({RUN_FILE} is missing); check the directory (--shapley-dir)"
+        )
     lock = DirectoryLock(directory)
     try:
         run = read_run(directory)
@@ -179,7 +181,7 @@ def rollback(directory: Path | str, step: int) -> list[str]:
         steps = sorted(step_of(path) for path in (*kept, *later))
         raise UserError(
             f"{directory} has no commit for the checkpoint of step {step}: {straddling[0].file} holds its rows together "
-            f"with later ones; load the checkpoint of one of steps {steps}, or choose another --shapley-dir"
+            f"with later ones; load the checkpoint of one of steps {steps}, or choose another directory (--shapley-dir)"
         )
     named = {part.file for parts in kept.values() for part in parts}
     removed = []
@@ -209,7 +211,7 @@ def _commits_around(
     records = read_commits(directory)
     for name, fault in records.faults.items():
         if step_of(directory / name) <= step:
-            raise UserError(f"{fault}, or choose another --shapley-dir")
+            raise UserError(f"{fault}, or choose another directory (--shapley-dir)")
     parts = {directory / commit_name(record.step): record.parts for record in records.found}
     kept: dict[Path, list[PartInfo]] = {}
     later: dict[Path, list[PartInfo]] = {}
