@@ -39,9 +39,12 @@ BATCH, TARGET_SEQUENCES, SEQUENCE = 16, 4, 64
 
 @dataclass(frozen=True)
 class Setting:
-    """AdamW (betas 0.9 and 0.999, weight decay 0.1), linear warm-up, then a constant learning rate."""
+    """AdamW (betas 0.9 and 0.999, weight decay 0.1), linear warm-up, then a constant learning rate.
 
-    kind: Literal["gpt2", "llama"]
+    kind: `experts` is Llama's shape with eight of them in every layer, two for a token, that multiply as much as its own.
+    """
+
+    kind: Literal["gpt2", "llama", "experts"]
     lr: float
     warmup: int = 10
     clip: float = 1.0
@@ -74,10 +77,13 @@ class Experiment:
     """
 
     def __init__(self, setting: Setting, seed: int) -> None:
+        mixed = setting.kind == "experts"
         shape = GPTShape(
-            setting.kind,
+            "llama" if mixed else setting.kind,
             num_layers=2,
             hidden_size=64,
+            experts=8 if mixed else None,
+            expert_ffn=128,
             num_attention_heads=4,
             vocab_size=VOCABULARY,
             seq_length=SEQUENCE,

@@ -163,10 +163,12 @@ def test_a_resume_says_what_it_does_not_do(two_ranks: Workers, data: Path, tmp_p
     argv = arguments(data, "--no-shapley", "--lr-warmup-iters", "0", "--micro-batch-size", "1")
     argv += ["--save", str(tmp_path), "--load", str(tmp_path), "--train-iters"]
     two_ranks.run(run_here, [*argv, "2"])
+    written = (tmp_path / "config.yaml").read_text()
     for steps in ("2", "1"):
         resumed, nothing = two_ranks.run(_said, [*argv, steps])[0]
         assert resumed.endswith("after step 2")
         assert nothing == f"nothing is left to train: --train-iters is {steps}"
+        assert (tmp_path / "config.yaml").read_text() == written
     _, smaller = two_ranks.run(_said, [*argv, "3", "--global-batch-size", "2"])[0]
     assert smaller == "steps have 2 samples from here on, 8 before"
 

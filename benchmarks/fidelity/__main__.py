@@ -1,6 +1,6 @@
-"""What the values predict: six experiments, with tables, plots and intervals (docs/evidence.md).
+"""What the values predict: seven experiments, with tables, plots and intervals (docs/evidence.md).
 
-    python -m benchmarks.fidelity                    # the small setting of all six
+    python -m benchmarks.fidelity                    # the small setting of all seven
     python -m benchmarks.fidelity --only lds         # one of them
     python -m benchmarks.fidelity --full             # more steps, seeds and retrainings: hours
 
@@ -36,6 +36,7 @@ ITEMS = {
     item.name: item
     for item in (
         step_game.ITEM,
+        step_game.EXPERTS,
         removal.ITEM,
         datamodel.ITEM,
         harm.ITEM,

@@ -13,6 +13,7 @@ the truth not known well enough to tell?
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -155,8 +156,9 @@ def _step(trainer: OracleTrainer, name: str, method: Method) -> Step:
     )
 
 
-def run(pool: Executor, full: bool) -> Outcome:
-    kinds, seeds, permutations = (("gpt2", "llama"), range(5), 100) if full else (("gpt2",), range(1), 30)
+def run(pool: Executor, full: bool, *, kinds: Sequence[str] = ()) -> Outcome:
+    kinds = kinds or (("gpt2", "llama") if full else ("gpt2",))
+    seeds, permutations = (range(5), 100) if full else (range(1), 30)
     cases = [
         Case(optimizer, kind, rate, seed, STEPS, permutations)
         for seed in seeds
@@ -249,3 +251,4 @@ def _draw(axes: Axes, records: list[dict[str, Any]], optimizer: str) -> None:
 
 
 ITEM = Item("step", "Are the values the Shapley values of the real step?", run)
+EXPERTS = Item("experts", "Are they where tokens choose their experts?", partial(run, kinds=("experts",)))
