@@ -93,30 +93,37 @@ def _operations(rank: int, world: int, case: Case) -> Counter[str]:
     return operations.counts
 
 
+def _added(cases: list[Case]) -> tuple[Counter[str], Counter[str]]:
+    """Of both sizes' last ones: what a microbatch more takes there than where the other size is smaller; plain, and scored beyond it."""
+    both = [replace(case, scoring=scoring) for scoring in (False, True) for case in cases]
+    counts = [ranks[0] for ranks in assert_cases(run_cases(_operations, 1, both, timeout=300))]
+    plain, scored = (
+        {name: few[name] - more[name] - wide[name] + large[name] for name in {*few, *more, *wide, *large}}
+        for few, more, wide, large in (counts[:4], counts[4:])
+    )
+    beyond = {name: scored.get(name, 0) - plain.get(name, 0) for name in {*plain, *scored}}
+    return Counter(plain), Counter({name: count for name, count in beyond.items() if count})
+
+
 @pytest.mark.parametrize(("rows", "kernels"), BEYOND_PLAIN)
 def test_operations_of_a_layer_in_a_microbatch(rows: int, kernels: bool) -> None:
-    def case(layers: int, accumulation: int, scoring: bool) -> Case:
-        layout = replace(SMALL, layers=layers, accumulation=accumulation, micro_batch=rows)
-        return Case(layout, scoring, kernels)
-
     sizes = [(layers, accumulation) for layers in (1, 2) for accumulation in (1, 2)]
-    cases = [case(*size, scoring) for scoring in (False, True) for size in sizes]
-    counts = [ranks[0] for ranks in assert_cases(run_cases(_operations, 1, cases, timeout=300))]
-
-    def of_a_layer(
-        few: Counter[str], more: Counter[str], wide: Counter[str], both: Counter[str]
-    ) -> Counter[str]:
-        found = Counter(both)
-        found.subtract(wide)
-        found.subtract(more)
-        found.update(few)
-        return found
-
-    plain, scored = of_a_layer(*counts[:4]), of_a_layer(*counts[4:])
-    beyond = Counter(scored)
-    beyond.subtract(plain)
+    layouts = [replace(SMALL, layers=n, accumulation=m, micro_batch=rows) for n, m in sizes]
+    plain, beyond = _added([Case(layout, kernels=kernels) for layout in layouts])
     print(
-        f"{rows} rows, kernels {kernels}: {plain.total()} operations, {scored.total()} scored:",
-        {k: v for k, v in beyond.items() if v},
+        f"{rows} rows, kernels {kernels}: {plain.total()} operations, scored {beyond.total()} more:", beyond
     )
     assert 0 < beyond.total() <= BEYOND_PLAIN[rows, kernels]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_operations_of_an_expert_in_a_microbatch(rows: int) -> None:
+    """A kernel for each of its two layers. Of several rows the kernel takes the product, too, and its buffers are sorted by row."""
+    sizes = [(experts, accumulation) for experts in (2, 4) for accumulation in (1, 2)]
+    small = replace(SMALL, shape="llama", layers=1, micro_batch=rows)
+    layouts = [replace(small, experts=n, accumulation=m) for n, m in sizes]
+    plain, beyond = _added([Case(layout, kernels=True) for layout in layouts])
+    print(
+        f"{rows} rows: {plain.total() / 2} operations of an expert, scored {beyond.total() / 2} more:", beyond
+    )
+    assert 0 < beyond.total() / 2 <= {1: 2, 2: 4}[rows]

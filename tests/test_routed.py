@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from inrun_megatron.dots.routed import FEWEST, RoutedParts
+from inrun_megatron.dots.late import LateDots
+from inrun_megatron.dots.routed import FEW, FEWEST, RoutedParts
 from inrun_megatron.dots.segments import Segments
 from inrun_megatron.taps.routing import Routed, Routing
 from tests.small_models import SEQUENCE
@@ -56,18 +57,21 @@ def test_dots_of_an_experts_parts(cut: str, targets: int) -> None:
         part = segments.part_of(part, routing.positions(rows))
     count = rows if segments is None else len(segments)
     parts = RoutedParts(part, routing.owners, sizes, count)
-    assert (parts._on_host is None) == (sum(sizes) < FEWEST * EXPERTS * count) == (cut == "tokens")
+    if count > 1:
+        assert (parts._on_host is None) == (sum(sizes) < FEWEST * EXPERTS * count) == (cut == "tokens")
+    assert (count > FEW) == (cut in ("documents", "tokens"))
     dots = torch.zeros(count, targets, dtype=torch.float64)
-    expected = torch.zeros_like(dots)
+    late, expected = LateDots(dots), torch.zeros_like(dots)
     for expert, size in enumerate(sizes):
         a, b = torch.randn(size, 6), torch.randn(size, 10)
         directions = list(torch.randn(targets, 10, 6).unbind())
-        grad = parts.weight_gradient_and_dots(expert, a, b, directions, dots)
+        grad = parts.weight_gradient_and_dots(expert, a, b, directions, late)
         torch.testing.assert_close(grad, b.t() @ a, rtol=1e-5, atol=1e-5)
         own = Routed(routing, expert).of(part)
         for token in range(size):
             for k, direction in enumerate(directions):
                 expected[own[token], k] += b[token].double() @ direction.double() @ a[token].double()
+    late.flush()
     assert sizes[-1] == 0
     torch.testing.assert_close(dots, expected, rtol=1e-5, atol=1e-4)
 
@@ -85,14 +89,15 @@ def test_dots_of_an_experts_parts_by_kernels(monkeypatch: pytest.MonkeyPatch) ->
     row = routing.rows(ROWS)
     parts = RoutedParts(row, routing.owners, sizes, ROWS)
     dots = torch.zeros(ROWS, 2, dtype=torch.float64)
-    expected = torch.zeros_like(dots)
+    late, expected = LateDots(dots), torch.zeros_like(dots)
     for expert, size in enumerate(sizes):
         a, b = torch.randn(size, 32).bfloat16(), torch.randn(size, 64).bfloat16()
         directions = list(torch.randn(2, 64, 32).bfloat16().unbind())
-        grad = parts.weight_gradient_and_dots(expert, a, b, directions, dots)
+        grad = parts.weight_gradient_and_dots(expert, a, b, directions, late)
         torch.testing.assert_close(grad.float(), b.t().float() @ a.float(), rtol=1e-2, atol=1e-1)
         own = Routed(routing, expert).of(row)
         tokens = torch.stack([((b.double() @ d.double()) * a.double()).sum(1) for d in directions], dim=1)
         expected.index_add_(0, own, tokens)
+    late.flush()
     # The block of a single stretch is training's own product, which is rounded to bf16.
     torch.testing.assert_close(dots, expected, rtol=1e-2, atol=5e-3 * float(expected.abs().max()))

@@ -181,6 +181,9 @@ def test_what_the_copy_engine_reads() -> None:
     assert not copy_engine.fits(
         a.transpose(0, 1).contiguous().transpose(0, 1), b, directions, 1
     )  # tokens within rows
+    # A layer of few outputs, such as a router: its tokens lie 32 bytes apart, a token's rows 8.
+    few = [tensor(S, 4, features, dtype=torch.bfloat16) for features in (IN, 4)]
+    assert not copy_engine.fits(*few, list(tensor(1, 4, IN)), 1)
     with pytest.raises(ValueError, match="copy engine"):
         triton_linear.weight_gradient_and_dots(
             a.transpose(0, 1).contiguous().transpose(0, 1), b, directions, 1

@@ -63,4 +63,7 @@ def as_matrix(buffer: Tensor, batch_dim: int) -> tuple[Tensor, int] | None:
         height = (rows - 1) * step // pitch + tokens
         return buffer.as_strided((height, features), (pitch, 1)), step // pitch
     width = (rows - 1) * step + features
-    return (buffer.as_strided((tokens, width), (pitch, 1)), step) if width <= pitch else None
+    # A tile of a further row begins at its column; Triton's interpreter asks for whole 16 bytes there, too.
+    if width > pitch or step * buffer.element_size() % ALIGNMENT:
+        return None
+    return buffer.as_strided((tokens, width), (pitch, 1)), step

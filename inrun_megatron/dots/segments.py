@@ -70,7 +70,7 @@ class Segments:
     Attributes:
         rows, positions: b and s.
         offsets: int64 ``[n + 1]`` on the CPU. Part j is positions ``offsets[j]`` to ``offsets[j + 1]`` of the b * s
-            positions counted row after row; none is empty and none crosses a row.
+            positions counted row after row; none crosses a row, and none is empty (but of ``stretches``).
     """
 
     rows: int
@@ -142,6 +142,11 @@ class Segments:
             self._lengths[key] = to_device((table[:, 2] - table[:, 1]).long(), device)
         return self._lengths[key]
 
+    @cached_property
+    def _are_positions(self) -> bool:
+        """Is every position a part of its own?"""
+        return len(self) == self.rows * self.positions and bool((self.offsets.diff().numpy() == 1).all())
+
     def sums(self, tokens: Tensor, batch_dim: int = 0, rank: int = 0, size: int = 1) -> Tensor:
         """Sums of every part's positions.
 
@@ -154,7 +159,7 @@ class Segments:
             ``[n]`` or ``[n, k]``, in the precision of ``tokens``.
         """
         flat = tokens.movedim(batch_dim, 0).flatten(0, 1)
-        if size == 1 and len(self) == len(flat):  # every position is a part of its own
+        if size == 1 and self._are_positions:
             return flat
         lengths = self.lengths(flat.device, rank, size)
 
@@ -166,3 +171,27 @@ class Segments:
             return of_vector(flat)
         # One at a time: a vector's part is added up by a block of threads on a GPU, a matrix's by a single thread.
         return torch.stack([of_vector(column) for column in flat.unbind(1)], dim=1)
+
+
+def stretches(lengths: Tensor, device: torch.device) -> list[Segments]:
+    """Matrices of tokens, each a row, cut into stretches; a copy brings all their tables to the device.
+
+    Args:
+        lengths: int64 ``[m, n]`` on the CPU: of m matrices, and n stretches of each, some of them perhaps empty.
+    """
+    stops = lengths.cumsum(1)
+    tables = torch.stack((torch.zeros_like(stops), stops - lengths, stops), dim=2).int()
+    there, sizes = to_device(tables, device), to_device(lengths, device)
+    offsets = torch.cat((torch.zeros_like(stops[:, :1]), stops), dim=1)
+    return [
+        Segments(
+            1,
+            total,
+            own,
+            _lengths={(device, 0, 1): size},
+            _shards={(0, 1): Bounds(host, {device: table})},
+        )
+        for total, own, host, table, size in zip(
+            lengths.sum(1).numpy().tolist(), offsets, tables, there, sizes, strict=True
+        )
+    ]

@@ -153,7 +153,7 @@ class RowScorer:
         if e.routed is not None:
             parts, expert = self._routed[e.routed.routing], e.routed.expert
             assert expert is not None
-            e.weight_grad = parts.weight_gradient_and_dots(expert, *e.factors, directions, self.dots)
+            e.weight_grad = parts.weight_gradient_and_dots(expert, *e.factors, directions, self._late)
             return
         if self.segments is not None and e.site.sequence_shard[1] > 1:
             # A plain layer among Megatron's sees a shard of the sequence, where a row's parts are no whole blocks.
@@ -168,7 +168,7 @@ class RowScorer:
         parts = self._routed[e.routed.routing]
         of_experts = zip(*self.directions.of(e.weight), strict=True)
         gradients = [
-            parts.weight_gradient_and_dots(expert, a, b, directions, self.dots)
+            parts.weight_gradient_and_dots(expert, a, b, directions, self._late)
             for expert, ((a, b), directions) in enumerate(zip(_by_expert(e), of_experts, strict=True))
         ]
         if not e.site.replicated:

@@ -123,7 +123,9 @@ def _run(resolved: Resolved, watchdog: Watchdog, signals: StopSignals) -> int:
     )
     # Only now: a refused resume leaves the run's own as it was.
     with all_ranks(lambda: _own_checkpoints(loop)):
-        if progress.iteration < config.training.train_iters:  # else config.yaml stays that of the run that did train
+        if (
+            progress.iteration < config.training.train_iters
+        ):  # else config.yaml stays that of the run that did train
             all_ranks(lambda: _describe(config))
         watchdog.arm()
         with signals:
