@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import UserError
+    from .keeping.run_ledger import RunLedger
     from .parallel import Layout
     from .shapley.in_run import InRunShapley
     from .shapley.pipeline import PipelineShapley
@@ -23,6 +24,7 @@ _HOMES = {
     "Layout": ".parallel",
     "Pass": ".taps",
     "PipelineShapley": ".shapley.pipeline",
+    "RunLedger": ".keeping.run_ledger",
     "ShapleyTarget": ".shapley.result",
     "Site": ".taps",
     "StepResult": ".shapley.result",
@@ -37,6 +39,7 @@ __all__ = [
     "Layout",
     "Pass",
     "PipelineShapley",
+    "RunLedger",
     "ShapleyTarget",
     "Site",
     "StepResult",

@@ -11,6 +11,7 @@ import deepspeed.ops.op_builder.all_ops
 import deepspeed.runtime.superoffload.superoffload_stage3
 import deepspeed.runtime.zero.muon.muon_optimizer
 
+import inrun_megatron.keeping.run_ledger
 import inrun_megatron.shapley.in_run
 import inrun_megatron.shapley.pipeline
 import inrun_megatron.taps.any_module

@@ -66,6 +66,8 @@ def test_the_hugging_face_example(tmp_path: Path) -> None:
     done = _run(_blocks("library.md", "huggingface_run.py"), tmp_path, 2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"^3 scored \[\d\.\d+\] tensor\(\[", done.stdout, flags=re.M), done.stdout
+    ledger = Ledger(tmp_path / "runs/huggingface")
+    assert ledger.values().count_rows() == 3 * 2 * 2 * 4 and all(check.ok for check in ledger.verify())
 
 
 def _megatron_example(experts: bool) -> str:

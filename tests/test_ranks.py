@@ -40,7 +40,7 @@ def test_shared_memory_goes_with_the_ranks() -> None:
 
 
 def _agree(rank: int, world: int) -> list[Any]:
-    from inrun_megatron.training.distributed import AgreedError, all_ranks, rank0_then_all
+    from inrun_megatron.keeping.agreement import AgreedError, all_ranks, rank0_then_all
 
     def fail(on: int) -> int:
         if rank == on:

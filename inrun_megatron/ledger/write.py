@@ -67,7 +67,7 @@ class LedgerWriter:
         self._buffer_rows = buffer_rows
         self._blocks: list[Block] = []
         self._buffered = 0
-        self._last_step = 0
+        self._last_step = self._last_record = 0
         self._records: list[StepRecord] = []
         self._parts = PartWriter(self.directory, writer, self.run_id, self.targets)
         self._written: list[PartInfo] = []  # by the thread
@@ -142,6 +142,12 @@ class LedgerWriter:
         if len(self._records) >= BUFFER_RECORDS:
             self._hand_over_steps()
         self._records.append(record)
+        self._last_record = record.step
+
+    @property
+    def last_step(self) -> int:
+        """The newest one of which anything was appended; 0: none."""
+        return max(self._last_step, self._last_record)
 
     def hand_over(self) -> None:
         """Give everything buffered to the thread. Touches no file and does not wait for one, unless the backlog

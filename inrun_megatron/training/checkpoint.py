@@ -28,6 +28,7 @@ from inrun_megatron.engines.lookahead import Lookahead
 from inrun_megatron.engines.reshape import Saved, describe, restore
 from inrun_megatron.engines.zero_groups import OptimizerState
 from inrun_megatron.errors import UserError
+from inrun_megatron.keeping.agreement import all_ranks, rank0_then_all
 from inrun_megatron.ledger.files import (
     fsync_directory,
     fsync_file,
@@ -40,7 +41,6 @@ from inrun_megatron.models import cpu
 from inrun_megatron.models.pipeline import GPTPipeline
 from inrun_megatron.parallel import Layout
 from inrun_megatron.training import run_state
-from inrun_megatron.training.distributed import all_ranks, rank0_then_all
 from inrun_megatron.training.engine import Trainer, seed_streams
 from inrun_megatron.training.run_state import DIRECTORY, RUN_STATE_FILE, Resume
 

@@ -20,8 +20,8 @@ from inrun_megatron.data.tokenizers import (
 )
 from inrun_megatron.data.train import build_datasets
 from inrun_megatron.errors import UserError
+from inrun_megatron.keeping.agreement import AgreedError
 from inrun_megatron.training.deepspeed_config import Batch
-from inrun_megatron.training.distributed import AgreedError
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,6 @@ from inrun_megatron.config import ParallelConfig
 from inrun_megatron.errors import UserError
 from inrun_megatron.ports import free_port
 
-T = TypeVar("T")
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
 # Of a task that srun started. SLURM_NTASKS would be there in a batch script too, where nobody started ranks.
@@ -41,10 +39,6 @@ in ProcessGroupNCCL.cpp, torch 2.13)."""
 
 VERDICT_SECONDS = 30.0
 """More than the ranks need, once a heartbeat is overdue, to agree on who is lost and to leave (watchdog.py, verdict.py)."""
-
-
-class AgreedError(UserError):
-    """A UserError that every rank raises at the same place; rank 0 reports it."""
 
 
 def launched() -> tuple[int, int]:
@@ -275,32 +269,6 @@ def shut_down() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def all_ranks(check: Callable[[], T]) -> T:
-    """`check()` on every rank of the world; when it is a UserError on any, the same AgreedError on all.
-
-    Collective over the world. `check` itself must not wait for other ranks after it may have failed.
-    """
-    outcome: T | None = None
-    message: str | None = None
-    try:
-        outcome = check()
-    except UserError as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    failed = [text for text in messages if text is not None]
-    if failed:
-        raise AgreedError(failed[0])
-    return outcome  # type: ignore[return-value]
-
-
-def rank0_then_all(check: Callable[[], T]) -> T:
-    """`check()` on rank 0 only; its result, or its UserError as AgreedError, on every rank."""
-    holder: list[T | None] = [all_ranks(lambda: check() if dist.get_rank() == 0 else None)]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]  # type: ignore[return-value]
 
 
 class Mpu:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from inrun_megatron.config import Config
 from inrun_megatron.engines import pipeline
 from inrun_megatron.engines.evaluating import loss_sums, over_ranks
+from inrun_megatron.keeping.agreement import AgreedError
 from inrun_megatron.losses import masked_mean
 from inrun_megatron.models import token_losses
 from inrun_megatron.models.pipeline import GPTPipeline
@@ -29,7 +30,6 @@ from inrun_megatron.training.batches import (
 )
 from inrun_megatron.training.checkpoint import Progress
 from inrun_megatron.training.deepspeed_config import Batch
-from inrun_megatron.training.distributed import AgreedError
 from inrun_megatron.training.engine import Trainer
 from inrun_megatron.training.health import Health
 from inrun_megatron.training.monitor import Monitor

@@ -29,8 +29,9 @@ def main(argv: Sequence[str]) -> int:
     # rank, they would bury the run's own messages.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    from inrun_megatron.keeping.agreement import AgreedError
     from inrun_megatron.training.arguments import parse
-    from inrun_megatron.training.distributed import AgreedError, launched, shut_down
+    from inrun_megatron.training.distributed import launched, shut_down
     from inrun_megatron.training.run import prepare, run
 
     rank, world_size = launched()

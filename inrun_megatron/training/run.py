@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from inrun_megatron.config import Config
 from inrun_megatron.errors import UserError
+from inrun_megatron.keeping.agreement import all_ranks
 from inrun_megatron.ledger.files import make_directory, refused
 from inrun_megatron.ledger.lock import DirectoryLock
 from inrun_megatron.parallel import Layout
@@ -19,7 +20,6 @@ from inrun_megatron.training import checkpoint, datasets, distributed, run_state
 from inrun_megatron.training.arguments import write_yaml
 from inrun_megatron.training.checkpoint import Progress
 from inrun_megatron.training.deepspeed_config import Batch, merge
-from inrun_megatron.training.distributed import all_ranks
 from inrun_megatron.training.engine import Trainer, build_trainer
 from inrun_megatron.training.exit_codes import FINISHED, STOPPED
 from inrun_megatron.training.loop import Run

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from inrun_megatron.config import Config
+from inrun_megatron.keeping.description import sizes, versions
 from inrun_megatron.ledger.belongs import ResumePoint, require_none_lost, require_own
 from inrun_megatron.ledger.description import Starts
 from inrun_megatron.ledger.run import step_of
@@ -18,8 +17,6 @@ from inrun_megatron.ledger.write import OpenLedger, create_ledger, open_ledger, 
 from inrun_megatron.parallel import Layout
 from inrun_megatron.training import run_state
 from inrun_megatron.training.arguments import to_mapping
-
-_PACKAGES = ("inrun-megatron", "torch", "deepspeed", "megatron-core", "numpy", "pyarrow")
 
 
 def ledger_directory(config: Config) -> Path:
@@ -46,8 +43,8 @@ def describe(
         targets=[{"name": target.name, **target.description} for target in targets],
         datasets=[dict(dataset) for dataset in datasets],
         configuration=to_mapping(config),
-        versions=_versions(),
-        layout={"tp": layout.tp_size, "dp": layout.dp_size, "pp": layout.pp_size},
+        versions=versions(),
+        layout=sizes(layout),
         coverage=coverage,
     )
 
@@ -80,17 +77,6 @@ def open_run_ledger(config: Config, description: RunDescription, point: ResumePo
         ledger.close()
         raise
     return ledger
-
-
-def _versions() -> dict[str, str]:
-    """Versions of what decides the values: Python and the packages."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _say_what_is_repeated(removed: Sequence[str], step: int, iteration: int) -> None:

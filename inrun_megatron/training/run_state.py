@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from inrun_megatron.config import Config
 from inrun_megatron.errors import UserError
+from inrun_megatron.keeping.agreement import rank0_then_all
 from inrun_megatron.ledger.files import read_json
-from inrun_megatron.training.distributed import rank0_then_all
 from inrun_megatron.wording import flag_of
 
 DIRECTORY = "checkpoints"

@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from inrun_megatron.config import Config
 from inrun_megatron.data.megatron import document_ids
+from inrun_megatron.keeping.agreement import all_ranks, rank0_then_all
+from inrun_megatron.keeping.commits import Commits
+from inrun_megatron.keeping.description import coverage_of_model
 from inrun_megatron.ledger.belongs import ResumePoint
 from inrun_megatron.ledger.write import LedgerWriter, OpenLedger
 from inrun_megatron.models import token_losses
@@ -20,11 +23,9 @@ from inrun_megatron.shapley.in_run import InRunShapley
 from inrun_megatron.shapley.pipeline import PipelineShapley
 from inrun_megatron.shapley.result import ShapleyTarget
 from inrun_megatron.shapley.scored_step import ScoredStep
-from inrun_megatron.taps import Coverage, Taps, attach_taps
+from inrun_megatron.taps import Taps, attach_taps
 from inrun_megatron.training.batches import Microbatch, to_device
 from inrun_megatron.training.checkpoint import Progress
-from inrun_megatron.training.commits import Commits
-from inrun_megatron.training.distributed import all_ranks, rank0_then_all
 from inrun_megatron.training.engine import Trainer
 from inrun_megatron.training.run_ledger import describe, ledger_directory, open_run_ledger
 
@@ -53,7 +54,7 @@ class Scoring:
         taps = attach_taps(trainer.model)
         if config.training.recompute_granularity is not None:
             trainer.recompute(config.training.recompute_num_layers, wrap=taps.capture)
-        coverage = _coverage(taps.coverage(), layout)
+        coverage = coverage_of_model(taps.coverage(), layout)
         description = describe(config, layout, targets=targets, datasets=datasets, coverage=coverage)
         point = ResumePoint(progress.iteration, progress.ledger, progress.ledger_step)
         self._open: OpenLedger | None = all_ranks(
@@ -124,12 +125,3 @@ class Scoring:
         self.commits.close()
         if self._open is not None:
             self._open.close()
-
-
-def _coverage(own: Coverage, layout: Layout) -> dict[str, Any]:
-    """Coverage of the whole model. Collective over a pipeline."""
-    stages: list[Any] = [own]
-    if layout.pp_size > 1:
-        stages = [None] * layout.pp_size
-        dist.all_gather_object(stages, own, group=layout.pp_group)
-    return Coverage.together(stages).to_dict()

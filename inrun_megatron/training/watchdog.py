@@ -30,7 +30,7 @@ from typing import Any, Self
 import torch.distributed as dist
 
 from inrun_megatron.errors import UserError
-from inrun_megatron.training.distributed import AgreedError
+from inrun_megatron.keeping.agreement import AgreedError
 from inrun_megatron.training.exit_codes import FAILED, RANK_LOST
 from inrun_megatron.training.stacks import MainThread, odd_ones_out
 from inrun_megatron.training.verdict import Verdict, Verdicts

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from inrun_megatron.keeping.agreement import all_ranks
 from inrun_megatron.ledger.run import commit
 from inrun_megatron.ledger.schema import PartInfo
 from inrun_megatron.ledger.write import LedgerWriter
-from inrun_megatron.training.distributed import all_ranks
 
 
 class Commits:

@@ -1,0 +1,177 @@
+"""The ledger of a training loop of one's own, on any number of ranks.
+
+    ledger = RunLedger(shapley, "runs/own", ["web"])          on every rank, before the first step
+    ledger.commit(iteration)                                  on every rank, before the checkpoint of this step
+    ledger.close()                                            on every rank, at the end
+
+Rows are written by the ranks with ``layout.writes_ledger``, each its own files; rank 0 holds the directory and names what
+counts. An error of any rank is raised by all of them. ``launch/pretrain.py`` does the same from its flags
+(training/scoring.py), and commits between checkpoints without waiting for a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UserError
+from ..ledger.commit_records import commit_files, step_of
+from ..ledger.description import Starts
+from ..ledger.schema import DEFAULT_SUBDIRECTORY, RunDescription
+from ..ledger.write import LedgerWriter, OpenLedger, create_ledger, open_ledger, rollback
+from .agreement import all_ranks, rank0_then_all
+from .commits import Commits
+from .description import coverage_of_model, sizes, versions
+
+if TYPE_CHECKING:
+    from ..shapley.in_run import InRunShapley
+
+GRANULARITIES = ("sample", "document", "token")
+
+
+class RunLedger:
+    """Keeps every value of ``shapley``'s steps from here on. Every method is a collective over the world.
+
+    Args:
+        shapley: ``InRunShapley`` or ``PipelineShapley``.
+        directory: of the run, which all ranks see; the ledger lies in its ``shapley/``, where ``inrun summary`` looks.
+        datasets: what ``dataset=`` of ``samples()`` counts: names, or a ``DatasetDescription.to_dict()`` of each.
+        granularity: what ``segments=`` of ``samples()`` are: ``sample`` where there are none, ``document``, ``token``.
+        resume: the ``state`` that was saved with the checkpoint that is loaded: its ledger goes on after it, and later
+            commits are taken back. None: a new ledger.
+        configuration: further settings for ``run.json``, by group.
+
+    Raises:
+        UserError: the directory holds a ledger, or not the one of ``resume``; on every rank.
+    """
+
+    def __init__(
+        self,
+        shapley: InRunShapley,
+        directory: Path | str,
+        datasets: Sequence[str | Mapping[str, Any]],
+        *,
+        granularity: str = "sample",
+        resume: Mapping[str, Any] | None = None,
+        configuration: Mapping[str, Any] | None = None,
+    ) -> None:
+        layout = shapley.layout
+        self.directory = Path(directory) / DEFAULT_SUBDIRECTORY
+        if granularity not in GRANULARITIES:
+            raise UserError(f"granularity {granularity!r} is none of {', '.join(GRANULARITIES)}")
+        description = RunDescription(
+            targets=[{"name": target.name} for target in shapley.targets],
+            datasets=[
+                {"index": i, **({"name": one} if isinstance(one, str) else one)}
+                for i, one in enumerate(datasets)
+            ],
+            configuration={**_settings(shapley, granularity), **(configuration or {})},
+            versions=versions(),
+            layout=sizes(layout),
+            coverage=coverage_of_model(shapley.taps.coverage(), layout),
+        )
+        self._shapley = shapley
+        self._writer: LedgerWriter | None = None
+        self._held: OpenLedger | None = None
+        first = dist.get_rank() == 0
+        try:
+            self._held = all_ranks(lambda: self._open(description, resume) if first else None)
+            run_id = rank0_then_all(lambda: None if self._held is None else self._held.run_id)
+            self._writer = all_ranks(
+                lambda: LedgerWriter(self.directory, layout.dp_rank) if layout.writes_ledger else None
+            )
+        except BaseException:
+            self._let_go()
+            raise
+        self._commits = Commits(self.directory, self._writer, shapley.device)
+        self.state: dict[str, Any] = {"run_id": run_id, "step": 0 if resume is None else int(resume["step"])}
+        """Of the last commit: what ``resume`` takes. Save it with the checkpoint that follows."""
+        shapley.ledger = self._writer
+
+    def _open(self, description: RunDescription, resume: Mapping[str, Any] | None) -> OpenLedger:
+        if resume is None:
+            return create_ledger(self.directory, description)
+        ledger = open_ledger(self.directory, description)
+        try:
+            step, own = int(resume["step"]), str(resume["run_id"])
+            if ledger.run_id != own:
+                raise UserError(
+                    f"{self.directory} holds the ledger of run {ledger.run_id}, but the checkpoint belongs to that of run {own}: "
+                    f"give the directory of that run, or resume=None and another directory"
+                )
+            last = max((step_of(path) for path in commit_files(self.directory)), default=0)
+            if last < step:
+                raise UserError(
+                    f"{self.directory} ends at step {last}, but the checkpoint follows its commit of step {step}: restore the "
+                    f"ledger from a copy, or give resume=None and another directory"
+                )
+            rollback(self.directory, step)
+            Starts(self.directory, ledger.run).append(step, description)
+        except BaseException:
+            ledger.close()
+            raise
+        return ledger
+
+    def commit(self, step: int, checkpoint: str | None = None) -> None:
+        """Everything up to ``step`` becomes part of the ledger, and waits for no later write. Before the checkpoint is saved.
+
+        Args:
+            step: the last finished one.
+            checkpoint: name of the checkpoint that follows, for the record.
+        """
+        self._commits.now(step, checkpoint)
+        self.state = {**self.state, "step": step}
+        self._shapley.expire_direction()  # a run that is resumed from here has none
+
+    def close(self) -> None:
+        """Commit what is left, and release the directory."""
+        last = torch.tensor(
+            0 if self._writer is None else self._writer.last_step, device=self._shapley.device
+        )
+        dist.all_reduce(last, op=dist.ReduceOp.MAX)
+        if int(last) > self.state["step"]:
+            self.commit(int(last))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._shapley.ledger = None
+        if self._writer is not None:
+            self._writer.close()
+        if self._held is not None:
+            self._held.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Close; after an exception, of which other ranks may know nothing, commit nothing."""
+        if kind is None:
+            self.close()
+        else:
+            self._let_go()
+
+
+def _settings(shapley: InRunShapley, granularity: str) -> dict[str, Any]:
+    """What readers ask of a run's configuration."""
+    dtype = next(shapley.engine.module.parameters()).dtype
+    return {
+        "shapley": {
+            "granularity": granularity,
+            "estimator": shapley.estimator.name,
+            "credit": shapley.credit,
+            "optimizer": "sgd" if shapley.preparation.proxy else "auto",
+            "interval": shapley.interval,
+            "refresh": shapley.refresh.every,
+        },
+        "training": {
+            "precision": {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"),
+            "micro_batch_size": shapley.engine.train_micro_batch_size_per_gpu(),
+            "global_batch_size": shapley.engine.train_batch_size(),
+            "optimizer": type(shapley.adapter.inner).__name__.lower(),
+        },
+        "parallel": {"zero_stage": shapley.adapter.stage},
+    }

@@ -1,0 +1,136 @@
+"""The ledger of a loop of one's own on several ranks: commits, resumes, and errors that all ranks raise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inrun_megatron.ledger import Ledger
+from tests.distributed import DistributedError, Workers, assert_cases, run_cases
+from tests.layout_engine import build_engine, forward_backward, share
+from tests.layouts import LayoutCase
+
+DATA = LayoutCase(2, 1, False, 1, 2, "gpt2", steps=6)
+TENSOR = LayoutCase(2, 2, True, 0, 2, "llama", steps=6)
+STAGES = LayoutCase(2, 1, False, 1, 2, "gpt2", steps=6, pp=2)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A start: steps, commits after some of them, and how it ends."""
+
+    layout: LayoutCase
+    directory: str
+    steps: tuple[int, ...] = (1, 2, 3, 4, 5)
+    commits: tuple[int, ...] = (2, 4)
+    resume: Mapping[str, Any] | None = None
+    dies: bool = False  # with rows that no commit names
+    granularity: str = "sample"
+
+
+class Died(Exception):
+    """The loop's own."""
+
+
+def _train(rank: int, world: int, part: Part) -> dict[str, Any]:
+    """State after the last commit; a function for `run_cases`."""
+    from inrun_megatron import InRunShapley, Layout, PipelineShapley, RunLedger, ShapleyTarget
+    from inrun_megatron.models import token_losses
+
+    case = part.layout
+    engine = build_engine(case)
+    layout = Layout.current()
+    pipeline = case.pp > 1
+    targets = [
+        ShapleyTarget(t.name, share(t, layout, case.micro_batch, pipeline=pipeline), t.num_tokens)
+        for t in case.targets()
+    ]
+    if pipeline:
+        shapley: Any = PipelineShapley(engine, targets, engine.module.loss_fn, layout=layout)
+    else:
+        shapley = InRunShapley(engine, targets, token_losses, layout=layout)
+    batches = dict(enumerate(case.batches(), start=1))
+    state: dict[str, Any] = {}
+    try:
+        with RunLedger(
+            shapley, part.directory, ["synthetic"], granularity=part.granularity, resume=part.resume
+        ) as ledger:
+            for iteration in part.steps:
+                microbatches = batches[iteration][layout.dp_rank]
+                with shapley.step(iteration) as step:
+                    if pipeline:
+                        step.train_batch(microbatches)
+                    for m in () if pipeline else microbatches:
+                        with step.samples(m["dataset"], m["sample"], m["loss_mask"]):
+                            forward_backward(engine, m)
+                assert step.result.scored, step.result.status
+                if iteration in part.commits:
+                    ledger.commit(iteration, f"iter_{iteration}")
+                    state = ledger.state
+            if part.dies:
+                raise Died
+    except Died:
+        assert shapley.ledger is None
+        return state
+    return ledger.state
+
+
+def _require_whole(directory: Path, steps: int, rows: int) -> None:
+    ledger = Ledger(directory)
+    assert [check.name for check in ledger.verify() if not check.ok] == []
+    found = ledger.values().to_table()
+    assert sorted(set(found["step"].to_pylist())) == list(range(1, steps + 1))
+    assert len(found) == steps * rows * 2  # two targets
+    assert ledger.run["configuration"]["shapley"]["estimator"] == "first_order"
+    assert ledger.run["coverage"]["tapped"] == ledger.run["coverage"]["parameters"] > 0
+
+
+def test_every_layout_keeps_its_values(tmp_path: Path) -> None:
+    """What no commit named when the loop ended is committed as it closes."""
+    cases = [Part(layout, str(tmp_path / str(i))) for i, layout in enumerate((DATA, TENSOR, STAGES))]
+    for part, states in zip(cases, assert_cases(run_cases(_train, 2, cases, timeout=300)), strict=True):
+        assert [state["step"] for state in states] == [5, 5] and states[0] == states[1]
+        layout = part.layout
+        _require_whole(Path(part.directory), 5, layout.dp * layout.accumulation * layout.micro_batch)
+        commits = sorted(path.name for path in (Path(part.directory) / "shapley/commits").iterdir())
+        assert commits == [f"{step:010}.json" for step in (2, 4, 5)]
+
+
+def test_a_loop_that_died_goes_on_from_its_checkpoint(two_ranks: Workers, tmp_path: Path) -> None:
+    state, same = two_ranks.run(_train, Part(DATA, str(tmp_path), dies=True), timeout=300)
+    assert state == same == {"run_id": Ledger(tmp_path).run_id, "step": 4}
+    assert Ledger(tmp_path).last_step == 4
+    rest = Part(DATA, str(tmp_path), (5, 6), (), {**state, "step": 4})
+    assert [own["step"] for own in two_ranks.run(_train, rest, timeout=300)] == [6, 6]
+    _require_whole(tmp_path, 6, 8)
+    # From an earlier checkpoint: what was committed later is taken back.
+    again = Part(DATA, str(tmp_path), (3,), (), {**state, "step": 2})
+    two_ranks.run(_train, again, timeout=300)
+    _require_whole(tmp_path, 3, 8)
+
+
+def _refused(two_ranks: Workers, part: Part) -> str:
+    with pytest.raises(DistributedError) as error:
+        two_ranks.run(_train, part, timeout=300)
+    assert error.value.alive  # no rank waits for another
+    return str(error.value)
+
+
+def test_what_is_refused_is_refused_by_all_ranks(two_ranks: Workers, tmp_path: Path) -> None:
+    part = Part(DATA, str(tmp_path), (1, 2), ())
+    [state, _] = two_ranks.run(_train, part, timeout=300)
+    assert "AgreedError" in _refused(two_ranks, part)
+    assert "holds the ledger of run" in _refused(two_ranks, part)
+    other = Part(DATA, str(tmp_path), resume={**state, "run_id": "another"})
+    assert "belongs to that of run another" in _refused(two_ranks, other)
+    later = Part(DATA, str(tmp_path), resume={**state, "step": 9})
+    assert "ends at step 2, but the checkpoint follows its commit of step 9" in _refused(two_ranks, later)
+    assert "holds no ledger" in _refused(two_ranks, Part(DATA, str(tmp_path / "none"), resume=state))
+    assert "none of sample, document, token" in _refused(
+        two_ranks, Part(DATA, str(tmp_path / "new"), granularity="row")
+    )
+    _require_whole(tmp_path, 2, 8)
