@@ -77,7 +77,7 @@ def _require(row: Mapping[str, Any], names: Mapping[str, Sequence[str]]) -> None
     if absent:
         raise UserError(
             f"run.json says no {', '.join(absent)} of dataset {row['name']}, so that its samples lead to no documents: ask "
-            "by sample or dataset (RunDescription takes DatasetDescription.to_dict() of each dataset)"
+            "by sample or dataset (RunLedger takes DatasetDescription.to_dict() of each dataset)"
         )
 
 

@@ -81,7 +81,7 @@ def create_ledger(directory: Path | str, description: RunDescription) -> OpenLed
         if (directory / RUN_FILE).exists():
             holder = read_json(directory / RUN_FILE).get("run_id", "unknown")
             raise UserError(
-                f"{directory} holds the ledger of run {holder}; continue that run (--load; open_ledger() in a loop of your own), "
+                f"{directory} holds the ledger of run {holder}; continue that run (--load; RunLedger(resume=...) in a loop of your own), "
                 "or choose another directory (--shapley-dir)"
             )
         orphans = [path for table in (VALUES, STEPS, COMMITS) for path in (directory / table).glob("*")]
