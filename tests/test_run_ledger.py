@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,10 +57,14 @@ def _train(rank: int, world: int, part: Part) -> dict[str, Any]:
         shapley = InRunShapley(engine, targets, token_losses, layout=layout)
     batches = dict(enumerate(case.batches(), start=1))
     state: dict[str, Any] = {}
+    said = io.StringIO()
     try:
-        with RunLedger(
-            shapley, part.directory, ["synthetic"], granularity=part.granularity, resume=part.resume
-        ) as ledger:
+        with (
+            contextlib.redirect_stderr(said),
+            RunLedger(
+                shapley, part.directory, ["synthetic"], granularity=part.granularity, resume=part.resume
+            ) as ledger,
+        ):
             for iteration in part.steps:
                 microbatches = batches[iteration][layout.dp_rank]
                 with shapley.step(iteration) as step:
@@ -75,7 +81,7 @@ def _train(rank: int, world: int, part: Part) -> dict[str, Any]:
                 raise Died
     except Died:
         assert shapley.ledger is None
-        return state
+        return {**state, "said": said.getvalue()}
     return ledger.state
 
 
@@ -101,8 +107,10 @@ def test_every_layout_keeps_its_values(tmp_path: Path) -> None:
 
 
 def test_a_loop_that_died_goes_on_from_its_checkpoint(two_ranks: Workers, tmp_path: Path) -> None:
-    state, same = two_ranks.run(_train, Part(DATA, str(tmp_path), dies=True), timeout=300)
-    assert state == same == {"run_id": Ledger(tmp_path).run_id, "step": 4}
+    state, other = two_ranks.run(_train, Part(DATA, str(tmp_path), dies=True), timeout=300)
+    assert "after step 4, up to step 5, is in no commit and is lost" in state.pop("said")
+    assert "is lost" not in other.pop("said")
+    assert state == other == {"run_id": Ledger(tmp_path).run_id, "step": 4}
     assert Ledger(tmp_path).last_step == 4
     rest = Part(DATA, str(tmp_path), (5, 6), (), {**state, "step": 4})
     assert [own["step"] for own in two_ranks.run(_train, rest, timeout=300)] == [6, 6]

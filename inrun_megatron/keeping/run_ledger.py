@@ -11,6 +11,8 @@ counts. An error of any rank is raised by all of them. ``launch/pretrain.py`` do
 
 from __future__ import annotations
 
+import atexit
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -91,6 +93,7 @@ class RunLedger:
         self.state: dict[str, Any] = {"run_id": run_id, "step": 0 if resume is None else int(resume["step"])}
         """Of the last commit: what ``resume`` takes. Save it with the checkpoint that follows."""
         shapley.ledger = self._writer
+        atexit.register(self._say_what_is_lost)
 
     def _open(self, description: RunDescription, resume: Mapping[str, Any] | None) -> OpenLedger:
         if resume is None:
@@ -137,7 +140,22 @@ class RunLedger:
             self.commit(int(last))
         self._let_go()
 
+    def _say_what_is_lost(self) -> None:
+        """At the end of a loop that did not close, or not in peace."""
+        if (
+            self._writer is not None
+            and self._writer.writer == 0
+            and self._writer.last_step > self.state["step"]
+        ):
+            print(
+                f"{self.directory}: what was scored after step {self.state['step']}, up to step {self._writer.last_step}, is in no "
+                f"commit and is lost (close() commits what is left)",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def _let_go(self) -> None:
+        atexit.unregister(self._say_what_is_lost)
         self._shapley.ledger = None
         if self._writer is not None:
             self._writer.close()
@@ -152,6 +170,7 @@ class RunLedger:
         if kind is None:
             self.close()
         else:
+            self._say_what_is_lost()
             self._let_go()
 
 
