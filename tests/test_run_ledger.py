@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from inrun_megatron.ledger import Ledger
+from inrun_megatron.parallel import Layout
 from tests.distributed import DistributedError, Workers, assert_cases, run_cases
 from tests.layout_engine import build_engine, forward_backward, share
 from tests.layouts import LayoutCase
@@ -32,6 +34,8 @@ class Part:
     resume: Mapping[str, Any] | None = None
     dies: bool = False  # with rows that no commit names
     granularity: str = "sample"
+    interval: int = 1
+    cut: bool = False  # samples into tokens
 
 
 class Died(Exception):
@@ -40,7 +44,7 @@ class Died(Exception):
 
 def _train(rank: int, world: int, part: Part) -> dict[str, Any]:
     """State after the last commit; a function for `run_cases`."""
-    from inrun_megatron import InRunShapley, Layout, PipelineShapley, RunLedger, ShapleyTarget
+    from inrun_megatron import InRunShapley, PipelineShapley, RunLedger, ShapleyTarget
     from inrun_megatron.models import token_losses
 
     case = part.layout
@@ -54,7 +58,7 @@ def _train(rank: int, world: int, part: Part) -> dict[str, Any]:
     if pipeline:
         shapley: Any = PipelineShapley(engine, targets, engine.module.loss_fn, layout=layout)
     else:
-        shapley = InRunShapley(engine, targets, token_losses, layout=layout)
+        shapley = InRunShapley(engine, targets, token_losses, layout=layout, interval=part.interval)
     batches = dict(enumerate(case.batches(), start=1))
     state: dict[str, Any] = {}
     said = io.StringIO()
@@ -71,18 +75,18 @@ def _train(rank: int, world: int, part: Part) -> dict[str, Any]:
                     if pipeline:
                         step.train_batch(microbatches)
                     for m in () if pipeline else microbatches:
-                        with step.samples(m["dataset"], m["sample"], m["loss_mask"]):
+                        cut = torch.arange(m["tokens"].shape[1]).expand_as(m["tokens"]) if part.cut else None
+                        with step.samples(m["dataset"], m["sample"], m["loss_mask"], cut):
                             forward_backward(engine, m)
-                assert step.result.scored, step.result.status
+                assert step.result.scored == (iteration % part.interval == 0), step.result.status
                 if iteration in part.commits:
-                    ledger.commit(iteration, f"iter_{iteration}")
-                    state = ledger.state
+                    state = ledger.commit(f"iter_{iteration}")
             if part.dies:
                 raise Died
     except Died:
         assert shapley.ledger is None
         return {**state, "said": said.getvalue()}
-    return ledger.state
+    return {"run_id": ledger.run_id, "step": ledger._step}  # of the commit of close()
 
 
 def _require_whole(directory: Path, steps: int, rows: int) -> None:
@@ -138,7 +142,65 @@ def test_what_is_refused_is_refused_by_all_ranks(two_ranks: Workers, tmp_path: P
     later = Part(DATA, str(tmp_path), resume={**state, "step": 9})
     assert "ends at step 2, but the checkpoint follows its commit of step 9" in _refused(two_ranks, later)
     assert "holds no ledger" in _refused(two_ranks, Part(DATA, str(tmp_path / "none"), resume=state))
+    unlike = {"ledger": state}
+    assert "is not what commit() returned" in _refused(two_ranks, Part(DATA, str(tmp_path), resume=unlike))
+    # Numbered from 1 again; and parts of samples in a ledger of whole ones.
+    assert "number the steps of a resumed run on" in _refused(
+        two_ranks, Part(DATA, str(tmp_path), (1,), (), state)
+    )
+    assert "granularity" in _refused(two_ranks, Part(DATA, str(tmp_path / "cut"), (1,), (), cut=True))
     assert "none of sample, document, token" in _refused(
         two_ranks, Part(DATA, str(tmp_path / "new"), granularity="row")
     )
     _require_whole(tmp_path, 2, 8)
+
+
+def test_a_commit_after_steps_that_are_not_scored(two_ranks: Workers, tmp_path: Path) -> None:
+    part = Part(DATA, str(tmp_path), (1, 2, 3), (1, 3), interval=2)
+    [state, _] = two_ranks.run(_train, part, timeout=300)
+    assert state["step"] == 3
+    [state, _] = two_ranks.run(_train, Part(DATA, str(tmp_path), (4, 5), (), state, interval=2), timeout=300)
+    ledger = Ledger(tmp_path)
+    assert state["step"] == 5 and all(check.ok for check in ledger.verify())
+    assert sorted(set(ledger.values().to_table()["step"].to_pylist())) == [2, 4]
+
+
+def _commits_again(rank: int, world: int, directory: str) -> list[str]:
+    """What further calls say once a commit has failed."""
+    from inrun_megatron import InRunShapley, RunLedger, ShapleyTarget
+    from inrun_megatron.errors import UserError
+    from inrun_megatron.keeping import commits
+    from inrun_megatron.models import token_losses
+
+    engine = build_engine(DATA)
+    layout = Layout.current()
+    given = [ShapleyTarget(t.name, share(t, layout, 2, pipeline=False), t.num_tokens) for t in DATA.targets()]
+    shapley = InRunShapley(engine, given, token_losses)
+    ledger = RunLedger(shapley, directory, ["synthetic"])
+    said = []
+    with pytest.raises(UserError) as second:
+        RunLedger(shapley, f"{directory}-2", ["synthetic"])
+    said.append(str(second.value))
+    with shapley.step(1) as step:
+        for m in next(iter(DATA.batches()))[layout.dp_rank]:
+            with step.samples(m["dataset"], m["sample"], m["loss_mask"]):
+                forward_backward(engine, m)
+
+    def full(*_: object) -> None:
+        raise UserError("No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commits, "commit", full)
+        for call in (ledger.commit, ledger.commit, ledger.close):
+            with pytest.raises(UserError) as error:
+                call()
+            said.append(str(error.value))
+    assert shapley.ledger is None
+    return said
+
+
+def test_after_a_commit_that_failed_there_is_no_other(two_ranks: Workers, tmp_path: Path) -> None:
+    for second, first, again, close in two_ranks.run(_commits_again, str(tmp_path / "a"), timeout=300):
+        assert "kept in a ledger already" in second and "No space left" in first
+        assert "a commit has failed" in again and "a commit has failed" in close
+    assert Ledger(tmp_path / "a").last_step == 0

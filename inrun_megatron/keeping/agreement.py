@@ -17,18 +17,24 @@ class AgreedError(UserError):
 
 
 def all_ranks(check: Callable[[], T]) -> T:
-    """`check()` on every rank of the world; when it is a UserError on any, the same AgreedError on all.
+    """`check()` on every rank of the world; when it is a UserError on any, the same AgreedError on all. After any other
+    error the rank raises its own, and the others an AgreedError.
 
     Collective over the world. `check` itself must not wait for other ranks after it may have failed.
     """
     outcome: T | None = None
+    own: Exception | None = None
     message: str | None = None
     try:
         outcome = check()
     except UserError as error:
         message = str(error)
+    except Exception as error:  # a bug, of which the others must know, too
+        own, message = error, f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
     messages: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(messages, message)
+    if own is not None:
+        raise own
     failed = [text for text in messages if text is not None]
     if failed:
         raise AgreedError(failed[0])

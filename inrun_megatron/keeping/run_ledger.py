@@ -1,7 +1,7 @@
 """The ledger of a training loop of one's own, on any number of ranks.
 
     ledger = RunLedger(shapley, "runs/own", ["web"])          on every rank, before the first step
-    ledger.commit(iteration)                                  on every rank, before the checkpoint of this step
+    state = ledger.commit()                                   on every rank, before a checkpoint, which takes it along
     ledger.close()                                            on every rank, at the end
 
 Rows are written by the ranks with ``layout.writes_ledger``, each its own files; rank 0 holds the directory and names what
@@ -43,8 +43,8 @@ class RunLedger:
         directory: of the run, which all ranks see; the ledger lies in its ``shapley/``, where ``inrun summary`` looks.
         datasets: what ``dataset=`` of ``samples()`` counts: names, or a ``DatasetDescription.to_dict()`` of each.
         granularity: what ``segments=`` of ``samples()`` are: ``sample`` where there are none, ``document``, ``token``.
-        resume: the ``state`` that was saved with the checkpoint that is loaded: its ledger goes on after it, and later
-            commits are taken back. None: a new ledger.
+        resume: what ``commit`` returned before the checkpoint that is loaded: the ledger goes on after it, and later commits
+            are taken back. None: a new ledger.
         configuration: further settings for ``run.json``, by group.
 
     Raises:
@@ -65,13 +65,12 @@ class RunLedger:
         self.directory = Path(directory) / DEFAULT_SUBDIRECTORY
         if granularity not in GRANULARITIES:
             raise UserError(f"granularity {granularity!r} is none of {', '.join(GRANULARITIES)}")
+        all_ranks(lambda: _require_free(shapley))
+        after = 0 if resume is None else _step_of(resume)
         description = RunDescription(
             targets=[{"name": target.name} for target in shapley.targets],
-            datasets=[
-                {"index": i, **({"name": one} if isinstance(one, str) else one)}
-                for i, one in enumerate(datasets)
-            ],
-            configuration={**_settings(shapley, granularity), **(configuration or {})},
+            datasets=_table(datasets),
+            configuration=_settings(shapley, granularity, configuration or {}),
             versions=versions(),
             layout=sizes(layout),
             coverage=coverage_of_model(shapley.taps.coverage(), layout),
@@ -84,23 +83,33 @@ class RunLedger:
             self._held = all_ranks(lambda: self._open(description, resume) if first else None)
             run_id = rank0_then_all(lambda: None if self._held is None else self._held.run_id)
             self._writer = all_ranks(
-                lambda: LedgerWriter(self.directory, layout.dp_rank) if layout.writes_ledger else None
+                lambda: (
+                    LedgerWriter(self.directory, layout.dp_rank, after=after, whole=granularity == "sample")
+                    if layout.writes_ledger
+                    else None
+                )
             )
         except BaseException:
             self._let_go()
             raise
         self._commits = Commits(self.directory, self._writer, shapley.device)
-        self.state: dict[str, Any] = {"run_id": run_id, "step": 0 if resume is None else int(resume["step"])}
-        """Of the last commit: what ``resume`` takes. Save it with the checkpoint that follows."""
+        self.run_id, self._step = str(run_id), after  # of the last commit
+        self._failed = False
         shapley.ledger = self._writer
         atexit.register(self._say_what_is_lost)
 
     def _open(self, description: RunDescription, resume: Mapping[str, Any] | None) -> OpenLedger:
         if resume is None:
-            return create_ledger(self.directory, description)
+            try:
+                return create_ledger(self.directory, description)
+            except UserError as error:
+                if f"{self.directory} holds the ledger" in str(error) and not commit_files(self.directory):
+                    remedy = "it has no commit, of a run that died early: remove it to begin anew"
+                    raise UserError(f"{error} ({remedy})") from error
+                raise
         ledger = open_ledger(self.directory, description)
         try:
-            step, own = int(resume["step"]), str(resume["run_id"])
+            step, own = _step_of(resume), str(resume["run_id"])
             if ledger.run_id != own:
                 raise UserError(
                     f"{self.directory} holds the ledger of run {ledger.run_id}, but the checkpoint belongs to that of run {own}: "
@@ -112,6 +121,12 @@ class RunLedger:
                     f"{self.directory} ends at step {last}, but the checkpoint follows its commit of step {step}: restore the "
                     f"ledger from a copy, or give resume=None and another directory"
                 )
+            if last > step:
+                print(
+                    f"{self.directory}: values of steps {step + 1} to {last} are taken back, as these steps come again",
+                    file=sys.stderr,
+                    flush=True,
+                )
             rollback(self.directory, step)
             Starts(self.directory, ledger.run).append(step, description)
         except BaseException:
@@ -119,36 +134,44 @@ class RunLedger:
             raise
         return ledger
 
-    def commit(self, step: int, checkpoint: str | None = None) -> None:
-        """Everything up to ``step`` becomes part of the ledger, and waits for no later write. Before the checkpoint is saved.
+    def commit(self, checkpoint: str | None = None) -> dict[str, Any]:
+        """Every finished step becomes part of the ledger; returns when that is durable. Before a checkpoint is saved.
+
+        It also ends a stale direction (``refresh``): a run that is resumed from here has none.
 
         Args:
-            step: the last finished one.
             checkpoint: name of the checkpoint that follows, for the record.
+
+        Returns:
+            What ``resume`` takes: save it in the checkpoint.
+
+        Raises:
+            UserError: a file system refuses, on every rank; the ledger is then what it was at the last commit, for good.
         """
-        self._commits.now(step, checkpoint)
-        self.state = {**self.state, "step": step}
-        self._shapley.expire_direction()  # a run that is resumed from here has none
+        if self._failed:
+            raise UserError(
+                f"{self.directory}: a commit has failed, and its values are lost: start again from the last checkpoint"
+            )
+        step = self._shapley.iteration
+        if step > self._step:
+            self._failed = True
+            self._commits.now(step, checkpoint, always=True)
+            self._failed, self._step = False, step
+        self._shapley.expire_direction()
+        return {"run_id": self.run_id, "step": self._step}
 
     def close(self) -> None:
         """Commit what is left, and release the directory."""
-        last = torch.tensor(
-            0 if self._writer is None else self._writer.last_step, device=self._shapley.device
-        )
-        dist.all_reduce(last, op=dist.ReduceOp.MAX)
-        if int(last) > self.state["step"]:
-            self.commit(int(last))
-        self._let_go()
+        try:
+            self.commit()
+        finally:
+            self._let_go()
 
     def _say_what_is_lost(self) -> None:
         """At the end of a loop that did not close, or not in peace."""
-        if (
-            self._writer is not None
-            and self._writer.writer == 0
-            and self._writer.last_step > self.state["step"]
-        ):
+        if self._writer is not None and self._writer.writer == 0 and self._writer.last_step > self._step:
             print(
-                f"{self.directory}: what was scored after step {self.state['step']}, up to step {self._writer.last_step}, is in no "
+                f"{self.directory}: what was scored after step {self._step}, up to step {self._writer.last_step}, is in no "
                 f"commit and is lost (close() commits what is left)",
                 file=sys.stderr,
                 flush=True,
@@ -156,8 +179,9 @@ class RunLedger:
 
     def _let_go(self) -> None:
         atexit.unregister(self._say_what_is_lost)
-        self._shapley.ledger = None
         if self._writer is not None:
+            if self._shapley.ledger is self._writer:
+                self._shapley.ledger = None
             self._writer.close()
         if self._held is not None:
             self._held.close()
@@ -174,10 +198,34 @@ class RunLedger:
             self._let_go()
 
 
-def _settings(shapley: InRunShapley, granularity: str) -> dict[str, Any]:
-    """What readers ask of a run's configuration."""
-    dtype = next(shapley.engine.module.parameters()).dtype
-    return {
+def _require_free(shapley: InRunShapley) -> None:
+    """Ranks that write know."""
+    if shapley.ledger is not None:
+        raise UserError("these values are kept in a ledger already: close() it first")
+
+
+def _step_of(resume: Mapping[str, Any]) -> int:
+    """Looked at on every rank, before one of them opens anything."""
+    if not isinstance(resume, Mapping) or not {"run_id", "step"} <= resume.keys():
+        raise UserError(f"resume={resume!r} is not what commit() returned, a mapping with run_id and step")
+    return int(resume["step"])
+
+
+def _table(datasets: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    given = [] if isinstance(datasets, str) else list(datasets)
+    table = [{"index": i, **({"name": d} if isinstance(d, str) else d)} for i, d in enumerate(given)]
+    names = [str(dataset.get("name", "")) for dataset in table]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"datasets={datasets!r} is no list of distinct names")
+    return table
+
+
+def _settings(
+    shapley: InRunShapley, granularity: str, further: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What readers ask of a run's configuration, and what else the loop says of it."""
+    dtype = next((p.dtype for p in shapley.engine.module.parameters()), None)
+    own = {
         "shapley": {
             "granularity": granularity,
             "estimator": shapley.estimator.name,
@@ -187,10 +235,11 @@ def _settings(shapley: InRunShapley, granularity: str) -> dict[str, Any]:
             "refresh": shapley.refresh.every,
         },
         "training": {
-            "precision": {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"),
+            "precision": {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32"),  # type: ignore[arg-type]
             "micro_batch_size": shapley.engine.train_micro_batch_size_per_gpu(),
             "global_batch_size": shapley.engine.train_batch_size(),
             "optimizer": type(shapley.adapter.inner).__name__.lower(),
         },
         "parallel": {"zero_stage": shapley.adapter.stage},
     }
+    return {group: {**further.get(group, {}), **own.get(group, {})} for group in {**further, **own}}

@@ -52,12 +52,21 @@ class LedgerWriter:
     writer: this rank's number among the writers; unique, 0 for the one that also writes the steps.
     buffer_rows: upper bound of rows that are buffered, up to one step's rows more. In all, buffered and waiting
     for the file system, a writer holds at most 1 + BACKLOG_BUFFERS times as many.
+    after: steps up to this one are in the ledger, and refused. whole: samples are not cut; parts of them are refused.
 
     Nothing reaches a reader before `commit`. Raises UserError when the directory holds no ledger of this
     schema.
     """
 
-    def __init__(self, directory: Path | str, writer: int, buffer_rows: int = BUFFER_ROWS) -> None:
+    def __init__(
+        self,
+        directory: Path | str,
+        writer: int,
+        buffer_rows: int = BUFFER_ROWS,
+        *,
+        after: int = 0,
+        whole: bool = False,
+    ) -> None:
         self.directory = Path(directory)
         self.writer = writer
         run = read_run(self.directory)
@@ -68,6 +77,7 @@ class LedgerWriter:
         self._blocks: list[Block] = []
         self._buffered = 0
         self._last_step = self._last_record = 0
+        self._after, self._whole = after, whole
         self._records: list[StepRecord] = []
         self._parts = PartWriter(self.directory, writer, self.run_id, self.targets)
         self._written: list[PartInfo] = []  # by the thread
@@ -114,6 +124,15 @@ class LedgerWriter:
             raise ValueError(
                 f"step {step}: sample number {block['sample'].min()}; numbers go from 0 to 2**63 - 1 (a hash of 64 bits does "
                 "not fit: take it modulo 2**63)"
+            )
+        if self._whole and block["segment"].any():
+            raise ValueError(
+                f"step {step}: segments= cut the samples, but the ledger is one of whole samples: give it granularity=document "
+                f"or token"
+            )
+        if step <= self._after:
+            raise ValueError(
+                f"step {step} is in the ledger, which goes on after step {self._after}: number the steps of a resumed run on"
             )
         if step < self._last_step:
             raise ValueError(f"step {step} appended after step {self._last_step}; steps may not go back")

@@ -124,6 +124,7 @@ class InRunShapley:
         along = () if self.preparation.batch is None else (self.preparation.batch,)
         self.probe = AdditivityProbe(self.adapter, self.directions, *along)
         self.rows_apart: bool | None = None  # not looked at yet
+        self.iteration = 0  # of the newest step
 
     def _make_passes(self, loss_fn: Any) -> Passes:
         """Once nothing is refused any more."""

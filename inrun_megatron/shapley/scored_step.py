@@ -54,7 +54,7 @@ class ScoredStep:
 
     def __init__(self, owner: InRunShapley, iteration: int) -> None:
         self.owner = owner
-        self.iteration = iteration
+        self.iteration = owner.iteration = iteration
         self.result = StepResult()
         self.train_loss: float | None = None
         self.consumed_samples: int | None = None
