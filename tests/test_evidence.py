@@ -149,6 +149,7 @@ def test_every_item_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_an_unknown_item_is_named() -> None:
     with pytest.raises(
-        program.typer.BadParameter, match="nothing is none of step, experts, loo, lds, harm, curation, paraphrase"
+        program.typer.BadParameter,
+        match="nothing is none of step, experts, loo, lds, harm, curation, paraphrase",
     ):
         program.main(only=["nothing"])

@@ -80,7 +80,7 @@ def _train(rank: int, world: int, part: Part) -> dict[str, Any]:
                             forward_backward(engine, m)
                 assert step.result.scored == (iteration % part.interval == 0), step.result.status
                 if iteration in part.commits:
-                    state = ledger.commit(f"iter_{iteration}")
+                    state = ledger.commit(None if part.interval > 1 else f"iter_{iteration}")
             if part.dies:
                 raise Died
     except Died:

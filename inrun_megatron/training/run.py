@@ -123,9 +123,8 @@ def _run(resolved: Resolved, watchdog: Watchdog, signals: StopSignals) -> int:
     )
     # Only now: a refused resume leaves the run's own as it was.
     with all_ranks(lambda: _own_checkpoints(loop)):
-        if (
-            progress.iteration < config.training.train_iters
-        ):  # else config.yaml stays that of the run that did train
+        # Where nothing is left to train, config.yaml stays that of the run that did.
+        if progress.iteration < config.training.train_iters:
             all_ranks(lambda: _describe(config))
         watchdog.arm()
         with signals:
