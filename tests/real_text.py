@@ -98,5 +98,5 @@ def refused(two_ranks: Workers, argv: list[str], run: Callable[..., None] = run_
     """The message that both ranks raise."""
     with pytest.raises(DistributedError) as caught:
         two_ranks.run(run, argv)
-    assert caught.value.alive, "a rank did not answer"
+    assert caught.value.alive, f"a rank did not answer: {caught.value}"
     return str(caught.value)

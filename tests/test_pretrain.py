@@ -201,10 +201,11 @@ def test_a_run_without_a_ledger_holds_its_checkpoints(two_ranks: Workers, data: 
 
 
 def _run_until_deepspeed(rank: int, world: int, argv: list[str]) -> None:
+    from inrun_megatron.keeping.agreement import AgreedError
     from inrun_megatron.training import distributed
 
     def initialise(parallel: Any) -> None:
-        raise distributed.AgreedError("DeepSpeed was started")
+        raise AgreedError("DeepSpeed was started")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributed, "initialise", initialise)
