@@ -32,15 +32,16 @@ def loads(routed: list[Tensor], topk: int) -> list[Tensor]:
 
 
 def balance(
-    kind: str, row: list[Tensor], of_microbatch: list[Tensor], index: int, rows: int, topk: int
+    kind: str, row: list[Tensor], of_microbatch: list[Tensor], index: int, tokens: int, topk: int
 ) -> Tensor:
-    """A row's part of the microbatch's auxiliary losses.
+    """What some tokens of a row add to the microbatch's auxiliary losses.
 
-    row: router's logits [1, s, E] of each layer. of_microbatch: `loads` of all its rows, constants.
+    row: router's logits [1, s, E] of each layer, of all or some of the row's tokens. of_microbatch: `loads` of all its
+    rows, constants. tokens: of a whole row.
     """
     total = torch.zeros((), dtype=torch.float64)
     for logits, load in zip(row, of_microbatch, strict=True):
-        tokens, experts = logits.shape[1], logits.shape[-1]
+        rows, experts = load.shape
         scores = logits.softmax(-1).sum((0, 1))  # [E]
         if kind == "aux_loss":
             count = rows * tokens

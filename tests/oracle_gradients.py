@@ -65,13 +65,11 @@ def sample_gradients(model: OracleGPT, parameters: Parameters, batch: GlobalBatc
         tokens = microbatch["loss_mask"].double().sum()
         assert tokens > 0, "a microbatch without loss tokens has no loss"
         rows = len(microbatch["tokens"])
-        of_experts = _loads(model, leaves, microbatch)
-        for index, row in enumerate(_rows(microbatch)):
+        of_experts = expert_loads(model, leaves, microbatch)
+        for index, row in enumerate(rows_of(microbatch)):
             share = masked_sum(model, leaves, row) / (tokens * len(microbatches))
             loss += share.item()
-            if of_experts is not None:
-                own = balance(model.shape.balance, model.routed, of_experts, index, rows, model.shape.topk)
-                share = share + own / len(microbatches)
+            share = share + balancing(model, row, of_experts, index) / len(microbatches)
             for name, gradient in zip(leaves, _gradients(share, leaves), strict=True):
                 columns[name].append(gradient)
         missing = torch.full((rows,), -1)
@@ -81,13 +79,24 @@ def sample_gradients(model: OracleGPT, parameters: Parameters, batch: GlobalBatc
     return SampleGradients(stacked, torch.cat(dataset), torch.cat(sample), loss)
 
 
-def _loads(model: OracleGPT, parameters: Parameters, microbatch: Microbatch) -> list[Tensor] | None:
-    """Of the experts of every layer, where training balances them."""
+def expert_loads(model: OracleGPT, parameters: Parameters, microbatch: Microbatch) -> list[Tensor]:
+    """Tokens of every expert, [b, E] for each layer; none where training does not balance them."""
     if model.shape.balance is None:
-        return None
+        return []
+    routed = []
     with torch.no_grad():
-        model.logits(parameters, microbatch["tokens"], microbatch["position_ids"])
-    return loads(model.routed, model.shape.topk)
+        for row in rows_of(microbatch):
+            masked_sum(model, parameters, row)
+            routed.append(model.routed)
+    return loads([torch.cat(layer) for layer in zip(*routed, strict=True)], model.shape.topk)
+
+
+def balancing(model: OracleGPT, row: Microbatch, of_experts: list[Tensor], index: int) -> Tensor:
+    """What the tokens of the model's last `masked_sum` add to the auxiliary losses of row `index`'s microbatch; 0 without."""
+    if model.shape.balance is None:
+        return torch.zeros((), dtype=torch.float64)
+    length = row["tokens"].shape[1]
+    return balance(model.shape.balance, model.routed, of_experts, index, length, model.shape.topk)
 
 
 def target_gradient(
@@ -97,7 +106,7 @@ def target_gradient(
     leaves = {name: value.detach().clone().requires_grad_() for name, value in parameters.items()}
     total = {name: torch.zeros_like(value) for name, value in parameters.items()}
     loss = 0.0
-    for row in _rows(target.rows):
+    for row in rows_of(target.rows):
         share = masked_sum(model, leaves, row) / target.num_tokens
         loss += share.item()
         for name, gradient in zip(leaves, _gradients(share, leaves), strict=True):
@@ -119,7 +128,7 @@ def dot(left: Parameters, right: Parameters) -> Tensor:
     return torch.stack([(left[name] * right[name]).sum() for name in left]).sum()
 
 
-def _rows(batch: Microbatch) -> list[Microbatch]:
+def rows_of(batch: Microbatch) -> list[Microbatch]:
     """Microbatches of one row each."""
     return [{key: value[i : i + 1] for key, value in batch.items()} for i in range(len(batch["tokens"]))]
 
@@ -140,11 +149,14 @@ def cuts(parts: Tensor) -> list[tuple[int, int]]:
 
 
 def masked_sum(model: OracleGPT, parameters: Parameters, row: Microbatch) -> Tensor:
-    """Sum of the row's token losses over its mask. Where the attention is cut at `documents`, each is run by itself."""
-    sums = []
+    """Sum of the row's token losses over its mask. Where the attention is cut at `documents`, each is run by itself;
+    `routed` is of all of them."""
+    sums, routed = [], []
     for document in split_documents(row):
         losses = model.token_losses(parameters, document)
         sums.append((losses * document["loss_mask"].to(losses.dtype)).sum())
+        routed.append(model.routed)
+    model.routed = [torch.cat(layer, dim=1) for layer in zip(*routed, strict=True)]
     return torch.stack(sums).sum()
 
 

@@ -17,8 +17,11 @@ from tests.oracle import (
     OracleStep,
     OracleTrainer,
     Parameters,
+    balancing,
     cuts,
+    expert_loads,
     masked_sum,
+    rows_of,
     split_documents,
 )
 
@@ -50,11 +53,12 @@ class PartTrainer(OracleTrainer):
         microbatches = [microbatch for replica in batch for microbatch in replica]
         gradients = {}
         for microbatch in microbatches:
-            scale = microbatch["loss_mask"].double().sum() * len(microbatches)
-            for i in range(len(microbatch["tokens"]) if "segments" in microbatch else 0):
-                row = {key: value[i : i + 1] for key, value in microbatch.items()}
+            tokens = microbatch["loss_mask"].double().sum()
+            of_experts = expert_loads(self.model, leaves, microbatch)
+            for index, row in enumerate(rows_of(microbatch) if "segments" in microbatch else []):
                 for ordinal, (begin, end) in enumerate(cuts(row["segments"][0])):
-                    share = self._loss(leaves, row, begin, end) / scale
+                    model, loss = self._loss(leaves, row, begin, end)
+                    share = (loss / tokens + balancing(model, row, of_experts, index)) / len(microbatches)
                     found = torch.autograd.grad(share, list(leaves.values()), allow_unused=True)
                     gradients[int(row["sample"]), ordinal] = {
                         name: torch.zeros_like(leaf) if g is None else g
@@ -62,8 +66,8 @@ class PartTrainer(OracleTrainer):
                     }
         return gradients
 
-    def _loss(self, leaves: Parameters, row: Microbatch, begin: int, end: int) -> Tensor:
-        """The loss whose gradient is that of positions [begin, end) of the row."""
+    def _loss(self, leaves: Parameters, row: Microbatch, begin: int, end: int) -> tuple[OracleGPT, Tensor]:
+        """The loss whose gradient is that of positions [begin, end) of the row, and the model that gave it."""
         first = 0
         for document in split_documents(row):
             last = first + document["tokens"].shape[1]
@@ -71,8 +75,9 @@ class PartTrainer(OracleTrainer):
                 break
             first = last
         assert end <= last, "a part crosses a document"
-        if (begin, end) == (first, last):
-            return masked_sum(OracleGPT(self.model.shape, frozen=self.model.frozen), leaves, document)
-        own = torch.zeros(1, last - first, dtype=torch.bool)
-        own[:, begin - first : end - first] = True
-        return masked_sum(OracleGPT(self.model.shape, own, self.model.frozen), leaves, document)
+        own = None
+        if (begin, end) != (first, last):
+            own = torch.zeros(1, last - first, dtype=torch.bool)
+            own[:, begin - first : end - first] = True
+        model = OracleGPT(self.model.shape, own, self.model.frozen)
+        return model, masked_sum(model, leaves, document)

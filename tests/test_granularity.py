@@ -42,8 +42,22 @@ TWO = [
     LayoutCase(2, 2, False, 2, 1, "gpt2", "adamw", granularity="token", reset_attention=True),
     LayoutCase(2, 2, True, 1, 1, "llama", "adamw", granularity="document", qk_layernorm=True),
     LayoutCase(2, 2, False, 3, 1, "gpt2", "sgd", granularity="token", qk_layernorm=True),
-    LayoutCase(2, 2, True, 2, 1, "llama", "sgd", granularity="token", recompute=True, experts=4),
-    LayoutCase(2, 1, False, 3, 1, "llama", "adamw", granularity="document", reset_attention=True, experts=4),
+    LayoutCase(
+        2, 2, True, 2, 1, "llama", "sgd", granularity="token", recompute=True, experts=4, balance="aux_loss"
+    ),
+    LayoutCase(
+        2,
+        1,
+        False,
+        3,
+        1,
+        "llama",
+        "adamw",
+        granularity="document",
+        reset_attention=True,
+        experts=4,
+        balance="seq_aux_loss",
+    ),
 ]
 FOUR = [
     LayoutCase(4, 2, True, 1, 2, "llama", "adamw", granularity="document", reset_attention=True, pp=2),
