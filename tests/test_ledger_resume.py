@@ -30,7 +30,7 @@ def test_a_resume_needs_the_same_targets_and_datasets(tmp_path: Path) -> None:
     other = description([{"name": "code", "index": 0, "idx_sha256": "bb"}])
     with pytest.raises(
         UserError,
-        match=r"dataset 0 .code. .* had an .idx file of SHA-256 aa, the resumed run has bb; resume with --data-path",
+        match=r"dataset 0 .code. .* had an .idx file of SHA-256 aa, the resumed run has bb; resume with the datasets as they were .--data-path.",
     ):
         open_ledger(tmp_path, other)
     with pytest.raises(UserError, match="has 1 dataset, the resumed run 3"):
@@ -53,7 +53,7 @@ def test_a_resume_needs_the_same_text_under_the_same_index(tmp_path: Path) -> No
     create_ledger(tmp_path / "one", one).close()
     with pytest.raises(
         UserError,
-        match=r"target 0 .code. .* had tokens of SHA-256 x, the resumed run has y; resume with --shapley-target",
+        match=r"target 0 .code. .* had tokens of SHA-256 x, the resumed run has y; resume with the targets as they were .--shapley-target.",
     ):
         open_ledger(tmp_path / "one", other)
 
@@ -105,7 +105,7 @@ def test_a_longer_run_goes_on_while_samples_mean_the_same(tmp_path: Path) -> Non
 )
 def test_a_resume_needs_the_same_kind_of_values(tmp_path: Path, flag: str, before: str, after: str) -> None:
     create_ledger(tmp_path, description()).close()
-    message = f"values of --shapley-{flag} {before}, the resumed run has {after}; resume with --shapley-{flag} {before},"
+    message = rf"values of {flag} {before}, the resumed run has {after}; resume with {flag} {before} .--shapley-{flag}.,"
     with pytest.raises(UserError, match=message):
         open_ledger(tmp_path, description(shapley={flag: after}))
     open_ledger(tmp_path, description(shapley={flag: before})).close()

@@ -81,12 +81,15 @@ def test_an_empty_ledger_reads_as_empty(tmp_path: Path) -> None:
     [
         (([0], [1], [64], np.ones((1, 3))), r"shape \(1, 3\), expected \(1, 2\)"),
         (([0, 1], [1], [64], np.ones((1, 2))), "2 datasets"),
-        (([len(DOMAINS)], [1], [64], np.ones((1, 2))), r"dataset indices 3\.\.3, but run.json lists 3"),
+        (
+            ([len(DOMAINS)], [1], [64], np.ones((1, 2))),
+            r"datasets 3 to 3, but the ledger was opened with 3 datasets",
+        ),
         (
             ([0], np.array([2**63], np.uint64), [64], np.ones((1, 2))),
             "sample number -9223372036854775808; numbers go",
         ),
-        (([70000], [1], [64], np.ones((1, 2))), r"dataset indices 70000\.\.70000"),
+        (([70000], [1], [64], np.ones((1, 2))), r"datasets 70000 to 70000"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(tmp_path: Path, arguments: tuple, message: str) -> None:

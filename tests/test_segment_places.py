@@ -281,9 +281,7 @@ def test_commands_on_whole_runs(runs: dict[str, Path], tmp_path: Path) -> None:
 
 def test_a_ledger_keeps_its_granularity(runs: dict[str, Path]) -> None:
     resumed = description(Ledger(runs["document"]).datasets, shapley={"granularity": "token"})
-    with pytest.raises(
-        UserError, match="holds values of --shapley-granularity document, the resumed run has token"
-    ):
+    with pytest.raises(UserError, match="holds values of granularity document, the resumed run has token"):
         open_ledger(runs["document"], resumed)
 
 

@@ -13,7 +13,7 @@ from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.checks import setting
 from inrun_megatron.wording import counted, flag_of
 
-# What is the same of each target and dataset, in the words of a message; and the flag that gives it.
+# What is the same of each target and dataset, in the words of a message; and the flag of launch/pretrain.py that gives it.
 _FILE = {"idx_sha256": "an .idx file of SHA-256", "bin_digest": "a .bin file of digest"}
 _TARGET = {
     "name": "the name",
@@ -54,14 +54,14 @@ def check_resumable(run: dict[str, Any], resumed: dict[str, Any]) -> None:
         before, after = (setting(of, name, default, group="shapley") for of in (run, resumed))
         if before != after:
             raise UserError(
-                f"the ledger of run {run['run_id']} holds values of --shapley-{name} {before}, the resumed run has "
-                f"{after}; resume with --shapley-{name} {before}, or choose another directory (--shapley-dir)"
+                f"the ledger of run {run['run_id']} holds values of {name} {before}, the resumed run has {after}; resume "
+                f"with {name} {before} (--shapley-{name}), or choose another directory (--shapley-dir)"
             )
 
 
 def _check_same(what: str, run: dict[str, Any], resumed: dict[str, Any], words: dict[str, str]) -> None:
     old, new, run_id = run[f"{what}s"], resumed[f"{what}s"], run["run_id"]
-    remedy = f"resume with {_GIVEN_BY[what]} as it was, or choose another directory (--shapley-dir)"
+    remedy = f"resume with the {what}s as they were ({_GIVEN_BY[what]}), or choose another directory (--shapley-dir)"
     if len(old) != len(new):
         raise UserError(
             f"the ledger of run {run_id} has {counted(len(old), what)}, the resumed run {len(new)}; {remedy}"

@@ -149,10 +149,12 @@ def _check_uncommitted(ledger: Ledger, parts: list[PartInfo]) -> Check:
 def check_datasets(ledger: Ledger) -> Check:
     """The datasets that rows refer to are still those of the run: sha256 of each .idx, and pieces of the .bin. Absent files
     are no fault."""
-    same, absent, changed = 0, [], []
+    same, absent, unrecorded, changed = 0, [], [], []
     for dataset in ledger.datasets:
         index, tokens = (Path(f"{dataset.get('path_prefix', '')}{suffix}") for suffix in (".idx", ".bin"))
-        if dataset.get("idx_sha256") is None or not index.is_file():
+        if dataset.get("idx_sha256") is None:  # an own loop may know no files
+            unrecorded.append(str(dataset.get("name")))
+        elif not index.is_file():
             absent.append(str(dataset.get("name")))
         elif sha256_of(index) != dataset["idx_sha256"]:
             changed.append(str(index))
@@ -160,10 +162,12 @@ def check_datasets(ledger: Ledger) -> Check:
             changed.append(str(tokens))
         else:
             same += 1
-    figures = {"same": same, "absent": absent, "changed": changed}
+    figures = {"same": same, "absent": absent, "unrecorded": unrecorded, "changed": changed}
     if changed:
         return Check("datasets", False, name_some("data files changed since the run:", changed), figures)
     detail = f"{counted(same, 'dataset')} unchanged since the run"
     if absent:
         detail += f"; not found from here: {', '.join(absent)}"
+    if unrecorded:
+        detail += f"; recorded without files: {', '.join(unrecorded)}"
     return Check("datasets", True, detail, figures)

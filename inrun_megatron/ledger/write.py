@@ -22,6 +22,7 @@ from inrun_megatron.ledger.schema import (
     RunDescription,
     StepRecord,
 )
+from inrun_megatron.wording import counted
 
 __all__ = [
     "LedgerWriter",
@@ -117,8 +118,8 @@ class LedgerWriter:
             )
         if n and not (block["dataset"].min() >= 0 and block["dataset"].max() < self._datasets):
             raise ValueError(
-                f"step {step}: dataset indices {block['dataset'].min()}..{block['dataset'].max()}, but run.json lists "
-                f"{self._datasets} datasets"
+                f"step {step}: samples are of datasets {block['dataset'].min()} to {block['dataset'].max()}, but the ledger was "
+                f"opened with {counted(self._datasets, 'dataset')}, counted from 0"
             )
         if n and block["sample"].min() < 0:
             raise ValueError(

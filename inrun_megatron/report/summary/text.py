@@ -101,6 +101,12 @@ def _targets(targets: Sequence[dict[str, Any]], out: Console) -> None:
         "each predicts for it to the order of the estimator; explained: their sum / change.",
         out,
     )
+    if any(target["first_loss"] is not None and not target["steps_judged"] for target in targets):
+        _say(
+            "The change over a scored step is known where the next step is scored as well. With --shapley-interval above 1 see "
+            "`inrun report`, where a scored step stands for all up to the next one.",
+            out,
+        )
 
 
 def _domains(summary: dict[str, Any], target: str, out: Console) -> None:
