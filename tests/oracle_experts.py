@@ -9,26 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BALANCE, Z = 0.05, 0.01
 
 
-def weights(logits: Tensor, topk: int) -> Tensor:
-    """What each expert's output counts, [b, s, E]: softmax over the k largest logits, 0 elsewhere."""
-    largest, chosen = logits.topk(topk, dim=-1)
-    return torch.zeros_like(logits).scatter(-1, chosen, largest.softmax(-1))
+def weights(logits: Tensor, chosen: Tensor) -> Tensor:
+    """What each expert's output counts, [b, s, E]: softmax over the logits of the `chosen` [b, s, k], 0 elsewhere."""
+    return torch.zeros_like(logits).scatter(-1, chosen, logits.gather(-1, chosen).softmax(-1))
 
 
-def mixture(logits: Tensor, topk: int, expert: Callable[[int, Tensor], Tensor]) -> Tensor:
+def mixture(logits: Tensor, chosen: Tensor, expert: Callable[[int, Tensor], Tensor]) -> Tensor:
     """`expert(e, weight [b, s, 1])` of all experts, added up."""
-    share = weights(logits, topk)
+    share = weights(logits, chosen)
     return torch.stack([expert(e, share[..., e : e + 1]) for e in range(logits.shape[-1])]).sum(0)
 
 
 def loads(routed: list[Tensor], topk: int) -> list[Tensor]:
     """Tokens of every expert, [b, E] for each layer."""
-    return [(weights(logits, topk) > 0).sum(1).double() for logits in routed]
+    return [F.one_hot(logits.topk(topk).indices, logits.shape[-1]).sum((1, 2)).double() for logits in routed]
 
 
 def balance(

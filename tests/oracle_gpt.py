@@ -215,6 +215,10 @@ class OracleGPT:
         weight, bias = parameters[f"{name}.weight"], parameters.get(f"{name}.bias")
         return self._use(lambda w, c: F.linear(hidden, w, c), weight, bias)
 
+    def chosen(self, logits: Tensor) -> Tensor:
+        """The experts of every token, [b, s, k], in the layer whose router gave logits [b, s, E]."""
+        return logits.topk(self.shape.topk, dim=-1).indices
+
     def _experts(self, parameters: Parameters, prefix: str, hidden: Tensor) -> Tensor:
         logits = self._linear(parameters, f"{prefix}.router", hidden)
         self.routed.append(logits)
@@ -222,7 +226,7 @@ class OracleGPT:
         def expert(e: int, weight: Tensor) -> Tensor:
             return self._mlp(parameters, f"{prefix}.experts.local_experts.{e}", hidden, weight)
 
-        output = mixture(logits, self.shape.topk, expert)
+        output = mixture(logits, self.chosen(logits), expert)
         if self.shape.shared_ffn is not None:
             shared = self._mlp(parameters, f"{prefix}.shared_experts", hidden)
             gate = parameters[f"{prefix}.shared_experts.gate_weight"]

@@ -95,3 +95,12 @@ def test_the_goals_of_the_path_estimators() -> None:
             assert max(record["sum_error"] for record in here) <= error
         here = [record for record in records if record["method"] == "SGD proxy"]
         assert min(record["pearson"] for record in here) < 0.99
+
+
+def test_held_routing_takes_the_jumps_out_of_a_mixture() -> None:
+    """As it is, the worst of `benchmarks.fidelity --only experts`: .70 at the drift point, .72 for the path estimator."""
+    case = step_game.Case("AdamW", "experts", 3.0, 0, (30,), 10, again=0, held=True)
+    found = [record for record in step_game.measure(case) if record["method"] in step_game.GOALS]
+    assert len(found) == 2 * len(step_game.GOALS)
+    for record in found:
+        assert record["pearson"] > step_game.GOALS[record["method"]] and record["noise"] < 0.02, record

@@ -31,6 +31,7 @@ from tests.montecarlo import MonteCarlo, OptimizerGame, compare, monte_carlo
 from tests.oracle import OptimizerSpec, OracleTrainer, target_gradient
 
 from .items import Item, Outcome, Table, collect
+from .routing import HeldRouting
 from .statistics import median
 from .training import METHODS, Method
 
@@ -56,6 +57,8 @@ class Case:
     permutations: int
     again: int = 200
     """Permutations where a goal is missed."""
+    held: bool = False
+    """Tokens of the targets keep the experts of the empty game's weights, Phi(0); training goes on as ever."""
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
@@ -65,8 +68,11 @@ def measure(case: Case) -> list[dict[str, Any]]:
     experiment = Experiment(Setting(case.kind, lr * case.rate), case.seed)
     experiment.trainer.optimizer = spec
     found = []
+    trainer = experiment.trainer
+    model = trainer.model
     for step, batch in experiment.at(case.steps):
-        trainer = experiment.trainer
+        if case.held:
+            trainer.model = HeldRouting(model.shape)
         game = OptimizerGame(trainer, batch, torch.float32)
         truth = monte_carlo(game, case.permutations, case.seed)
         gradients = game.clip * torch.cat([part.flatten(1) for part in game.samples.stacked.values()], 1)
@@ -77,6 +83,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
             better = monte_carlo(exact, case.again, case.seed + 1)
             for name, one in values.items():
                 here[name] |= {f"again_{key}": v for key, v in _against(one, better).items()}
+        trainer.model = model
         for name, columns in here.items():
             for k, target in enumerate(trainer.targets):
                 found.append(
@@ -85,6 +92,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
                         "shape": case.kind,
                         "rate": case.rate,
                         "seed": case.seed,
+                        "held": case.held,
                         "step": step,
                         "target": target.name,
                         "method": name,
@@ -156,17 +164,29 @@ def _step(trainer: OracleTrainer, name: str, method: Method) -> Step:
     )
 
 
-def run(pool: Executor, full: bool, *, kinds: Sequence[str] = ()) -> Outcome:
-    kinds = kinds or (("gpt2", "llama") if full else ("gpt2",))
+def run(pool: Executor, full: bool) -> Outcome:
+    return tabulate(_records(pool, full, ("gpt2", "llama") if full else ("gpt2",)))
+
+
+def run_experts(pool: Executor, full: bool) -> Outcome:
+    """Twice: as it is, and with the routing of the targets held."""
+    own, held = (_records(pool, full, ("experts",), held=held) for held in (False, True))
+    outcome, other = tabulate(own), tabulate(held)
+    for table in other.tables:
+        table.title = f"Routing held. {table.title}"
+    return Outcome([*outcome.tables, *other.tables], own + held, outcome.panels)
+
+
+def _records(pool: Executor, full: bool, kinds: Sequence[str], held: bool = False) -> list[dict[str, Any]]:
     seeds, permutations = (range(5), 100) if full else (range(1), 30)
     cases = [
-        Case(optimizer, kind, rate, seed, STEPS, permutations)
+        Case(optimizer, kind, rate, seed, STEPS, permutations, held=held)
         for seed in seeds
         for kind in kinds
         for rate in RATES
         for optimizer in OPTIMIZERS
     ]
-    return tabulate([record for found in collect(pool, measure, cases) for record in found])
+    return [record for found in collect(pool, measure, cases) for record in found]
 
 
 def tabulate(records: list[dict[str, Any]]) -> Outcome:
@@ -251,4 +271,4 @@ def _draw(axes: Axes, records: list[dict[str, Any]], optimizer: str) -> None:
 
 
 ITEM = Item("step", "Are the values the Shapley values of the real step?", run)
-EXPERTS = Item("experts", "Are they where tokens choose their experts?", partial(run, kinds=("experts",)))
+EXPERTS = Item("experts", "Are they where tokens choose their experts?", run_experts)
