@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from inrun_megatron.dots.late import LateDots
-from inrun_megatron.dots.routed import FEW, FEWEST, RoutedParts
+from inrun_megatron.dots.routed import FEW_PARTS, TOKENS_PER_PART, RoutedParts
 from inrun_megatron.dots.segments import Segments
 from inrun_megatron.taps.routing import Routed, Routing
 from tests.small_models import SEQUENCE
@@ -58,8 +58,10 @@ def test_dots_of_an_experts_parts(cut: str, targets: int) -> None:
     count = rows if segments is None else len(segments)
     parts = RoutedParts(part, routing.owners, sizes, count)
     if count > 1:
-        assert (parts._on_host is None) == (sum(sizes) < FEWEST * EXPERTS * count) == (cut == "tokens")
-    assert (count > FEW) == (cut in ("documents", "tokens"))
+        assert (
+            (parts._on_host is None) == (sum(sizes) < TOKENS_PER_PART * EXPERTS * count) == (cut == "tokens")
+        )
+    assert (count > FEW_PARTS) == (cut in ("documents", "tokens"))
     dots = torch.zeros(count, targets, dtype=torch.float64)
     late, expected = LateDots(dots), torch.zeros_like(dots)
     for expert, size in enumerate(sizes):

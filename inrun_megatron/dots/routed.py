@@ -25,9 +25,9 @@ from .segments import Segments, stretches
 
 # With fewer tokens than this to an expert's part the table of counts grows as large as what it counts, and tokens are projected
 # one by one, which is then cheaper anyway (cost.py).
-FEWEST = 4
+TOKENS_PER_PART = 4
 # So few parts are scored whether an expert sees tokens of each or not: all experts' and layers' dots are then added up together.
-FEW = ROWS_PER_ACCUMULATOR
+FEW_PARTS = ROWS_PER_ACCUMULATOR
 
 
 class RoutedParts:
@@ -54,7 +54,7 @@ class RoutedParts:
         self._orders = (self._order - to_device(starts, parts.device)[owners]).split(list(sizes))
         counts = torch.zeros(experts * count, dtype=torch.int64, device=parts.device)
         self._counts = counts.scatter_add_(0, cells, torch.ones_like(cells)).view(experts, count)
-        if len(parts) >= FEWEST * experts * count:
+        if len(parts) >= TOKENS_PER_PART * experts * count:
             self._on_host = Later(self._counts)
 
     def weight_gradient_and_dots(
@@ -96,7 +96,7 @@ class RoutedParts:
         """How each expert's tokens, in order, are cut, and into which of the parts (None: all of them)."""
         assert self._on_host is not None
         counts = self._on_host.read()
-        if self._count <= FEW:
+        if self._count <= FEW_PARTS:
             return [(segments, None) for segments in stretches(counts, self._device)]
         return [self._cut(own) for own in counts]
 

@@ -27,7 +27,7 @@ from inrun_megatron.taps import Taps, attach_taps
 from inrun_megatron.training.batches import Microbatch, to_device
 from inrun_megatron.training.checkpoint import Progress
 from inrun_megatron.training.engine import Trainer
-from inrun_megatron.training.run_ledger import describe, ledger_directory, open_run_ledger
+from inrun_megatron.training.ledger import describe, ledger_directory, open_run_ledger
 
 
 class Scoring:
