@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from inrun_megatron.errors import UserError
 from inrun_megatron.ledger import Ledger
 from inrun_megatron.parallel import Layout
 from tests.distributed import DistributedError, Workers, assert_cases, run_cases
@@ -86,7 +88,7 @@ def _train(rank: int, world: int, part: Part) -> dict[str, Any]:
     except Died:
         assert shapley.ledger is None
         return {**state, "said": said.getvalue()}
-    return {"run_id": ledger.run_id, "step": ledger._step}  # of the commit of close()
+    return ledger._state.to_dict()  # of the commit of close()
 
 
 def _require_whole(directory: Path, steps: int, rows: int) -> None:
@@ -114,15 +116,24 @@ def test_a_loop_that_died_goes_on_from_its_checkpoint(two_ranks: Workers, tmp_pa
     state, other = two_ranks.run(_train, Part(DATA, str(tmp_path), dies=True), timeout=300)
     assert "after step 4, up to step 5, is in no commit and is lost" in state.pop("said")
     assert "is lost" not in other.pop("said")
-    assert state == other == {"run_id": Ledger(tmp_path).run_id, "step": 4}
+    assert state == other and (state["run_id"], state["step"]) == (Ledger(tmp_path).run_id, 4)
     assert Ledger(tmp_path).last_step == 4
-    rest = Part(DATA, str(tmp_path), (5, 6), (), {**state, "step": 4})
+    rest = Part(DATA, str(tmp_path), (5, 6), (), state)
     assert [own["step"] for own in two_ranks.run(_train, rest, timeout=300)] == [6, 6]
     _require_whole(tmp_path, 6, 8)
     # From an earlier checkpoint: what was committed later is taken back.
-    again = Part(DATA, str(tmp_path), (3,), (), {**state, "step": 2})
-    two_ranks.run(_train, again, timeout=300)
-    _require_whole(tmp_path, 3, 8)
+    early = {**state, "step": 2, "commit": _identity(tmp_path, 2)}
+    two_ranks.run(_train, Part(DATA, str(tmp_path), (3, 4), (4,), early), timeout=300)
+    _require_whole(tmp_path, 4, 8)
+    # The commit of step 4 is another one now.
+    with pytest.raises(DistributedError, match="is not the one that the checkpoint follows"):
+        two_ranks.run(_train, rest, timeout=300)
+    _require_whole(tmp_path, 4, 8)
+
+
+def _identity(directory: Path, step: int) -> str:
+    """What a state of that commit carries."""
+    return str(json.loads((directory / f"shapley/commits/{step:010}.json").read_text())["identity"])
 
 
 def _refused(two_ranks: Workers, part: Part) -> str:
@@ -136,19 +147,26 @@ def test_what_is_refused_is_refused_by_all_ranks(two_ranks: Workers, tmp_path: P
     part = Part(DATA, str(tmp_path), (1, 2), ())
     [state, _] = two_ranks.run(_train, part, timeout=300)
     assert "AgreedError" in _refused(two_ranks, part)
-    assert "holds the ledger of run" in _refused(two_ranks, part)
+    assert "holds a ledger, up to step 2: give resume=" in _refused(two_ranks, part)
     other = Part(DATA, str(tmp_path), resume={**state, "run_id": "another"})
     assert "belongs to that of run another" in _refused(two_ranks, other)
     later = Part(DATA, str(tmp_path), resume={**state, "step": 9})
-    assert "ends at step 2, but the checkpoint follows its commit of step 9" in _refused(two_ranks, later)
-    assert "holds no ledger" in _refused(two_ranks, Part(DATA, str(tmp_path / "none"), resume=state))
-    unlike = {"ledger": state}
-    assert "is not what commit() returned" in _refused(two_ranks, Part(DATA, str(tmp_path), resume=unlike))
-    # Numbered from 1 again; and parts of samples in a ledger of whole ones.
-    assert "number the steps of a resumed run on" in _refused(
-        two_ranks, Part(DATA, str(tmp_path), (1,), (), state)
+    assert "has no commit of step 9, which the checkpoint follows, and ends at step 2" in _refused(
+        two_ranks, later
     )
+    assert "holds no ledger" in _refused(two_ranks, Part(DATA, str(tmp_path / "none"), resume=state))
+    for unlike in ({"ledger": state}, {**state, "step": "2"}, {**state, "step": -1}):
+        assert "is not what commit() returned" in _refused(
+            two_ranks, Part(DATA, str(tmp_path), resume=unlike)
+        )
+    # Numbered from 1 again; numbers left out; and parts of samples in a ledger of whole ones.
+    for number in (1, 4):
+        assert f"step {number} comes after step 2" in _refused(
+            two_ranks, Part(DATA, str(tmp_path), (number,), (), state)
+        )
     assert "granularity" in _refused(two_ranks, Part(DATA, str(tmp_path / "cut"), (1,), (), cut=True))
+    parts = Part(DATA, str(tmp_path / "parts"), (1,), (), granularity="token")
+    assert "come without segments=" in _refused(two_ranks, parts)
     assert "none of sample, document, token" in _refused(
         two_ranks, Part(DATA, str(tmp_path / "new"), granularity="row")
     )
@@ -163,6 +181,98 @@ def test_a_commit_after_steps_that_are_not_scored(two_ranks: Workers, tmp_path: 
     ledger = Ledger(tmp_path)
     assert state["step"] == 5 and all(check.ok for check in ledger.verify())
     assert sorted(set(ledger.values().to_table()["step"].to_pylist())) == [2, 4]
+
+
+def _misuses(rank: int, world: int, directory: str) -> list[str]:
+    """What the wrong uses of one rank or of both say, on this rank."""
+    from inrun_megatron import InRunShapley, RunLedger, ShapleyTarget
+    from inrun_megatron.errors import UserError
+    from inrun_megatron.models import token_losses
+
+    engine = build_engine(DATA)
+    layout = Layout.current()
+    given = [ShapleyTarget(t.name, share(t, layout, 2, pipeline=False), t.num_tokens) for t in DATA.targets()]
+    shapley = InRunShapley(engine, given, token_losses)
+    batches = [batch[layout.dp_rank] for batch in DATA.batches()]
+    said: list[str] = []
+
+    def train(number: int, *, dataset: int = 0, inside: Any = None, breaks: bool = False) -> None:
+        with shapley.step(number) as step:
+            if breaks:
+                raise Died
+            for m in batches[number - 1]:
+                with step.samples(m["dataset"] + dataset, m["sample"], m["loss_mask"]):
+                    forward_backward(engine, m)
+            if inside is not None:
+                inside()
+
+    def refused(call: Any) -> None:
+        with pytest.raises(UserError) as error:
+            call()
+        said.append(str(error.value))
+
+    resumes = [None, {"run_id": "a", "step": 0, "commit": None}]
+    refused(lambda: RunLedger(shapley, directory, ["synthetic"], resume=resumes[rank]))
+    refused(lambda: RunLedger(shapley, directory, ["synthetic"], granularity=("sample", "row")[rank]))
+    refused(lambda: RunLedger(shapley, directory, [("a", "b")[rank]]))
+    # Steps that no ledger knows: the numbers of the next one are its own.
+    train(5)
+    ledger = RunLedger(shapley, directory, ["synthetic"])
+    assert ledger.commit()["step"] == 0
+    refused(lambda: train(0))
+    train(1)
+    refused(lambda: train(1))
+    refused(lambda: train(3))
+    refused(lambda: train(2, inside=ledger.commit))
+    # What failed may come again, and what is committed meanwhile is what was finished.
+    with contextlib.suppress(Died):
+        train(2, breaks=True)
+    assert ledger.commit()["step"] == 1
+    train(2)
+    state = ledger.commit()
+    assert state["step"] == 2
+    refused(lambda: train(3, dataset=rank))
+    assert ledger.commit() == state
+    refused(shapley.close)
+    ledger.close()
+    ledger.close()
+    refused(ledger.commit)
+    train(4)
+    shapley.close()
+    return said
+
+
+def test_misuse_of_one_rank_is_told_by_all_and_loses_nothing(two_ranks: Workers, tmp_path: Path) -> None:
+    expected = [
+        "resume is None on rank 0 and ResumeState(",
+        "granularity 'row' is none of",
+        "granularity and datasets are",
+        "step 0: steps are numbered from 1",
+        "step 1 comes after step 1",
+        "step 3 comes after step 1",
+        "step 2 is not finished: commit after",
+        "samples are of datasets 1 to 1, but the ledger was opened with 1 dataset",
+        "a RunLedger keeps these values",
+        "was closed: make another",
+    ]
+    for said in two_ranks.run(_misuses, str(tmp_path), timeout=300):
+        assert len(said) == len(expected)
+        for found, wanted in zip(said, expected, strict=True):
+            assert wanted in found
+    _require_whole(tmp_path, 2, 8)
+
+
+def test_a_start_of_pretrain_leaves_the_ledger_of_an_own_loop(two_ranks: Workers, tmp_path: Path) -> None:
+    """It has no checkpoint that says whose it is."""
+    from inrun_megatron.ledger.belongs import ResumePoint, require_own
+    from inrun_megatron.ledger.description import Starts
+    from inrun_megatron.ledger.run import open_ledger
+
+    two_ranks.run(_train, Part(DATA, str(tmp_path), (1, 2), ()), timeout=300)
+    with open_ledger(tmp_path / "shapley") as ledger:
+        starts = Starts(ledger.directory, ledger.run)
+        with pytest.raises(UserError, match="of a loop of its own, but no checkpoint is loaded"):
+            require_own(ledger, starts, ResumePoint(), save=None, train_iters=9)
 
 
 def _commits_again(rank: int, world: int, directory: str) -> list[str]:

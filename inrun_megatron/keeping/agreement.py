@@ -41,6 +41,15 @@ def all_ranks(check: Callable[[], T]) -> T:
     return outcome  # type: ignore[return-value]
 
 
+def require_same(what: str, value: object, remedy: str) -> None:
+    """AgreedError on every rank unless `value` is the same on all. Collective over the world."""
+    values: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise AgreedError(f"{what} {values[0]!r} on rank 0 and {other!r} on rank {rank}: {remedy}")
+
+
 def rank0_then_all(check: Callable[[], T]) -> T:
     """`check()` on rank 0 only; its result, or its UserError as AgreedError, on every rank."""
     holder: list[T | None] = [all_ranks(lambda: check() if dist.get_rank() == 0 else None)]

@@ -47,16 +47,16 @@ class Commits:
                 self._writer.hand_over()
         self._cast_vote()
 
-    def now(self, iteration: int, checkpoint: str | None, *, always: bool = False) -> None:
+    def now(self, iteration: int, checkpoint: str | None, *, identity: str | None = None) -> None:
         """Commit everything up to `iteration` and wait for it: before the checkpoint `checkpoint`, and at the end.
 
-        `always`: there is a record even if nothing was scored and no checkpoint follows."""
+        `identity`, of rank 0: there is a record of that name even if nothing was scored and no checkpoint follows."""
         self._read_vote()
         self._due = None
         parts: list[PartInfo] = all_ranks(
             lambda: self._writer.write_parts() if self._writer is not None else []
         )
-        self._name_parts(iteration, checkpoint, parts, always=always)
+        self._name_parts(iteration, checkpoint, parts, identity)
 
     def close(self) -> None:
         """End the writing threads; at the end of a run that went well."""
@@ -65,7 +65,11 @@ class Commits:
             self._writer.close()
 
     def _name_parts(
-        self, step: int, checkpoint: str | None, own: list[PartInfo] | None = None, *, always: bool = False
+        self,
+        step: int,
+        checkpoint: str | None,
+        own: list[PartInfo] | None = None,
+        identity: str | None = None,
     ) -> None:
         """Rank 0 writes the commit: on its thread, or here and now where a list of parts is given."""
         wait = own is not None
@@ -76,8 +80,8 @@ class Commits:
         parts = [part for written in gathered for part in written or []]
 
         def name_them() -> None:
-            if parts or checkpoint is not None or always:
-                commit(self._directory, step, parts, checkpoint)
+            if parts or checkpoint is not None or identity is not None:
+                commit(self._directory, step, parts, checkpoint, identity)
 
         if wait:
             all_ranks(lambda: name_them() if dist.get_rank() == 0 else None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -25,9 +26,11 @@ from ..ledger.commit_records import commit_files, step_of
 from ..ledger.description import Starts
 from ..ledger.schema import DEFAULT_SUBDIRECTORY, RunDescription
 from ..ledger.write import LedgerWriter, OpenLedger, create_ledger, open_ledger, rollback
-from .agreement import all_ranks, rank0_then_all
+from .agreement import all_ranks, rank0_then_all, require_same
 from .commits import Commits
 from .description import coverage_of_model, sizes, versions
+from .finished_steps import FinishedSteps
+from .resume_state import ResumeState
 
 if TYPE_CHECKING:
     from ..shapley.in_run import InRunShapley
@@ -37,6 +40,8 @@ GRANULARITIES = ("sample", "document", "token")
 
 class RunLedger:
     """Keeps every value of ``shapley``'s steps from here on. Every method is a collective over the world.
+
+    Every optimizer step goes through ``shapley.step``, numbered one after the other.
 
     Args:
         shapley: ``InRunShapley`` or ``PipelineShapley``.
@@ -62,14 +67,15 @@ class RunLedger:
         configuration: Mapping[str, Any] | None = None,
     ) -> None:
         layout = shapley.layout
-        self.directory = Path(directory) / DEFAULT_SUBDIRECTORY
-        if granularity not in GRANULARITIES:
-            raise UserError(f"granularity {granularity!r} is none of {', '.join(GRANULARITIES)}")
-        all_ranks(lambda: _require_free(shapley))
-        after = 0 if resume is None else _step_of(resume)
+        self.directory = Path(directory).absolute() / DEFAULT_SUBDIRECTORY
+        table, state = all_ranks(lambda: _checked(shapley, datasets, granularity, resume))
+        require_same("resume is", state, "all ranks load the same checkpoint")
+        require_same("granularity and datasets are", (granularity, table), "give all ranks the same")
         description = RunDescription(
-            targets=[{"name": target.name} for target in shapley.targets],
-            datasets=_table(datasets),
+            targets=[
+                {"name": target.name, "num_tokens": float(target.num_tokens)} for target in shapley.targets
+            ],
+            datasets=table,
             configuration=_settings(shapley, granularity, configuration or {}),
             versions=versions(),
             layout=sizes(layout),
@@ -78,61 +84,69 @@ class RunLedger:
         self._shapley = shapley
         self._writer: LedgerWriter | None = None
         self._held: OpenLedger | None = None
+        self._closed = self._failed = False
+        self._steps = FinishedSteps(self.directory, 0 if state is None else state.step)
         first = dist.get_rank() == 0
         try:
-            self._held = all_ranks(lambda: self._open(description, resume) if first else None)
+            self._held = all_ranks(lambda: self._open(description, state) if first else None)
             run_id = rank0_then_all(lambda: None if self._held is None else self._held.run_id)
             self._writer = all_ranks(
                 lambda: (
-                    LedgerWriter(self.directory, layout.dp_rank, after=after, whole=granularity == "sample")
+                    LedgerWriter(self.directory, layout.dp_rank, cut=granularity != "sample")
                     if layout.writes_ledger
                     else None
                 )
             )
+            # Every rank sees the directory: now something may be taken back.
+            all_ranks(lambda: self._take_back(description, state) if state is not None else None)
         except BaseException:
             self._let_go()
             raise
         self._commits = Commits(self.directory, self._writer, shapley.device)
-        self.run_id, self._step = str(run_id), after  # of the last commit
-        self._failed = False
-        shapley.ledger = self._writer
+        self._state = state or ResumeState(str(run_id), 0, None)  # of the last commit
+        shapley.ledger, shapley.keeper = self._writer, self._steps
         atexit.register(self._say_what_is_lost)
 
-    def _open(self, description: RunDescription, resume: Mapping[str, Any] | None) -> OpenLedger:
-        if resume is None:
+    @property
+    def run_id(self) -> str:
+        """Of the ledger, over all resumes."""
+        return self._state.run_id
+
+    def _open(self, description: RunDescription, state: ResumeState | None) -> OpenLedger:
+        """Hold the directory; nothing of an existing ledger is changed. Rank 0."""
+        if state is None:
             try:
                 return create_ledger(self.directory, description)
             except UserError as error:
-                if f"{self.directory} holds the ledger" in str(error) and not commit_files(self.directory):
-                    remedy = "it has no commit, of a run that died early: remove it to begin anew"
-                    raise UserError(f"{error} ({remedy})") from error
-                raise
+                if f"{self.directory} holds the ledger" not in str(error):
+                    raise
+                last = max((step_of(path) for path in commit_files(self.directory)), default=0)
+                raise UserError(
+                    f"{self.directory} holds a ledger, up to step {last}: give resume= what commit() returned before the checkpoint "
+                    f"that is loaded; of a run that left no checkpoint, remove the directory to begin anew"
+                ) from error
         ledger = open_ledger(self.directory, description)
         try:
-            step, own = _step_of(resume), str(resume["run_id"])
-            if ledger.run_id != own:
-                raise UserError(
-                    f"{self.directory} holds the ledger of run {ledger.run_id}, but the checkpoint belongs to that of run {own}: "
-                    f"give the directory of that run, or resume=None and another directory"
-                )
-            last = max((step_of(path) for path in commit_files(self.directory)), default=0)
-            if last < step:
-                raise UserError(
-                    f"{self.directory} ends at step {last}, but the checkpoint follows its commit of step {step}: restore the "
-                    f"ledger from a copy, or give resume=None and another directory"
-                )
-            if last > step:
-                print(
-                    f"{self.directory}: values of steps {step + 1} to {last} are taken back, as these steps come again",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            rollback(self.directory, step)
-            Starts(self.directory, ledger.run).append(step, description)
+            state.require(self.directory, ledger.run_id)
+            Starts(self.directory, ledger.run)  # refuses a damaged file
         except BaseException:
             ledger.close()
             raise
         return ledger
+
+    def _take_back(self, description: RunDescription, state: ResumeState) -> None:
+        """Go on after ``state``: what was committed later is removed. Rank 0 does it."""
+        if self._held is None:
+            return
+        last = max((step_of(path) for path in commit_files(self.directory)), default=0)
+        rollback(self.directory, state.step)
+        if last > state.step:
+            print(
+                f"{self.directory}: values of steps {state.step + 1} to {last} were taken back, as these steps come again",
+                file=sys.stderr,
+                flush=True,
+            )
+        Starts(self.directory, self._held.run).append(state.step, description)
 
     def commit(self, checkpoint: str | None = None) -> dict[str, Any]:
         """Every finished step becomes part of the ledger; returns when that is durable. Before a checkpoint is saved.
@@ -146,22 +160,35 @@ class RunLedger:
             What ``resume`` takes: save it in the checkpoint.
 
         Raises:
-            UserError: a file system refuses, on every rank; the ledger is then what it was at the last commit, for good.
+            UserError: a file system refuses, on every rank; the ledger is then what it was at the last commit, for good. Or a
+                step is not finished, or not on all ranks.
         """
+        all_ranks(self._require_open)
+        remedy = "an error on one of them is not to be caught; start again from the last checkpoint"
+        require_same("the last finished step is", self._steps.finished, remedy)
+        step = self._steps.finished
+        if step > self._state.step:
+            identity = rank0_then_all(lambda: uuid.uuid4().hex)
+            self._failed = True
+            self._commits.now(step, checkpoint, identity=identity)
+            self._failed, self._state = False, ResumeState(self.run_id, step, identity)
+        self._shapley.expire_direction()
+        return self._state.to_dict()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UserError(f"{self.directory} was closed: make another RunLedger with resume=")
         if self._failed:
             raise UserError(
                 f"{self.directory}: a commit has failed, and its values are lost: start again from the last checkpoint"
             )
-        step = self._shapley.iteration
-        if step > self._step:
-            self._failed = True
-            self._commits.now(step, checkpoint, always=True)
-            self._failed, self._step = False, step
-        self._shapley.expire_direction()
-        return {"run_id": self.run_id, "step": self._step}
+        if self._steps.running is not None:
+            raise UserError(f"step {self._steps.running} is not finished: commit after its `with` block")
 
     def close(self) -> None:
-        """Commit what is left, and release the directory."""
+        """Commit what is left, and release the directory. Again: nothing."""
+        if self._closed:
+            return
         try:
             self.commit()
         finally:
@@ -169,9 +196,13 @@ class RunLedger:
 
     def _say_what_is_lost(self) -> None:
         """At the end of a loop that did not close, or not in peace."""
-        if self._writer is not None and self._writer.writer == 0 and self._writer.last_step > self._step:
+        if (
+            self._writer is not None
+            and self._writer.writer == 0
+            and self._writer.last_step > self._state.step
+        ):
             print(
-                f"{self.directory}: what was scored after step {self._step}, up to step {self._writer.last_step}, is in no "
+                f"{self.directory}: what was scored after step {self._state.step}, up to step {self._writer.last_step}, is in no "
                 f"commit and is lost (close() commits what is left)",
                 file=sys.stderr,
                 flush=True,
@@ -179,9 +210,10 @@ class RunLedger:
 
     def _let_go(self) -> None:
         atexit.unregister(self._say_what_is_lost)
+        if self._shapley.keeper is self._steps:
+            self._shapley.ledger = self._shapley.keeper = None
+        self._closed = True
         if self._writer is not None:
-            if self._shapley.ledger is self._writer:
-                self._shapley.ledger = None
             self._writer.close()
         if self._held is not None:
             self._held.close()
@@ -198,26 +230,23 @@ class RunLedger:
             self._let_go()
 
 
-def _require_free(shapley: InRunShapley) -> None:
-    """Ranks that write know."""
-    if shapley.ledger is not None:
+def _checked(
+    shapley: InRunShapley,
+    datasets: Sequence[str | Mapping[str, Any]],
+    granularity: str,
+    resume: Mapping[str, Any] | None,
+) -> tuple[list[dict[str, Any]], ResumeState | None]:
+    """What this rank was given: the table of datasets, and where to go on."""
+    if shapley.ledger is not None or shapley.keeper is not None:
         raise UserError("these values are kept in a ledger already: close() it first")
-
-
-def _step_of(resume: Mapping[str, Any]) -> int:
-    """Looked at on every rank, before one of them opens anything."""
-    if not isinstance(resume, Mapping) or not {"run_id", "step"} <= resume.keys():
-        raise UserError(f"resume={resume!r} is not what commit() returned, a mapping with run_id and step")
-    return int(resume["step"])
-
-
-def _table(datasets: Sequence[str | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if granularity not in GRANULARITIES:
+        raise UserError(f"granularity {granularity!r} is none of {', '.join(GRANULARITIES)}")
     given = [] if isinstance(datasets, str) else list(datasets)
     table = [{"index": i, **({"name": d} if isinstance(d, str) else d)} for i, d in enumerate(given)]
     names = [str(dataset.get("name", "")) for dataset in table]
     if not names or len(set(names)) < len(names):
         raise UserError(f"datasets={datasets!r} is no list of distinct names")
-    return table
+    return table, None if resume is None else ResumeState.of(resume)
 
 
 def _settings(

@@ -61,15 +61,17 @@ def require_own(
         return
     theirs = setting(starts.last(), "save", group="checkpoint")
     saved = [name for step, name in commits if step < last and name is not None]
-    ends = {train_iters, setting(starts.last(), "train_iters", group="training")}
+    until = setting(starts.last(), "train_iters", group="training")
     if save is not None and theirs is not None and Path(theirs).resolve() != Path(save).resolve():
         why = f"of --save {theirs}"
     elif before:
         why = f"with rows up to step {point.step}"
-    elif last in ends:
+    elif last in {train_iters, until}:
         why = f"finished after step {last}"
     elif saved:
         why = f"that has saved {saved[-1]}"
+    elif until is None and commits:
+        why = "of a loop of its own"  # which need not name its checkpoints
     else:
         return  # a crash before the first checkpoint leaves no more
     found = f"the checkpoint of step {point.step} is not its own" if point.step else "no checkpoint is loaded"

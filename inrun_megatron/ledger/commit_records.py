@@ -18,11 +18,12 @@ from inrun_megatron.ledger.schema import COMMITS, PartInfo, commit_name
 @dataclass(frozen=True)
 class CommitRecord:
     """step: that rows are committed up to; parts: that it added; follows: step of the record before it, 0 for the first, None
-    where a ledger of an earlier version does not say."""
+    where a ledger of an earlier version does not say; identity: of the commit, None where its writer gave none."""
 
     step: int
     parts: list[PartInfo]
     follows: int | None
+    identity: str | None = None
 
 
 @dataclass
@@ -49,7 +50,9 @@ def read_commit(path: Path) -> CommitRecord:
     try:
         follows: Any = record.get("follows")
         parts = [PartInfo.from_dict(part) for part in record["parts"]]
-        found = CommitRecord(int(record["step"]), parts, None if follows is None else int(follows))
+        found = CommitRecord(
+            int(record["step"]), parts, None if follows is None else int(follows), record.get("identity")
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a commit record ({error!r}); restore it from a copy") from error
     if path.name != Path(commit_name(found.step)).name:

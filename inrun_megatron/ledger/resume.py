@@ -20,6 +20,7 @@ _TARGET = {
     **_FILE,
     "sequences": "this number of sequences:",
     "tokens_sha256": "tokens of SHA-256",
+    "num_tokens": "this number of loss tokens:",
 }
 _DATASET = {"name": "the name", "index": "the number", **_FILE, "weight": "the weight"}
 _GIVEN_BY = {"target": "--shapley-target", "dataset": "--data-path"}

@@ -124,14 +124,18 @@ def open_ledger(directory: Path | str, description: RunDescription | None = None
 
 
 def commit(
-    directory: Path | str, step: int, parts: Iterable[PartInfo], checkpoint: str | None = None
+    directory: Path | str,
+    step: int,
+    parts: Iterable[PartInfo],
+    checkpoint: str | None = None,
+    identity: str | None = None,
 ) -> Path:
     """Make `parts` (of all writers, since the last commit) part of the ledger, up to and including `step`.
     Rank 0 only.
 
     Every part is durable before this is called; the commit itself is one atomic rename of
     commits/<step>.json. Call it before the checkpoint of `step` is saved. A second commit of the same step
-    adds to the first. Many small parts are merged first (merge.py).
+    adds to the first. `identity` tells it from another commit of the same step, of a run that was taken back. Many small parts are merged first (merge.py).
 
     Raises UserError when a part is not visible from this host (a --shapley-dir that the nodes do not share),
     belongs to later steps than `step`, or the file system refuses.
@@ -155,6 +159,7 @@ def commit(
         "created": now(),
         "parts": previous.get("parts", []) + [part.to_dict() for part in new if part.file not in known],
         "checkpoint": checkpoint if checkpoint is not None else previous.get("checkpoint"),
+        "identity": identity if identity is not None else previous.get("identity"),
     }
     write_json(path, record)
     remove(directory, replaced)

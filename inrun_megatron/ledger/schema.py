@@ -24,6 +24,9 @@ LOCK_FILE = "LOCK"
 VALUES, STEPS, COMMITS = "values", "steps", "commits"
 DEFAULT_SUBDIRECTORY = "shapley"
 
+MAXIMUM_DATASETS = 1 << 15
+"""Of the column `dataset`, int16."""
+
 SCORED = "scored"
 CURRENT, DRIFT = "current", "drift"
 
@@ -149,11 +152,16 @@ class RunDescription:
     run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of run.json. Raises UserError on target names that are missing or not distinct."""
+        """The content of run.json. Raises UserError on target names that are missing or not distinct, and on more datasets
+        than rows can number."""
         names = [str(target.get("name", "")) for target in self.targets]
         if not names or "" in names or len(set(names)) != len(names):
             raise UserError(
                 f"targets need distinct, non-empty names, got {names}; rename them in --shapley-target"
+            )
+        if len(self.datasets) > MAXIMUM_DATASETS:
+            raise UserError(
+                f"{len(self.datasets):,} datasets: rows number {MAXIMUM_DATASETS:,} at most; put several into one"
             )
         return {
             "schema_version": SCHEMA_VERSION,

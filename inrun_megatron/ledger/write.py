@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike
 
+from inrun_megatron.errors import UserError
 from inrun_megatron.ledger.background import Background
 from inrun_megatron.ledger.description import read_run
 from inrun_megatron.ledger.parts import Block, PartWriter
@@ -53,7 +54,7 @@ class LedgerWriter:
     writer: this rank's number among the writers; unique, 0 for the one that also writes the steps.
     buffer_rows: upper bound of rows that are buffered, up to one step's rows more. In all, buffered and waiting
     for the file system, a writer holds at most 1 + BACKLOG_BUFFERS times as many.
-    after: steps up to this one are in the ledger, and refused. whole: samples are not cut; parts of them are refused.
+    cut: whether samples are cut into parts; samples that are not, or are, are refused. None: not looked at.
 
     Nothing reaches a reader before `commit`. Raises UserError when the directory holds no ledger of this
     schema.
@@ -65,8 +66,7 @@ class LedgerWriter:
         writer: int,
         buffer_rows: int = BUFFER_ROWS,
         *,
-        after: int = 0,
-        whole: bool = False,
+        cut: bool | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.writer = writer
@@ -78,12 +78,35 @@ class LedgerWriter:
         self._blocks: list[Block] = []
         self._buffered = 0
         self._last_step = self._last_record = 0
-        self._after, self._whole = after, whole
+        self._cut = cut
         self._records: list[StepRecord] = []
         self._parts = PartWriter(self.directory, writer, self.run_id, self.targets)
         self._written: list[PartInfo] = []  # by the thread
         self._lock = threading.Lock()  # of _written
         self._thread = Background(f"ledger-writer-{writer}", BACKLOG_BUFFERS * buffer_rows)
+
+    def require(self, step: int, dataset: ArrayLike, sample: ArrayLike, cut: bool) -> None:
+        """UserError where samples of `step` cannot be rows: a dataset index that run.json lacks, sample numbers that are no
+        integers or below 0; or are cut into parts where the ledger is of whole samples, or the other way round."""
+        datasets, samples = np.asarray(dataset).reshape(-1), np.asarray(sample).reshape(-1)
+        if len(datasets) and not (datasets.min() >= 0 and datasets.max() < self._datasets):
+            raise UserError(
+                f"step {step}: samples are of datasets {datasets.min()} to {datasets.max()}, but the ledger was opened with "
+                f"{counted(self._datasets, 'dataset')}, counted from 0"
+            )
+        if len(samples) and samples.dtype.kind not in "iu":
+            raise UserError(f"step {step}: sample numbers are of type {samples.dtype}: give integers")
+        if len(samples) and not (samples.min() >= 0 and samples.max() < 2**63):
+            raise UserError(
+                f"step {step}: sample numbers {samples.min()} to {samples.max()}; numbers go from 0 to 2**63 - 1 (a hash of 64 bits does not fit: "
+                f"take it modulo 2**63)"
+            )
+        if self._cut is not None and cut != self._cut:
+            raise UserError(
+                f"step {step}: the samples come {'with' if cut else 'without'} segments=, but the ledger is one of "
+                f"{'parts' if self._cut else 'whole samples'}: give RunLedger granularity="
+                f"{'document or token' if cut else 'sample, or samples() segments'}"
+            )
 
     def append(
         self,
@@ -97,9 +120,9 @@ class LedgerWriter:
         """Buffer n samples of `step`: dataset [n], sample [n], tokens [n] (loss tokens), values [n, K] in
         nats, segment [n] (part of the sample, 0 where samples are not cut). Touches no file.
 
-        Steps may not go back. Raises ValueError on shapes that do not fit, on a dataset index that
-        run.json lacks, and on sample numbers below 0 or beyond int64.
+        Steps may not go back. Raises ValueError on shapes that do not fit, and UserError as `require` does.
         """
+        self.require(step, dataset, sample, bool(self._cut))
         block: Block = {
             "dataset": np.asarray(dataset).reshape(-1),
             "sample": np.asarray(sample, dtype=np.int64).reshape(-1),
@@ -115,25 +138,6 @@ class LedgerWriter:
             raise ValueError(
                 f"step {step}: values have shape {block['value'].shape}, expected {expected} = [samples, targets], with "
                 f"{len(block['dataset'])} datasets and {len(block['tokens'])} token counts"
-            )
-        if n and not (block["dataset"].min() >= 0 and block["dataset"].max() < self._datasets):
-            raise ValueError(
-                f"step {step}: samples are of datasets {block['dataset'].min()} to {block['dataset'].max()}, but the ledger was "
-                f"opened with {counted(self._datasets, 'dataset')}, counted from 0"
-            )
-        if n and block["sample"].min() < 0:
-            raise ValueError(
-                f"step {step}: sample number {block['sample'].min()}; numbers go from 0 to 2**63 - 1 (a hash of 64 bits does "
-                "not fit: take it modulo 2**63)"
-            )
-        if self._whole and block["segment"].any():
-            raise ValueError(
-                f"step {step}: segments= cut the samples, but the ledger is one of whole samples: give it granularity=document "
-                f"or token"
-            )
-        if step <= self._after:
-            raise ValueError(
-                f"step {step} is in the ledger, which goes on after step {self._after}: number the steps of a resumed run on"
             )
         if step < self._last_step:
             raise ValueError(f"step {step} appended after step {self._last_step}; steps may not go back")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,13 @@ from .refresh import RefreshSchedule, require_refresh
 from .result import ShapleyTarget
 from .row_watch import require_rows_apart
 from .scored_step import ScoredStep
+
+
+class Keeper(Protocol):
+    """Whoever keeps the values of all steps: ``RunLedger``."""
+
+    def during(self, iteration: int) -> AbstractContextManager[None]:
+        """Step ``iteration`` happens inside; it is finished where no exception leaves the block."""
 
 
 class InRunShapley:
@@ -125,6 +132,7 @@ class InRunShapley:
         self.probe = AdditivityProbe(self.adapter, self.directions, *along)
         self.rows_apart: bool | None = None  # not looked at yet
         self.iteration = 0  # of the newest step
+        self.keeper: Keeper | None = None
 
     def _make_passes(self, loss_fn: Any) -> Passes:
         """Once nothing is refused any more."""
@@ -143,11 +151,16 @@ class InRunShapley:
             iteration: number of the step, from 1.
             microbatches: the step's microbatches of this rank on the device, for the path estimators.
         """
-        step = ScoredStep(self, iteration)
-        if iteration % self.interval == 0:
-            step.prepare(microbatches)
-        yield step
-        step.finish()
+        with self.kept(iteration):
+            step = ScoredStep(self, iteration)
+            if iteration % self.interval == 0:
+                step.prepare(microbatches)
+            yield step
+            step.finish()
+
+    def kept(self, iteration: int) -> AbstractContextManager[None]:
+        """Around step ``iteration``: whoever keeps the values must know that it has begun, and whether it was finished."""
+        return nullcontext() if self.keeper is None else self.keeper.during(iteration)
 
     def require_rows_apart(self) -> None:
         """At the first scored step: see row_watch.py."""
@@ -161,7 +174,13 @@ class InRunShapley:
         self.refresh.expire()
 
     def close(self) -> None:
-        """Take taps and hooks out of the model and the optimizer."""
+        """Take taps and hooks out of the model and the optimizer.
+
+        Raises:
+            UserError: a ``RunLedger`` keeps the values: close it before.
+        """
+        if self.keeper is not None:
+            raise UserError("a RunLedger keeps these values: close() it before InRunShapley")
         self.probe.remove()
         self.preparation.remove()
         self.taps.detach()

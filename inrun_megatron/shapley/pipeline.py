@@ -95,16 +95,17 @@ class PipelineShapley(InRunShapley):
             iteration: number of the step, from 1.
             microbatches: as for ``train_batch``, for the path estimators.
         """
-        step = PipelineStep(self, iteration)
-        if iteration % self.interval == 0:
-            step.prepare(microbatches)
-        yield step
-        step.finish()
+        with self.kept(iteration):
+            step = PipelineStep(self, iteration)
+            if iteration % self.interval == 0:
+                step.prepare(microbatches)
+            yield step
+            step.finish()
 
     def close(self) -> None:
         """Take taps, hooks and the schedule out of the engine."""
-        self.pipeline.remove()
         super().close()
+        self.pipeline.remove()
 
 
 class PipelineStep(ScoredStep):

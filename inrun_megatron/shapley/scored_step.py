@@ -32,6 +32,8 @@ from .passes import Microbatch
 from .result import StepResult
 from .rows import StepRows
 from .step_checks import (
+    raise_anywhere,
+    refusal,
     refuse_stages_credits,
     require_one_factor,
     require_one_step,
@@ -71,6 +73,7 @@ class ScoredStep:
         self._early = 0  # microbatches until the engine stepped, if further ones went through samples()
         self._factor = 1.0  # of values from an older direction
         self._samples = 0  # of all replicas, whose microbatches may differ in size
+        self._refused: str | None = None  # why the ledger cannot take this rank's samples
         # Read before engine.step(), which may move the schedule on.
         self._lr = float(owner.adapter.inner.param_groups[0]["lr"])
 
@@ -159,6 +162,8 @@ class ScoredStep:
         """What takes the dots of a further microbatch (arguments as of ``samples``); to be flushed after its backward."""
         self.owner.directions.rewind()
         rows = self._rows.add(dataset, sample, tokens, segments)
+        # Of this rank alone, perhaps: all raise it at the step's end.
+        self._refused = self._refused or refusal(self.owner.ledger, self.iteration, rows)
         self._scorers.append(RowScorer(self.owner.directions, rows.dots, rows.segments))
         return self._scorers[-1]
 
@@ -186,9 +191,9 @@ class ScoredStep:
             clip = owner.adapter.clip_coefficients(
                 torch.zeros((), device=owner.device) if norm is None else norm
             )
-            scores = figures = along = samples = tokens = None
+            scores = figures = along = counts = tokens = None
             if result.scored:
-                scores, figures, along, samples = self._sum_scores(clip)
+                scores, figures, along, counts = self._sum_scores(clip)
                 tokens = self._rows.unread()
             else:
                 owner.probe.disarm()
@@ -201,7 +206,7 @@ class ScoredStep:
             scores=scores,
             figures=figures,
             along=along,
-            samples=samples,
+            counts=counts,
             tokens=tokens,
         )
         started = time.perf_counter()
@@ -225,7 +230,10 @@ class ScoredStep:
                 stepped=result.gradient_norm,
                 along=float(read["along"]),
             )
-        self._samples = round(float(read["samples"]))
+        samples, refused = read["counts"].tolist()
+        if refused:
+            raise_anywhere(self._refused)
+        self._samples = round(samples)
         self._rows.read(read["tokens"])
         self._fill_values(torch.from_numpy(read["scores"]), read["figures"].tolist())
         if not result.scored:  # what spoiled this step's values may be in its directions
@@ -234,7 +242,8 @@ class ScoredStep:
     def _sum_scores(self, clip: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Values of all parts ``[parts, K]``; over all ranks ``[4, K]``: sums, ``<d, c_t G_t>``, the drift terms, with stages
         four rows more, sums of this step's factors and of their squares; of path estimators, ``<p, c_t G_t> / |p|^2``
-        with the p that was integrated along: 1 if it is what is stepped; and the number of samples of all replicas."""
+        with the p that was integrated along: 1 if it is what is stepped; and ``[2]``, the number of samples of all replicas and of
+        the ranks whose samples the ledger refuses."""
         owner, layout = self.owner, self.owner.layout
         for scorer in self._scorers:  # of backwards that ran outside their ``samples`` block
             scorer.flush()
@@ -254,15 +263,16 @@ class ScoredStep:
             credit = self.result.credit_factor or 0.0
             factors = (self._factor, self._factor**2, credit, credit**2)
             rows += [torch.full_like(scores[0], factor) for factor in factors]
-        own = self._rows.samples if layout.writes_ledger else 0
+        own = (self._rows.samples if layout.writes_ledger else 0, self._refused is not None)
         # All of them, and the path, need sums over all ranks: one small all-reduce.
-        sums = torch.cat([*rows, products[targets:], scores.new_full((1,), own)])
+        counts = [scores.new_full((1,), float(count)) for count in own]
+        sums = torch.cat([*rows, products[targets:], *counts])
         dist.all_reduce(sums)
         figures = sums[: len(rows) * targets].view(len(rows), targets)
         if self._path_norm is None:
-            return scores, figures, None, sums[-1]
+            return scores, figures, None, sums[-2:]
         path = self._path_norm * owner.adapter.clip_coefficients(self._path_norm)
-        return scores, figures, sums[-2] / path.square(), sums[-1]
+        return scores, figures, sums[-3] / path.square(), sums[-2:]
 
     def _fill_values(self, scores: Tensor, figures: list[list[float]]) -> None:
         """What ``_sum_scores`` made, on the host."""

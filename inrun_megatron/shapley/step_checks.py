@@ -4,9 +4,15 @@ for any factor. Figures are those of all ranks, so that all of them raise or non
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+import torch.distributed as dist
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..ledger.write import LedgerWriter
+    from .rows import MicrobatchRows
 
 PATH_TOLERANCE = 0.1
 """Relative difference of the gradient that a path estimator integrated along and of the one that was stepped: far above
@@ -14,6 +20,24 @@ rounding, below what a loss of another scale or other microbatches come to."""
 
 APART = 1e-5
 """Relative deviation of ranks' factors from each other from which on they are not one number."""
+
+
+def refusal(ledger: LedgerWriter | None, iteration: int, rows: MicrobatchRows) -> str | None:
+    """Why the ledger cannot take the samples of a microbatch of this rank."""
+    if ledger is None:
+        return None
+    try:
+        ledger.require(iteration, rows.dataset, rows.sample, rows.segments is not None)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def raise_anywhere(own: str | None) -> NoReturn:
+    """On all ranks the UserError of the first rank that has one; ``own``: this rank's. Collective over the world."""
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, own)
+    raise UserError(next(message for message in messages if message is not None))
 
 
 def require_one_step(iteration: int, *, seen: int, accumulated: int, steps: int, early: int = 0) -> None:

@@ -1,0 +1,48 @@
+"""Which steps of a loop are finished: what a commit may name, and the only numbers that come next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import UserError
+
+
+class FinishedSteps:
+    """Steps that are numbered one after the other; the keeper of an ``InRunShapley``.
+
+    A number that is left out would be a step without values in the ledger, and one that comes twice would have its rows twice:
+    both are refused before the step trains. One that failed may come again.
+
+    Attributes:
+        finished: the last one.
+        running: the one whose ``with`` block is open.
+    """
+
+    def __init__(self, directory: Path, after: int) -> None:
+        """after: the last step that the ledger in `directory` holds; 0: a new ledger, which may begin anywhere."""
+        self._directory = directory
+        self.finished = after
+        self.running: int | None = None
+
+    @contextmanager
+    def during(self, iteration: int) -> Iterator[None]:
+        """Step ``iteration`` happens inside; it is finished where no exception leaves the block."""
+        if self.running is not None:
+            raise UserError(
+                f"step {iteration} begins inside step {self.running}: leave its `with` block first"
+            )
+        if iteration < 1:
+            raise UserError(f"step {iteration}: steps are numbered from 1")
+        if self.finished and iteration != self.finished + 1:
+            raise UserError(
+                f"step {iteration} comes after step {self.finished} in {self._directory}: number the steps one after the other, "
+                f"and those of a resumed run on (step {self.finished + 1} is next)"
+            )
+        self.running = iteration
+        try:
+            yield
+            self.finished = iteration
+        finally:
+            self.running = None
