@@ -247,7 +247,9 @@ def test_missing_step_records(tmp_path: Path) -> None:
         for step in (4, 5, 8):  # a run may begin in the middle, from another one's checkpoint
             writer.append_step(StepRecord(step=step, status="skipped: overflow"))
         commit(tmp_path, 8, writer.write_parts())
-    assert failed(tmp_path)["steps"].figures["missing_steps"] == [6, 7]
+        assert failed(tmp_path)["steps"].figures["missing_steps"] == [6, 7]
+        commit(tmp_path, 10, [])  # a commit without its rows
+    assert failed(tmp_path)["steps"].figures["missing_steps"] == [6, 7, 9, 10]
 
 
 def test_a_larger_run_passes(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def check_steps(ledger: Ledger, steps: pa.Table, totals: pa.Table, complete: boo
     ]
     statuses = dict(zip(step.tolist(), texts(steps, "status").tolist(), strict=True))
     # From the first record on: a run that continues another one's checkpoint begins in the middle.
-    covered = range(min(statuses), max(statuses) + 1) if statuses else range(0)
+    covered = range(min(statuses), max(max(statuses), ledger.last_step) + 1) if statuses else range(0)
     missing = [number for number in covered if number not in statuses and _due(ledger, number)]
     if missing:
         bad.append(f"no record of {len(missing)} steps (first: {missing[0]})")
