@@ -233,8 +233,9 @@ def check_steps(ledger: Ledger, steps: pa.Table, totals: pa.Table, complete: boo
         f"step {row['step']} target {row['target']}: rows without a step record" for row in alone.to_pylist()
     ]
     statuses = dict(zip(step.tolist(), texts(steps, "status").tolist(), strict=True))
-    # From the first record on: a run that continues another one's checkpoint begins in the middle.
-    covered = range(min(statuses), max(max(statuses), ledger.last_step) + 1) if statuses else range(0)
+    # From the first record on, as a run that continues another one's checkpoint begins in the middle; to the newest commit.
+    last = max((*statuses, *(committed for committed, _ in ledger.commits)), default=0)
+    covered = range(min(statuses), last + 1) if statuses else range(0)
     missing = [number for number in covered if number not in statuses and _due(ledger, number)]
     if missing:
         bad.append(f"no record of {len(missing)} steps (first: {missing[0]})")
