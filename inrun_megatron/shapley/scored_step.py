@@ -24,11 +24,12 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..host import Stopwatch, to_host
-from ..ledger.schema import CURRENT, DRIFT, StepRecord
+from ..ledger.schema import CURRENT, DRIFT
 from ..taps import Consumer, Pass
 from .consumers import RowScorer
 from .credit import credit_of_groups
 from .passes import Microbatch
+from .records import append
 from .result import StepResult
 from .rows import StepRows
 from .step_checks import (
@@ -212,7 +213,9 @@ class ScoredStep:
         started = time.perf_counter()
         self._fill_result(read)
         result.seconds_scoring = self.scoring.read() + time.perf_counter() - started
-        self._append()
+        append(
+            self, self._rows, samples=self._samples, lr=self._lr, seconds=time.perf_counter() - self._started
+        )
 
     def _fill_result(self, read: dict[str, Any]) -> None:
         """From what ``finish`` read."""
@@ -306,43 +309,3 @@ class ScoredStep:
             if owner.credit == "trajectory":
                 refuse_stages_credits()
             self.result.credit_factor = None
-
-    def _append(self) -> None:
-        owner, result = self.owner, self.result
-        if owner.ledger is None:
-            return
-        if result.scored:
-            assert result.values is not None and result.parts is not None and result.places is not None
-            dataset, sample, tokens = (column.numpy() for column in self._rows.joined())
-            owner.ledger.append(
-                self.iteration,
-                dataset,
-                sample,
-                tokens,
-                result.parts.numpy(),
-                segment=result.places[1].numpy(),
-            )
-        if owner.ledger.writer == 0:
-            owner.ledger.append_step(
-                StepRecord(
-                    step=self.iteration,
-                    status=result.status,
-                    consumed_samples=self.consumed_samples,
-                    samples=self._samples if result.scored else 0,
-                    lr=self._lr,
-                    train_loss=self.train_loss,
-                    grad_norm=result.gradient_norm,
-                    clip_coefficient=result.clip_coefficient,
-                    credit_factor=result.credit_factor,
-                    base=result.base,
-                    direction_age=result.direction_age,
-                    target_loss=result.target_losses,
-                    sum_values=result.sums,
-                    momentum_term=result.momentum_terms,
-                    decay_term=result.decay_terms,
-                    additivity_lhs=result.additivity_lhs,
-                    additivity_rhs=result.additivity_rhs,
-                    seconds_total=time.perf_counter() - self._started,
-                    seconds_scoring=result.seconds_scoring,
-                )
-            )
