@@ -133,9 +133,8 @@ def naive(scene: Scene) -> Callable[[], Tensor]:
             gradients = torch.autograd.grad(
                 scene.loss(_rows(scene.train, slice(i, i + 1))) / count, parameters
             )
-            values.append(
-                sum((g * d).sum(dtype=torch.float64) for g, d in zip(gradients, stored, strict=True))
-            )
+            products = [(g * d).sum(dtype=torch.float64) for g, d in zip(gradients, stored, strict=True)]
+            values.append(torch.stack(products).sum())
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad.add_(gradient)  # type: ignore[union-attr]
         return torch.stack(values)

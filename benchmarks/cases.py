@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 from inrun_megatron.defaults import default_base
 from inrun_megatron.model_config import ModelConfig
@@ -84,7 +85,7 @@ class Case:
         )
 
     @property
-    def _experts(self) -> dict[str, int]:
+    def _experts(self) -> dict[str, Any]:
         """Eight in every layer, two of them for a token: half as wide as Llama's layer, they multiply as much."""
         width = ModelConfig(num_layers=1, hidden_size=self.hidden, num_attention_heads=1, swiglu=True)
         return {"num_experts": 8, "moe_ffn_hidden_size": width.resolved_ffn_hidden_size // 2}

@@ -167,7 +167,7 @@ def measure(
         plain,
         times,
         fastest=min(eligible, key=lambda name: times[name]),
-        picked=cost.cheapest(shape, cost.gpu if cuda else cost.cpu, *eligible),  # type: ignore[arg-type]
+        picked=cost.cheapest(shape, cost.gpu if cuda else cost.cpu, *eligible),
     )
 
 

@@ -37,6 +37,9 @@ VOCABULARY = 257  # bytes and the end of a document
 BATCH, TARGET_SEQUENCES, SEQUENCE = 16, 4, 64
 
 
+Kind = Literal["gpt2", "llama", "experts"]
+
+
 @dataclass(frozen=True)
 class Setting:
     """AdamW (betas 0.9 and 0.999, weight decay 0.1), linear warm-up, then a constant learning rate.
@@ -44,7 +47,7 @@ class Setting:
     kind: `experts` is Llama's shape with eight of them in every layer, two for a token, that multiply as much as its own.
     """
 
-    kind: Literal["gpt2", "llama", "experts"]
+    kind: Kind
     lr: float
     warmup: int = 10
     clip: float = 1.0
@@ -79,7 +82,7 @@ class Experiment:
     def __init__(self, setting: Setting, seed: int) -> None:
         mixed = setting.kind == "experts"
         shape = GPTShape(
-            "llama" if mixed else setting.kind,
+            "llama" if setting.kind == "experts" else setting.kind,
             num_layers=2,
             hidden_size=64,
             experts=8 if mixed else None,

@@ -17,7 +17,7 @@ from benchmarks.cases import Case
 WARM_UP = 2  # pairs that are not counted
 
 Batch = list[dict[str, Any]]
-Step = Callable[[int, Batch], None]
+Step = Callable[[int, Batch], object]
 """Does step ``iteration`` (from 1) on these microbatches."""
 
 

@@ -128,7 +128,9 @@ def profile(case: Case, pairs: int, vocab: int) -> Profile:
 
     plain, scored = build_engine(case, vocab), build_engine(case, vocab)
     shapley = scoring_of(scored, case, vocab)
-    phases, found, products = Phases(), [], []
+    phases = Phases()
+    found: list[dict[str, tuple[float, float]]] = []
+    products = []
     buffers: list[tuple[Any, Any]] = []
     _instrument(phases, shapley, case)
     phases.around(ScoredStep, "finish", "finish")

@@ -31,7 +31,8 @@ def _scalar(trainer: OracleTrainer) -> float:
 def window_values(setting: Setting, seed: int) -> list[list[list[Tensor]]]:
     """Values [16 samples, K] by window, step and refresh; the first refresh is 1."""
     experiment = Experiment(setting, seed)
-    trainer, windows = experiment.trainer, []
+    trainer = experiment.trainer
+    windows: list[list[list[Tensor]]] = []
     steps = tuple(start + i for start in STARTS for i in range(WINDOW))
     held: dict[int, tuple[list[Parameters], float]] = {}
     for step, batch in experiment.at(steps):

@@ -133,7 +133,12 @@ def plain_step(engine: Any, case: Case) -> Step:
     if case.pp > 1:
         split = engine.module.loss_fn.split
         return lambda iteration, batch: train_batch(engine, [split(m) for m in batch])
-    return lambda iteration, batch: [_forward_backward(engine, m) for m in batch]
+
+    def run(iteration: int, batch: Batch) -> None:
+        for microbatch in batch:
+            _forward_backward(engine, microbatch)
+
+    return run
 
 
 def _forward_backward(engine: Any, microbatch: dict[str, Any]) -> None:
@@ -160,7 +165,7 @@ def scoring_of(engine: Any, case: Case, vocab: int) -> Any:
         )
         for k in range(case.targets)
     ]
-    options = {"estimator": case.estimator, "base": case.base, "direction_dtype": case.direction_dtype}
+    options: Any = {"estimator": case.estimator, "base": case.base, "direction_dtype": case.direction_dtype}
     if case.pp > 1:
         return PipelineShapley(engine, targets, engine.module.loss_fn, **options)
     return InRunShapley(engine, targets, token_losses, **options)

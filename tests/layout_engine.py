@@ -116,8 +116,8 @@ def build_engine(case: LayoutCase) -> Any:
 
 def named_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Parameters by GPTModel's names, also those of a pipeline stage."""
-    own = dict(model.named_parameters())
-    return {model.gpt_name(n): p for n, p in own.items()} if hasattr(model, "gpt_name") else own
+    gpt_name = getattr(model, "gpt_name", lambda name: name)
+    return {gpt_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def share(target: OracleTarget, layout: Any, size: int, *, pipeline: bool) -> list[dict[str, Tensor]]:

@@ -63,9 +63,8 @@ def train(rank: int, world: int, case: LayoutCase) -> Ran:
     ]
     shapley: Any = None
     if case.scoring:
-        kind, loss = (
-            (InRunShapley, token_losses) if case.pp == 1 else (PipelineShapley, engine.module.loss_fn)
-        )
+        kind: Any = InRunShapley if case.pp == 1 else PipelineShapley
+        loss = token_losses if case.pp == 1 else engine.module.loss_fn
         shapley = kind(
             engine,
             targets,
@@ -190,8 +189,11 @@ def side_figures(
     tolerance = tolerances[case.precision]
     for step, truth in enumerate(oracle.steps):
         assert truth.clip_coefficient < 1.0, "clipping must be active"
+        assert truth.values is not None
         for ran in ranks:
-            checks = {
+            additivity = ran.additivity[step]
+            assert additivity is not None
+            checks: dict[str, Any] = {
                 "target losses": (
                     ran.target_losses[step],
                     truth.target_losses,
@@ -199,7 +201,7 @@ def side_figures(
                 ),
                 "clip coefficient": (ran.clip[step], truth.clip_coefficient, truth.clip_coefficient),
                 "additivity": (
-                    *ran.additivity[step],
+                    *additivity,
                     truth.values.abs().sum(0).max() / truth.clip_coefficient,
                 ),
             }

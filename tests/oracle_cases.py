@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -54,7 +56,7 @@ def make_batch(shape: GPTShape, seed: int = 1) -> GlobalBatch:
     return split_batch(random_rows(shape, 8, seed), 2, 2, 2)
 
 
-def make_trainer(shape: GPTShape, spec: OptimizerSpec, **options: bool) -> OracleTrainer:
+def make_trainer(shape: GPTShape, spec: OptimizerSpec, **options: Any) -> OracleTrainer:
     targets = [OracleTarget(f"target{k}", random_rows(shape, 3, 50 + k)) for k in range(2)]
     return OracleTrainer(shape, random_parameters(shape), spec, lambda step: 0.01 / step, targets, **options)
 

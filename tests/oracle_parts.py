@@ -24,6 +24,7 @@ from tests.oracle import (
     rows_of,
     split_documents,
 )
+from tests.oracle_gradients import dot
 
 Key = tuple[int, int]  # (sample, ordinal of the part)
 
@@ -42,7 +43,7 @@ class PartTrainer(OracleTrainer):
         assert result.directions is not None
         values = {
             key: result.clip_coefficient
-            * torch.stack([sum((g * d[name]).sum() for name, g in own.items()) for d in result.directions])
+            * torch.stack([dot(own, direction) for direction in result.directions])
             for key, own in gradients.items()
         }
         self.parts = [*getattr(self, "parts", []), values]

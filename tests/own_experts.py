@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +57,12 @@ class Stacked(nn.Module):
 class Router(nn.Module):
     """In fp32 whatever it trains in, of joined rows and positions."""
 
+    bias: nn.Parameter | Literal[False]  # a flag, as others have it
+
     def __init__(self, *, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(EXPERTS, WIDTH))
-        self.bias = nn.Parameter(torch.randn(EXPERTS)) if bias else False  # a flag, as others have it
+        self.bias = nn.Parameter(torch.randn(EXPERTS)) if bias else False
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         joined = hidden.reshape(-1, WIDTH)

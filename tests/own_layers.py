@@ -136,7 +136,7 @@ class Plain(nn.Module):
             {"weight": like.functional.gamma.detach(), "bias": like.functional.beta.detach()}
         )
         with torch.no_grad():
-            self.norm.weight += 1.0
+            self.norm.weight.add_(1.0)
         vectors = (like.shift.scale, like.shift.shift, like.gain.gain)
         self.scale, self.shift, self.gain = (
             nn.Embedding.from_pretrained(v[None], freeze=False) for v in vectors

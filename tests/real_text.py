@@ -78,7 +78,7 @@ def checkpoint_differences(one: Path, other: Path) -> list[str]:
         text
         for name in files
         for text in differences(
-            *(torch.load(directory / name, weights_only=False) for directory in (one, other)), name
+            torch.load(one / name, weights_only=False), torch.load(other / name, weights_only=False), name
         )
     ]
 

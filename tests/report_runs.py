@@ -45,8 +45,8 @@ def write_reported_run(directory: Path) -> np.ndarray:
 
 def short_ledger(directory: Path, records: list[StepRecord], **shapley: Any) -> Ledger:
     """Of these step records, without values; shapley: settings of scoring."""
-    configuration = {"shapley": {"estimator": "first_order", "interval": 1} | shapley}
-    with create_ledger(directory, description(**configuration)):
+    scoring = {"estimator": "first_order", "interval": 1} | shapley
+    with create_ledger(directory, description(shapley=scoring)):
         writer = LedgerWriter(directory, 0)
         for record in records:
             writer.append_step(record)

@@ -81,7 +81,8 @@ def _count(rank: int, world: int, counted: Case) -> Counted:
 
     reads, waits = HostReads(counters), HostWaits(counters)
     for iteration, batch in enumerate(case.batches(), start=1):
-        before.counts.clear(), during.counts.clear(), reads.counts.clear(), waits.counts.clear()
+        for counts in (before.counts, during.counts, reads.counts, waits.counts):
+            counts.clear()
         emissions = 0
         microbatches = batch[layout.dp_rank]
         with reads, waits:
@@ -138,7 +139,8 @@ def _count_pipeline(rank: int, world: int, counted: Case) -> Counted:
 
     reads, waits = HostReads(counters), HostWaits(counters)
     for iteration, batch in enumerate(case.batches(), start=1):
-        collectives.counts.clear(), reads.counts.clear(), waits.counts.clear()
+        for counts in (collectives.counts, reads.counts, waits.counts):
+            counts.clear()
         with reads, waits, collectives:
             if shapley is None:
                 float(train_batch(engine, [engine.module.loss_fn.split(m) for m in batch[0]]))

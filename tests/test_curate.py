@@ -160,8 +160,8 @@ def test_a_dry_run_says_what_would_go(run: Path) -> None:
     assert sorted(run.rglob("*")) == before
     # Scores are what `inrun top` adds up, with the weights, per token.
     top = answer("top", run, "--phase", "late", "--json", "-n", 100)["targets"]
-    named = {(t, row["dataset_name"], row["document"]): row for t, rows_ in top.items() for row in rows_}
-    code, prose = (named[t, "shuffled", gone[0]["document"]] for t in ("code", "prose"))
+    scores = {(t, row["dataset_name"], row["document"]): row for t, rows_ in top.items() for row in rows_}
+    code, prose = (scores[t, "shuffled", gone[0]["document"]] for t in ("code", "prose"))
     expected = (2 * code["normalised"] + prose["normalised"]) / code["tokens"]
     assert gone[0]["score"] == pytest.approx(expected, rel=1e-9)
 

@@ -88,7 +88,7 @@ def test_prose_reads_as_english_and_code_does_not(corpus: Path) -> None:
 
 def test_shuffled_keeps_characters_only(corpus: Path) -> None:
     originals = {r["source"]: r["text"] for name in ("code", "prose") for r in records(corpus, name)}
-    kinds = Counter()
+    kinds: Counter[str] = Counter()
     for record in records(corpus, "shuffled"):
         kind, source = record["source"].removeprefix("shuffled ").split(": ", 1)
         kinds[kind] += 1

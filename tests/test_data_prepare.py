@@ -131,7 +131,9 @@ def test_hugging_face_tokenizer(tmp_path: Path, tokenizer_json: Path) -> None:
     data = IndexedDataset(prefix)
     assert [tokenizer.decode(data[i]) for i in range(len(data))] == TEXTS
     assert all(data[i][-1] == tokenizer.eod == 1 for i in range(len(data)))
-    record = read_summary(prefix)["tokenizer"]
+    summary = read_summary(prefix)
+    assert summary is not None
+    record = summary["tokenizer"]
     assert build_tokenizer_from(record).unique_identifiers == tokenizer.unique_identifiers
     with pytest.raises(UserError, match="has changed since"):
         build_tokenizer_from({**record, "sha256": "0" * 64})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_some_sequences_are_spread_over_the_file(tmp_path: Path) -> None:
 def test_masks_and_positions_are_those_of_training_data(tmp_path: Path) -> None:
     """The same text as a target and as training data: each sequence that both have carries the same mask and positions."""
     prefix = write_corpus(tmp_path / "c", ["ab", "cde", "f", "ghijklmnopq" * 4])
-    flags = {"eod_mask_loss": True, "reset_position_ids": True, "reset_attention_mask": True}
+    flags: dict[str, Any] = {"eod_mask_loss": True, "reset_position_ids": True, "reset_attention_mask": True}
     target = load(prefix, seq_length=8, **flags)
     train, _ = build_datasets(
         data_path=[prefix],
@@ -94,7 +95,9 @@ def test_masks_and_positions_are_those_of_training_data(tmp_path: Path) -> None:
         **flags,
     )
     known = {tuple(row[:-1].tolist()): i for i, row in enumerate(target.tokens)}
-    shared = [(item, known[key]) for item in train if (key := tuple(item["tokens"].tolist())) in known]
+    items = (train[n] for n in range(len(train)))
+    shared = [(item, known[key]) for item in items if (key := tuple(item["tokens"].tolist())) in known]
+    assert target.documents is not None
     assert any((item["loss_mask"] == 0).any() for item, _ in shared), (
         "the control: an end of document is among them"
     )
@@ -164,11 +167,14 @@ def test_the_target_is_of_the_run_s_tokenizer(tmp_path: Path) -> None:
     """Bytes are ids of every vocabulary, so that only PREFIX.json tells them apart."""
     path = write_tokenizer(tmp_path / "tokenizer.json")
     tokenizer = build_tokenizer(path)
+    ends: list[dict[str, Any]] = [
+        {},
+        {"tokenizer": path, "eod_token": "<pad>"},
+        {"tokenizer": path, "eod_token": "<|endoftext|>"},
+    ]
     bytes_, other_end, same = (
         write_corpus(tmp_path / f"c{n}", ["the cat sat on the mat " * 9], **options)
-        for n, options in enumerate(
-            ({}, {"tokenizer": path, "eod_token": "<pad>"}, {"tokenizer": path, "eod_token": "<|endoftext|>"})
-        )
+        for n, options in enumerate(ends)
     )
     with pytest.raises(
         UserError, match=r"target t \(.*c0\) was prepared with the tokenizer 'bytes' \(257 tokens\), the run"

@@ -37,6 +37,7 @@ def test_values_are_those_of_the_oracle_within_the_rounding() -> None:
             found = deviation(ranks, oracle, step)
             print(f"{case}: step {step + 1}: {found:.1e}")
             assert TOLERANCE["fp32"] < found < ROUNDING, f"{case}: step {step + 1}"
+            assert truth.values is not None
             scale = truth.values.abs().sum(0).max() / truth.clip_coefficient
             for ran in ranks:  # both sides read the same rounded direction
                 left, right = (torch.tensor(side) for side in ran.additivity[step])

@@ -57,7 +57,7 @@ def test_library_page(tmp_path: Path) -> None:
     assert re.search(r"^3 \[\d\.\d+\] tensor\(\[", done.stdout, flags=re.M), done.stdout
     # A dataset of which run.json says no more than the name has samples, and no documents.
     inrun = Path(sys.executable).parent / "inrun"
-    show = [inrun, "show", "runs/own", "--sample", "web:49", "--json"]
+    show: list[str | Path] = [inrun, "show", "runs/own", "--sample", "web:49", "--json"]
     shown = json.loads(subprocess.run(show, cwd=tmp_path, capture_output=True, check=True).stdout)
     assert [row["step"] for row in shown["values"]] == [6] and shown["documents"] == []
 

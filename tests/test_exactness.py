@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from inrun_megatron.errors import UserError
+from inrun_megatron.taps import Emission
 from tests.distributed import assert_cases, run_cases, run_distributed
 from tests.layout_runs import STEPS_CHECKED, TOLERANCE, Ran, deviation, side_figures, train
 from tests.layouts import LayoutCase
@@ -153,9 +154,9 @@ def _without_output_layer(rank: int, world: int, case: LayoutCase) -> Ran:
 
     scored = consumers.RowScorer.__call__
 
-    def partial(self: consumers.RowScorer, emission: object) -> None:
-        if emission.site.name != "output_layer":  # type: ignore[attr-defined]
-            scored(self, emission)  # type: ignore[arg-type]
+    def partial(self: consumers.RowScorer, e: Emission) -> None:
+        if e.site.name != "output_layer":
+            scored(self, e)
 
     consumers.RowScorer.__call__ = partial  # type: ignore[method-assign]
     try:

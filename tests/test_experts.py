@@ -259,7 +259,7 @@ def _counts(rank: int, world: int) -> tuple[list[float], list[float], list[float
             token_losses(model, _batch()).mean().backward()
         found.append(router.local_tokens_per_expert.tolist())
         logged.append(float(sum(values.sum() for values in logged_losses().values())))
-    return (*found, logged)  # type: ignore[return-value]
+    return (*found, logged)
 
 
 def test_validation_is_not_counted_for_the_experts_biases(two_ranks: Workers) -> None:
@@ -335,6 +335,7 @@ def _scale(rank: int, world: int) -> list[float]:
         token_losses(engine.module, _batch())
         note()
     note()
+    assert hook is not None
     hook.remove()
     return found
 

@@ -95,9 +95,9 @@ def kill_and_resume(data: Path, directory: Path, kills: int, seed: int) -> None:
     seconds = []
     for kill in range(kills):
         with Launched(arguments_of(data, run, steps), directory / f"{kill}.log") as job:
-            assert job.until(lambda job=job: job.step > 0), f"no step\n{job.log[-3000:]}"
+            assert job.until(lambda job=job: job.step > 0), f"no step\n{job.log[-3000:]}"  # type: ignore[misc]
             wanted = job.step + generator.randint(1, EVERY + 3)
-            assert job.until(lambda job=job, wanted=wanted: job.step >= wanted), job.log[-3000:]
+            assert job.until(lambda job=job, wanted=wanted: job.step >= wanted), job.log[-3000:]  # type: ignore[misc]
             kind, victim = KINDS[kill % len(KINDS)], generator.randrange(2)
             victims = job.ranks()
             assert len(victims) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -106,10 +107,10 @@ def _model(kind: str) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():  # no norm and no bias may be what it is at first
             parameter += 0.05 * torch.randn_like(parameter)
-    return model.train()  # type: ignore[no-any-return]
+    return model.train()
 
 
-def _losses(module: Any, batch: dict[str, Tensor]) -> Tensor:
+def _losses(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
     logits = module(input_ids=batch["tokens"], use_cache=False).logits
     losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
     return losses.view_as(batch["labels"])
@@ -159,6 +160,7 @@ def _scored(rank: int, world: int, kind: str, stage: int) -> tuple[Tensor, Tenso
             engine.backward((_losses(engine, batch) * batch["loss_mask"]).sum() / batch["loss_mask"].sum())
             engine.step()
     shapley.close()
+    assert step.result.values is not None
     return step.result.values[:, 0].double(), expected
 
 

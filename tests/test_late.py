@@ -43,7 +43,8 @@ def test_running_dots_of_several_layers_and_accumulators(
 
 def test_vectors_of_many_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(late_dots, "VECTORS_TOGETHER", 2)
-    late, expected = LateDots(torch.zeros(3, TARGETS, dtype=torch.float64)), 0
+    expected = torch.zeros(3, TARGETS, dtype=torch.float64)
+    late = LateDots(expected.clone())
     for features in (4, 7, 5):
         gradients, directions = torch.randn(3, features), torch.randn(TARGETS, features)
         expected = expected + gradients.double() @ directions.double().t()
@@ -81,11 +82,11 @@ def test_one_rows_vectors_are_those_of_training_and_stay_so(rms: bool, reentrant
 
     parameters = [scale, added] if rms else [scale, shift, added]
     dots, directions = _scored(forward, parameters, 1)
-    gradients = [p.grad for p in parameters]
-    expected = [
-        sum((g * d[k]).sum() for g, d in zip(gradients, directions, strict=True)) for k in range(TARGETS)
-    ]
-    torch.testing.assert_close(dots[0], torch.stack(expected), rtol=1e-12, atol=0)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    expected = torch.zeros(TARGETS, dtype=torch.float64)
+    for gradient, vectors in zip(gradients, directions, strict=True):
+        expected += torch.stack([(gradient * vector).sum() for vector in vectors])
+    torch.testing.assert_close(dots[0], expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -100,4 +101,4 @@ def test_a_vectors_gradient_is_the_plain_modules(rows: int) -> None:
     for _ in range(2 * TARGETS):
         torch.randn(H)
     plain(torch.randn(S, rows, H, requires_grad=True)).square().sum().backward()
-    assert torch.equal(scale.grad, plain.weight.grad) and torch.equal(shift.grad, plain.bias.grad)
+    assert torch.equal(scale.grad, plain.weight.grad) and torch.equal(shift.grad, plain.bias.grad)  # type: ignore[arg-type]

@@ -40,8 +40,9 @@ def off_by(share: float) -> Callable[[StepRecord], None]:
     def change(record: StepRecord) -> None:
         if record.step == 17:
             assert record.additivity_rhs and record.additivity_lhs
-            scale = abs(record.additivity_lhs[0])
-            record.additivity_rhs = [record.additivity_lhs[0] + share * scale, record.additivity_lhs[1]]
+            first, second = record.additivity_lhs
+            assert first is not None
+            record.additivity_rhs = [first + share * abs(first), second]
 
     return change
 
@@ -73,7 +74,7 @@ def started_again(directory: Path, step: int, ledger_step: int | None = None, **
 def test_a_step_is_judged_by_the_settings_that_made_it(tmp_path: Path) -> None:
     """Precision and interval after a resume are those of the resumed run."""
     assert "additivity" in audited(tmp_path, off_by(1e-2))  # step 17, in fp32
-    bf16 = {"training": {"bf16": True}}
+    bf16: dict[str, Any] = {"training": {"bf16": True}}
     started_again(tmp_path, 17, **bf16)
     assert "additivity" in failed(tmp_path)
     started_again(tmp_path, 16, **bf16)
@@ -81,8 +82,8 @@ def test_a_step_is_judged_by_the_settings_that_made_it(tmp_path: Path) -> None:
     starts = json.loads((tmp_path / "starts.json").read_text())["starts"]
     assert [start["step"] for start in starts] == [16]  # the other start's steps were taken back
 
-    for damaged in ({"starts": 3}, {"starts": ["x"]}, {"starts": [{}]}):
-        (tmp_path / "starts.json").write_text(json.dumps(damaged))
+    for damaged in ("3", '["x"]', "[{}]"):
+        (tmp_path / "starts.json").write_text(f'{{"starts": {damaged}}}')
         with pytest.raises(UserError, match="holds a start without its step; restore it"):
             Ledger(tmp_path)
 
@@ -136,7 +137,7 @@ def test_efficiency_notes_a_scale_that_is_off(
 ) -> None:
     def scale_losses(record: StepRecord) -> None:
         assert record.target_loss is not None
-        record.target_loss = [5.0 + (loss - 5.0) * 1.09 / factor for loss in record.target_loss]
+        record.target_loss = [5.0 + (loss - 5.0) * 1.09 / factor for loss in record.target_loss]  # type: ignore[operator]
 
     setting = {"shapley": {"estimator": estimator or "first_order", "interval": 1}}
     assert audited(tmp_path, scale_losses, **setting) == {}

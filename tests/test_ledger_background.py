@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_jobs_run_in_order_and_none_after_a_failure() -> None:
         seen.append(number)
 
     for number in range(1, 6):
-        thread.submit(lambda number=number: job(number))
+        thread.submit(partial(job, number))
     with pytest.raises(UserError, match="three"):
         thread.wait()
     thread.close()

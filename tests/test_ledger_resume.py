@@ -91,7 +91,7 @@ def test_a_longer_run_goes_on_while_samples_mean_the_same(tmp_path: Path) -> Non
         resume("blend", table(20, "0.6", a, "0.4", b))
     # Data that has moved is the same data.
     moved = table(50)
-    moved.datasets[0]["description"]["dataset_path"] = moved.datasets[0]["path_prefix"] = "/elsewhere"
+    moved.datasets[0]["description"]["dataset_path"] = moved.datasets[0]["path_prefix"] = "/elsewhere"  # type: ignore[index]
     resume("one", moved)
 
 

@@ -37,7 +37,7 @@ def test_rows_come_back_bit_for_bit(tmp_path: Path) -> None:
 def test_other_readers_open_the_parts(tmp_path: Path) -> None:
     rows = write_run(tmp_path)
     query = f"SELECT sum(value) FROM '{tmp_path}/values/*.parquet' WHERE target = 'code'"
-    assert duckdb.sql(query).fetchall()[0][0] == pytest.approx(rows["code"].sum(), rel=1e-12)
+    assert duckdb.execute(query).fetchall()[0][0] == pytest.approx(rows["code"].sum(), rel=1e-12)
     metadata = pq.read_schema(next((tmp_path / "values").iterdir())).metadata
     assert metadata[b"inrun.schema_version"] == b"3"
     assert metadata[b"inrun.run_id"].decode() == Ledger(tmp_path).run_id

@@ -166,7 +166,9 @@ def test_a_parameter_without_initialisation_is_named(two_ranks: Workers) -> None
 def test_norms_work_under_sequence_parallelism(shape: str, kind: type) -> None:
     config = transformer_config(model_config(shape), tensor_parallel=2, sequence_parallel=True)
     norm = Norm(config, 32, eps=1e-5)
-    assert type(norm) is kind and all(parameter.sequence_parallel for parameter in norm.parameters())
+    assert type(norm) is kind and all(
+        getattr(parameter, "sequence_parallel", False) for parameter in norm.parameters()
+    )
     with pytest.raises(AssertionError, match="sequence parallel"):  # canary: the factory is needed
         WrappedTorchNorm(config, 32)
 
@@ -277,7 +279,11 @@ def _evaluation(rank: int, world: int) -> tuple[int, int, bool]:
     runs = []
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments: (runs.append(1), function(*arguments))[1]
+        def noted(*arguments: Any) -> Any:
+            runs.append(1)
+            return function(*arguments)
+
+        return noted
 
     enable_recompute(model.decoder, 1, wrap)
     model.eval()

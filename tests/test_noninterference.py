@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ SEVERAL_ROWS = [
 ]
 
 
-def _with_steps(cases: list[LayoutCase], **changes: int) -> list[LayoutCase]:
+def _with_steps(cases: list[LayoutCase], **changes: Any) -> list[LayoutCase]:
     return [replace(case, steps=STEPS, **changes) for case in cases]
 
 

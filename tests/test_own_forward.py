@@ -82,6 +82,7 @@ def test_an_embedding_trains_as_its_own_forward_says(passed: int | None, own: in
             attach_taps(embedding)
         embedding.zero_grad()
         embedding(ids).square().sum().backward()
+        assert embedding.weight.grad is not None
         gradients.append(embedding.weight.grad.clone())
     torch.testing.assert_close(*gradients)
 

@@ -57,6 +57,8 @@ class Selected(nn.Module):
 class BatchNormed(nn.Module):
     """Rows change each other's losses in training, in validation they do not."""
 
+    mean: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))

@@ -154,11 +154,13 @@ def _one_stage(rank: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
         step.train_batch([micro])
     through = step.result.values
     engine = make_engine(model, torch.optim.AdamW(model.parameters()), {"stage": 0})
-    with InRunShapley(engine, [target], token_losses, base="current").step(1) as step:
-        with step.samples(micro["dataset"], micro["sample"], micro["loss_mask"]):
+    with InRunShapley(engine, [target], token_losses, base="current").step(1) as plain:
+        with plain.samples(micro["dataset"], micro["sample"], micro["loss_mask"]):
             engine.backward(token_losses(engine, micro).mean())
             engine.step()
-    return through, step.result.values
+    without = plain.result.values
+    assert through is not None and without is not None
+    return through, without
 
 
 def test_a_pipeline_of_one_stage_has_the_values_of_none(two_ranks: Workers) -> None:
@@ -171,7 +173,7 @@ def _credited(rank: int, world: int, betas: tuple[float, float], credit: str) ->
     """Credit factors of two steps of a model whose vectors have ``betas``; or the refusal."""
     torch.manual_seed(0)
     model = Tiny()
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.dim() > 1]},
         {"params": [p for p in model.parameters() if p.dim() == 1], "betas": betas},
     ]

@@ -49,7 +49,7 @@ def _computed(rank: int, world: int, kind: str, stage: int) -> None:
         nn.utils.weight_norm(model.hidden)
     else:
         nn.utils.parametrize.register_parametrization(model.hidden, "weight", _Sum())
-        model.hidden.parametrizations.weight.original.requires_grad_(False)
+        model.hidden.parametrizations.weight.original.requires_grad_(False)  # type: ignore[union-attr]
         if kind == "adapter without bias":
             model.hidden.bias.requires_grad_(False)
     _, shapley = make_scored(rank, world, model, stage=stage)
@@ -111,6 +111,8 @@ def test_models_that_taps_cannot_follow(two_ranks: Workers, case: tuple[Any, ...
 
 class _Running(Tiny):
     """It keeps a running mean."""
+
+    mean: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -298,7 +298,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_no_other_path(two_ranks: Worke
     assert two_ranks.run(_along_nothing_finite) == ["skipped: values are not finite"] * 2
 
 
-def _along_other_microbatches(rank: int, world: int, zero: int, clip: float) -> tuple[str, float]:
+def _along_other_microbatches(rank: int, world: int, zero: int, clip: float) -> tuple[str, float, float]:
     torch.manual_seed(0)
     model = Tiny()
     engine = make_engine(model, torch.optim.AdamW(model.parameters(), lr=1e-3), {"stage": zero}, clip)

@@ -20,21 +20,20 @@ from tests.layouts import LayoutCase
 
 
 def four(
-    pp: int, tp: int, zero: int, accumulation: int, tied: bool, optimizer: str, **more: object
+    pp: int, tp: int, zero: int, accumulation: int, tied: bool, optimizer: str, **more: Any
 ) -> LayoutCase:
     """A layout on four ranks; what is left of them is data parallel. Four stages need four layers."""
-    shape = "gpt2" if tied else "llama"
     return LayoutCase(
         4,
         tp,
         False,
         zero,
         accumulation,
-        shape,
-        optimizer,
+        "gpt2" if tied else "llama",
+        optimizer,  # type: ignore[arg-type]
         pp=pp,
         layers=max(2, pp),
-        **more,  # type: ignore[arg-type]
+        **more,
     )
 
 

@@ -54,7 +54,7 @@ def drawn(seed: int) -> LayoutCase:
         tied=r.choice([None, True, False]),
         estimator=estimator,
         base=r.choice(["current", "drift"]),
-        granularity=r.choice(["sample", "sample", "document"]),  # type: ignore[arg-type]
+        granularity=r.choice(["sample", "sample", "document"]),
         reset_attention=r.random() < 0.4,
         refresh=r.choice([1, 2]) if estimator == "first_order" else 1,
         lr_growth=r.choice([1.0, 1.5]),

@@ -40,7 +40,7 @@ def _groups(residence: Residence, size: int, rank: int) -> tuple[list[FlatGroup]
     return groups, weights
 
 
-def adding(value: torch.Tensor) -> Callable[[torch.Tensor, bool], object]:
+def adding(value: torch.Tensor) -> Callable[[torch.Tensor, bool], Any]:
     """What ``Directions.accumulate`` is given."""
     return lambda out, fresh: out.copy_(value) if fresh else out.add_(value)
 
@@ -139,7 +139,7 @@ def _untouched(rank: int, world: int, stored: torch.dtype) -> list[list[float]]:
 
     groups, weights = _groups(Residence.FLAT, world, rank)
     empty = Directions._empty
-    Directions._empty = lambda *args: empty(*args).fill_(float("nan"))
+    Directions._empty = lambda *args: empty(*args).fill_(float("nan"))  # type: ignore[method-assign]
     try:
         directions = Directions(groups, {}, Layout.data_parallel(), 1, stored=stored)
         for touched in (weights, weights[:1]):
@@ -149,7 +149,7 @@ def _untouched(rank: int, world: int, stored: torch.dtype) -> list[list[float]]:
             directions.reduce()
         return [shard.flatten().tolist() for shard in directions.shards()]
     finally:
-        Directions._empty = empty
+        Directions._empty = empty  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])

@@ -71,7 +71,7 @@ def test_areas_stack_positive_up_and_negative_down(run: tuple[Path, np.ndarray, 
     rows = [row for row in run[2]["composition"] if row["target"] == "code"]
     palette = Palette(DOMAINS, [3, 2, 1])
     bands = stacked(rows, "share", 1.0, palette)
-    signs = {(band["first"], band["domain"]): set() for band in bands}
+    signs: dict[tuple[int, str], set[str]] = {(band["first"], band["domain"]): set() for band in bands}
     for band in bands:
         signs[band["first"], band["domain"]].add(band["sign"])
         assert band["y1"] >= band["y0"] >= 0 if band["sign"] == "+" else band["y1"] <= band["y0"] <= 0

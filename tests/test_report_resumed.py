@@ -46,7 +46,7 @@ def test_a_stretch_without_scoring_has_no_prediction(tmp_path: Path) -> None:
 
 
 def test_a_resume_that_changes_the_interval_changes_what_steps_stand_for(tmp_path: Path) -> None:
-    seconds = {"seconds_total": 0.5, "seconds_scoring": 0.1, "samples": 10}
+    seconds: dict[str, Any] = {"seconds_total": 0.5, "seconds_scoring": 0.1, "samples": 10}
     first = [record(step, 3.0, 0.1, **seconds) for step in (3, 4)]
     second = [record(step, 3.0, 0.1, **seconds) for step in (14, 18)]
     second.append(record(22, 3.0, None, "skipped: overflow", seconds_total=0.5, seconds_scoring=0.1))

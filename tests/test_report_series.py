@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_skipped_steps_change_nothing_and_unscored_ones_are_not_known(tmp_path: 
 
 
 def test_directions_of_earlier_steps_took_no_validation_pass(tmp_path: Path) -> None:
-    seconds = {"seconds_total": 0.5, "seconds_scoring": 0.1, "samples": 10}
+    seconds: dict[str, Any] = {"seconds_total": 0.5, "seconds_scoring": 0.1, "samples": 10}
     records = [record(step, 3.0, 0.1, direction_age=int(step == 2), **seconds) for step in (1, 2, 3, 4)]
     ledger = short_ledger(tmp_path, records, refresh=2)
     assert timing(ledger, ledger.steps())["validation"]["added_over_run"] == pytest.approx(1.2)
@@ -90,7 +91,7 @@ def test_losses_that_are_not_finite_are_not_known(tmp_path: Path) -> None:
 
 
 def test_timing_is_spread_over_the_interval(tmp_path: Path) -> None:
-    seconds = {"seconds_total": 0.5, "seconds_scoring": 0.1, "samples": 10}
+    seconds: dict[str, Any] = {"seconds_total": 0.5, "seconds_scoring": 0.1, "samples": 10}
     ledger = short_ledger(tmp_path, [record(step, 3.0, 0.1, **seconds) for step in (4, 8)], interval=4)
     found = timing(ledger, ledger.steps())
     assert found["added"] == pytest.approx(0.25) and found["added_over_run"] == pytest.approx(0.0625)
@@ -105,7 +106,7 @@ def test_timing_is_spread_over_the_interval(tmp_path: Path) -> None:
 
 
 def test_the_share_of_the_validation_pass_is_that_of_first_order_alone(tmp_path: Path) -> None:
-    seconds = {"seconds_total": 0.5, "seconds_scoring": 0.1, "samples": 10}
+    seconds: dict[str, Any] = {"seconds_total": 0.5, "seconds_scoring": 0.1, "samples": 10}
     ledger = short_ledger(
         tmp_path, [record(step, 3.0, 0.1, **seconds) for step in (1, 2)], estimator="midpoint"
     )

@@ -175,7 +175,7 @@ ELSEWHERE = {
 }
 
 
-def _sorted_values(run: Path) -> list[dict[str, object]]:
+def _sorted_values(run: Path) -> list[dict[str, Any]]:
     key = ("step", "dataset", "sample", "target")
     return sorted(ledger(run, "values"), key=lambda row: [str(row[name]) for name in key])
 
@@ -183,15 +183,13 @@ def _sorted_values(run: Path) -> list[dict[str, object]]:
 def _agree(whole: Path, resumed: Path) -> None:
     pair = [_sorted_values(run) for run in (whole, resumed)]
     assert len(pair[0]) == len(pair[1]) == 4 * 8 * 2
-    scale = max(abs(row["value"]) for row in pair[0])  # type: ignore[arg-type]
+    scale = max(abs(row["value"]) for row in pair[0])
     for before, after in zip(*pair, strict=True):
         assert {**before, "value": 0} == {**after, "value": 0}
-        assert abs(before["value"] - after["value"]) < 1e-5 * scale  # type: ignore[operator]
-    assert any(
-        row["value"] != other["value"]
-        for row, other in zip(*pair, strict=True)
-        if row["step"] > 2  # type: ignore[operator]
-    ), "the resumed steps were not run again"
+        assert abs(before["value"] - after["value"]) < 1e-5 * scale
+    assert any(row["value"] != other["value"] for row, other in zip(*pair, strict=True) if row["step"] > 2), (
+        "the resumed steps were not run again"
+    )
 
 
 def _interrupted(data: Path, workers: Workers, flags: str, directory: Path) -> tuple[Path, Path]:
@@ -260,7 +258,7 @@ def test_a_resume_on_another_number_of_ranks(two_ranks: Workers, data: Path, tmp
 
 def test_a_checkpoint_of_an_earlier_version_says_less_of_its_model() -> None:
     config = parse(arguments(Path("nowhere"), "--no-shapley"))
-    state = {"model": run_state.model_of(config), "optimizer": "adam"}
+    state: dict[str, Any] = {"model": run_state.model_of(config), "optimizer": "adam"}
     run_state.check_same_run(Path("here"), state, config)
     del state["model"]["max_position_embeddings"]
     run_state.check_same_run(Path("here"), state, config)

@@ -101,7 +101,8 @@ def _step(rank: int, world: int, elsewhere: bool) -> tuple[list[Any], list[Any],
 
     case = LayoutCase(1, 1, False, 1, 2, "gpt2", "sgd", steps=1)
     engine = build_engine(case)
-    layout, ledger, expected = Layout.current(), _Ledger(), []
+    layout, ledger = Layout.current(), _Ledger()
+    expected: list[torch.Tensor] = []
     targets = [
         ShapleyTarget(t.name, share(t, layout, 2, pipeline=False), t.num_tokens) for t in case.targets()
     ]
@@ -109,9 +110,9 @@ def _step(rank: int, world: int, elsewhere: bool) -> tuple[list[Any], list[Any],
     original, arrived, dots = rows_module._is_on_host, [], []
     place = StepRows.read
 
-    def read(rows: StepRows, tokens: Any) -> None:
+    def read(self: StepRows, tokens: Any) -> None:
         arrived.extend(tokens.tolist())
-        place(rows, tokens)
+        place(self, tokens)
 
     StepRows.read = read  # type: ignore[method-assign]
     if elsewhere:  # all but the identities below

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -287,11 +288,11 @@ def test_a_ledger_keeps_its_granularity(runs: dict[str, Path]) -> None:
 
 def test_a_lost_sample_is_noticed(tmp_path: Path, pair: tuple[str, str]) -> None:
     train, _ = build(pair[1], train_samples=60)
-    append = LedgerWriter.append
+    append: Any = LedgerWriter.append
 
-    def lossy(self: LedgerWriter, step: int, *columns: object, segment: torch.Tensor) -> None:
+    def lossy(self: LedgerWriter, step: int, *columns: Any, segment: torch.Tensor) -> None:
         kept = slice(0, int(torch.nonzero(segment == 0)[-1]))
-        append(self, step, *(column[kept] for column in columns), segment=segment[kept])  # type: ignore[index, arg-type]
+        append(self, step, *(column[kept] for column in columns), segment=segment[kept])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LedgerWriter, "append", lossy)

@@ -57,7 +57,7 @@ def _signalled(rank: int, world: int) -> list[Any]:
     from inrun_megatron.training.signals import StopSignals
 
     before, device = signal.getsignal(signal.SIGTERM), torch.device("cpu")
-    answers = []
+    answers: list[Any] = []
     for number, target in ((signal.SIGTERM, 0), (signal.SIGUSR1, 1)):
         with StopSignals() as signals:
             answers.append(signals.agreed(device))

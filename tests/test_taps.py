@@ -33,7 +33,7 @@ def _layers() -> nn.Sequential:
 def test_a_forward_of_an_instances_own_is_not_replaced() -> None:
     """Neither somebody's wrapper nor the taps of another InRunShapley; and the refusal leaves no tap behind."""
     model = _layers()
-    model[3].forward = lambda x: 3.0 * F.linear(x, model[3].weight)  # type: ignore[method-assign]
+    model[3].forward = lambda x: 3.0 * F.linear(x, model[3].weight)  # type: ignore[arg-type]
     ids = torch.tensor([[1, 2]])
     plain = model(ids)
     with pytest.raises(UserError, match="layer 3 has a forward of its own on the instance"):
@@ -88,7 +88,7 @@ def test_what_changes_after_taps_are_attached_is_named() -> None:
         with pytest.raises(UserError, match=f"parameter {name} has been {now}"):
             taps.require_unchanged()
         parameter.requires_grad_(not parameter.requires_grad)
-    model[2].forward = lambda x: x  # type: ignore[method-assign]
+    model[2].forward = lambda x: x
     with pytest.raises(UserError, match="layer 2 has lost its tap"):
         taps.require_unchanged()
     taps.detach()
@@ -145,7 +145,8 @@ class _Tied(nn.Module):
 def test_a_weight_that_is_used_past_its_tap_is_named() -> None:
     """Its part of the validation gradient would reach the optimizer, and its samples' values lack a part."""
     for through_module in (True, False):
-        model, seen = _Tied(through_module), []
+        model = _Tied(through_module)
+        seen: list[Emission] = []
         taps = attach_taps(model)
 
         def validate() -> None:

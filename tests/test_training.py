@@ -85,7 +85,7 @@ def _train(rank: int, world: int, config: Config, left_out: str | None = None) -
     }
 
 
-SGD = {"optimizer": "sgd", "clip_grad": 0.5}
+SGD: dict[str, Any] = {"optimizer": "sgd", "clip_grad": 0.5}
 LAYOUTS = [
     {"zero": 1},
     {"zero": 2},
@@ -156,7 +156,7 @@ def test_canary_unfused_optimizer_forgets_tensor_parallel_shards(
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_bf16_takes_no_step_before_the_first(two_ranks: Workers, optimizer: str) -> None:
     """At stage 0 DeepSpeed's optimizer takes one when it is built: decay at the whole learning rate, Adam's t one ahead."""
-    rest = {"bf16": True, "optimizer": optimizer, "weight_decay": 2.0, "lr": 0.05}
+    rest: dict[str, Any] = {"bf16": True, "optimizer": optimizer, "weight_decay": 2.0, "lr": 0.05}
     at = [two_ranks.run(_train, settings(zero=stage, **rest))[0] for stage in (0, 1)]
     assert at[0]["losses"] == pytest.approx(at[1]["losses"], rel=1e-3)
     assert at[1]["losses"][2] != pytest.approx(at[1]["losses"][0], rel=5e-3)  # a step does more than that

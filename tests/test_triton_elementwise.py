@@ -101,8 +101,8 @@ def test_gradients_of_norms(kind: str, dtype: torch.dtype) -> None:
         for found, right in zip(norm_gradients(emission, fused=fused), expected, strict=True):
             assert found.dtype == torch.float32
             close(found, right, 1e-6)
-    turned = [buffer.transpose(0, 1).contiguous().transpose(0, 1) for buffer in (b, x)]  # not contiguous
-    for found, right in zip(triton_norms.gradients(*turned, given, rstd.float()), expected, strict=True):
+    b, x = (buffer.transpose(0, 1).contiguous().transpose(0, 1) for buffer in (b, x))  # not contiguous
+    for found, right in zip(triton_norms.gradients(b, x, given, rstd.float()), expected, strict=True):
         close(found, right, 1e-6)
 
 

@@ -5,6 +5,7 @@ Where there is no GPU they run in Triton's interpreter, which executes the kerne
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +36,7 @@ from tests.kernel_cases import (
 ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}  # the interpreter cuts digits off
 # Smaller than every dimension but the tokens: several tiles, all with a ragged edge.
 TILE = triton_linear.Tile(16, 16, tokens=16, stages=2, warps=4)
+_in_one_kernel = partial(triton_linear.weight_gradient_and_dots, by=TILE)
 
 
 def _linear_reference(
@@ -79,10 +81,6 @@ def test_linear(
     assert copy_engine.fits(a, b, directions, batch_dim)
     for compute in (_in_one_kernel, triton_blocks.blocks_and_dots):
         _require_the_reference(compute, a, b, directions, batch_dim, bounds)
-
-
-def _in_one_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
-    return triton_linear.weight_gradient_and_dots(*arguments, by=TILE)
 
 
 def test_parts_are_added_in_fp64() -> None:
@@ -182,8 +180,8 @@ def test_what_the_copy_engine_reads() -> None:
         a.transpose(0, 1).contiguous().transpose(0, 1), b, directions, 1
     )  # tokens within rows
     # A layer of few outputs, such as a router: its tokens lie 32 bytes apart, a token's rows 8.
-    few = [tensor(S, 4, features, dtype=torch.bfloat16) for features in (IN, 4)]
-    assert not copy_engine.fits(*few, list(tensor(1, 4, IN)), 1)
+    full, few = (tensor(S, 4, features, dtype=torch.bfloat16) for features in (IN, 4))
+    assert not copy_engine.fits(full, few, list(tensor(1, 4, IN)), 1)
     with pytest.raises(ValueError, match="copy engine"):
         triton_linear.weight_gradient_and_dots(
             a.transpose(0, 1).contiguous().transpose(0, 1), b, directions, 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,7 +124,7 @@ def run(pool: Executor, full: bool) -> Outcome:
         for rule in RULES:
             steps = [result[rule]["steps"] for result in here]
             reached = [value for value in steps if np.isfinite(value)]
-            row = {
+            row: dict[str, Any] = {
                 "corpus": name,
                 "dropped": rule,
                 "kept": mean([result[rule]["kept"] for result in here]),

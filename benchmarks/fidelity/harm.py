@@ -13,6 +13,7 @@ from __future__ import annotations
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from scipy import stats
@@ -122,11 +123,11 @@ def run(pool: Executor, full: bool) -> Outcome:
             pooled.setdefault(name, []).append(ranks)
     rows = []
     for name, parts in pooled.items():
-        ranks = torch.cat(parts).numpy()
-        row = {"score": name}
+        joined = torch.cat(parts).numpy()
+        row: dict[str, Any] = {"score": name}
         for i, kind in enumerate((*KINDS, "all")):
             bad = kinds >= 0 if kind == "all" else kinds == i
-            row[kind] = auroc(ranks[bad.numpy()], ranks[(kinds < 0).numpy()])
+            row[kind] = auroc(joined[bad.numpy()], joined[(kinds < 0).numpy()])
         rows.append(row)
     share = setting.bad * len(KINDS) / setting.rows
     title = f"AUROC of {share:.0%} corrupted among {setting.rows} sequences, {setting.seeds} seeds"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ class Table:
     """Rows of cells by column."""
 
     title: str
-    rows: list[dict[str, Cell]] = field(default_factory=list)
+    rows: Sequence[Mapping[str, Cell]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         rows = [{k: asdict(v) if isinstance(v, Figure) else v for k, v in row.items()} for row in self.rows]
@@ -32,7 +32,7 @@ class Outcome:
 
     tables: list[Table]
     raw: Any
-    panels: list[Callable[[Axes], None]]
+    panels: Sequence[Callable[[Axes], None]]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,8 @@ def run(pool: Executor, full: bool) -> Outcome:
     scores: dict[str, Tensor] = {}
     for found in collect(pool, score, [Job(setting, method, sequences, targets) for method in SCORED]):
         scores |= found
-    rows, ranks = [], {}
+    rows: list[dict[str, Any]] = []
+    ranks = {}
     for name, values in scores.items():
         own = torch.stack([values[k % passages, k] for k in range(len(targets))])
         rank = 1 + (values > own).sum(0)

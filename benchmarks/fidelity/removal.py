@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from . import corpus
-from .items import Item, Outcome, Table, bars, collect
+from .items import Cell, Item, Outcome, Table, bars, collect
 from .statistics import Figure, median, spearman
 from .training import METHODS, Method, Recipe, ScoredRun, State, Targets, epochs, scored_run, target_losses
 
@@ -147,7 +147,7 @@ def tabulate(raw: dict[str, Any]) -> Outcome:
     orders, whens, sizes = [], [], []
     for method, credit in itertools.product(METHODS, CREDITS):
         values = np.array(raw["values"][f"{method.name}, {credit}"])
-        named = {"estimator": method.name, "credit": credit}
+        named: dict[str, Cell] = {"estimator": method.name, "credit": credit}
         by_horizon = [(name, effects[:, :, h]) for h, name in enumerate(HORIZON_NAMES)]
         order = named | {name: spearman(values, effect) for name, effect in by_horizon}
         order["own step, clip moves"] = spearman(values, moving[:, :, 0])

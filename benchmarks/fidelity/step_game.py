@@ -23,7 +23,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from benchmarks.fidelity_settings import Experiment, Setting
+from benchmarks.fidelity_settings import Experiment, Kind, Setting
 from inrun_megatron.optimizers import AdamStep, ProxyStep, SGDStep, Step
 from inrun_megatron.optimizers.jacobian import condition, write_point
 from inrun_megatron.shapley.estimators import Estimator
@@ -50,7 +50,7 @@ class Case:
     """One training run: the learning rate is `rate` times the optimizer's."""
 
     optimizer: str
-    kind: str
+    kind: Kind
     rate: float
     seed: int
     steps: tuple[int, ...]
@@ -177,7 +177,7 @@ def run_experts(pool: Executor, full: bool) -> Outcome:
     return Outcome([*outcome.tables, *other.tables], own + held, outcome.panels)
 
 
-def _records(pool: Executor, full: bool, kinds: Sequence[str], held: bool = False) -> list[dict[str, Any]]:
+def _records(pool: Executor, full: bool, kinds: Sequence[Kind], held: bool = False) -> list[dict[str, Any]]:
     seeds, permutations = (range(5), 100) if full else (range(1), 30)
     cases = [
         Case(optimizer, kind, rate, seed, STEPS, permutations, held=held)

@@ -162,7 +162,7 @@ def scored_run(
                     engine.backward(row_losses.mean())
                     engine.step()
             result = step.result
-            assert result.scored, f"step {t}: {result.status}"
+            assert result.scored and result.values is not None, f"step {t}: {result.status}"
             found["values"].append(result.values)
             found["factors"].append(torch.tensor(result.credit_factor, dtype=torch.float64))
             found["target_losses"].append(torch.tensor(result.target_losses, dtype=torch.float64))
@@ -220,7 +220,7 @@ class State:
             if len(kept):
                 losses = token_losses(self.model, corpus[kept])
                 (losses.sum() / (len(samples) * losses.shape[1])).backward()
-                gradients = [p.grad for p in self.model.parameters()]
+                gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
                 norm = float(torch.nn.utils.get_total_norm(gradients))
                 self.clip = 1.0 / max(1.0, (norm + 1e-6) / recipe.clip) if fixed is None else fixed
                 torch._foreach_mul_(gradients, self.clip)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -136,7 +136,7 @@ class Audits:
         return figures
 
 
-def audit_line(iteration: int, audits: dict[str, float | None]) -> str:
+def audit_line(iteration: int, audits: Mapping[str, float | None]) -> str:
     """One line with the audits of every target."""
     parts = []
     for name in (
