@@ -192,9 +192,9 @@ class ScoredStep:
             clip = owner.adapter.clip_coefficients(
                 torch.zeros((), device=owner.device) if norm is None else norm
             )
-            scores = figures = along = counts = tokens = None
+            scores = figures = along = samples = tokens = None
             if result.scored:
-                scores, figures, along, counts = self._sum_scores(clip)
+                scores, figures, along, samples = self._sum_scores(clip)
                 tokens = self._rows.unread()
             else:
                 owner.probe.disarm()
@@ -207,7 +207,7 @@ class ScoredStep:
             scores=scores,
             figures=figures,
             along=along,
-            counts=counts,
+            samples=samples,
             tokens=tokens,
         )
         started = time.perf_counter()
@@ -233,8 +233,7 @@ class ScoredStep:
                 stepped=result.gradient_norm,
                 along=float(read["along"]),
             )
-        samples, refused = read["counts"].tolist()
-        if refused:
+        if math.isnan(samples := float(read["samples"])):
             raise_anywhere(self._refused)
         self._samples = round(samples)
         self._rows.read(read["tokens"])
@@ -245,8 +244,8 @@ class ScoredStep:
     def _sum_scores(self, clip: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Values of all parts ``[parts, K]``; over all ranks ``[4, K]``: sums, ``<d, c_t G_t>``, the drift terms, with stages
         four rows more, sums of this step's factors and of their squares; of path estimators, ``<p, c_t G_t> / |p|^2``
-        with the p that was integrated along: 1 if it is what is stepped; and ``[2]``, the number of samples of all replicas and of
-        the ranks whose samples the ledger refuses."""
+        with the p that was integrated along: 1 if it is what is stepped; and the number of samples of all replicas, NaN if the
+        ledger refuses those of one."""
         owner, layout = self.owner, self.owner.layout
         for scorer in self._scorers:  # of backwards that ran outside their ``samples`` block
             scorer.flush()
@@ -266,16 +265,15 @@ class ScoredStep:
             credit = self.result.credit_factor or 0.0
             factors = (self._factor, self._factor**2, credit, credit**2)
             rows += [torch.full_like(scores[0], factor) for factor in factors]
-        own = (self._rows.samples if layout.writes_ledger else 0, self._refused is not None)
+        own = float(self._rows.samples if layout.writes_ledger else 0) if self._refused is None else math.nan
         # All of them, and the path, need sums over all ranks: one small all-reduce.
-        counts = [scores.new_full((1,), float(count)) for count in own]
-        sums = torch.cat([*rows, products[targets:], *counts])
+        sums = torch.cat([*rows, products[targets:], scores.new_full((1,), own)])
         dist.all_reduce(sums)
         figures = sums[: len(rows) * targets].view(len(rows), targets)
         if self._path_norm is None:
-            return scores, figures, None, sums[-2:]
+            return scores, figures, None, sums[-1]
         path = self._path_norm * owner.adapter.clip_coefficients(self._path_norm)
-        return scores, figures, sums[-3] / path.square(), sums[-2:]
+        return scores, figures, sums[-2] / path.square(), sums[-1]
 
     def _fill_values(self, scores: Tensor, figures: list[list[float]]) -> None:
         """What ``_sum_scores`` made, on the host."""
