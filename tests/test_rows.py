@@ -79,6 +79,9 @@ class _Ledger:
     def __init__(self) -> None:
         self.tokens: list[np.ndarray[Any, Any]] = []
 
+    def require(self, iteration: int, dataset: Any, sample: Any, cut: bool) -> None:
+        pass
+
     def append(
         self, iteration: int, dataset: Any, sample: Any, tokens: Any, *rest: Any, **others: Any
     ) -> None:
