@@ -17,22 +17,16 @@ class FinishedSteps:
 
     Attributes:
         finished: the last one.
-        running: the one whose ``with`` block is open.
     """
 
     def __init__(self, directory: Path, after: int) -> None:
         """after: the last step that the ledger in `directory` holds; 0: a new ledger, which may begin anywhere."""
         self._directory = directory
         self.finished = after
-        self.running: int | None = None
 
     @contextmanager
     def during(self, iteration: int) -> Iterator[None]:
         """Step ``iteration`` happens inside; it is finished where no exception leaves the block."""
-        if self.running is not None:
-            raise UserError(
-                f"step {iteration} begins inside step {self.running}: leave its `with` block first"
-            )
         if iteration < 1:
             raise UserError(f"step {iteration}: steps are numbered from 1")
         if self.finished and iteration != self.finished + 1:
@@ -40,9 +34,5 @@ class FinishedSteps:
                 f"step {iteration} comes after step {self.finished} in {self._directory}: number the steps one after the other, "
                 f"and those of a resumed run on (step {self.finished + 1} is next)"
             )
-        self.running = iteration
-        try:
-            yield
-            self.finished = iteration
-        finally:
-            self.running = None
+        yield
+        self.finished = iteration

@@ -105,6 +105,8 @@ class RunLedger:
         self._commits = Commits(self.directory, self._writer, shapley.device)
         self._state = state or ResumeState(str(run_id), 0, None)  # of the last commit
         shapley.ledger, shapley.keeper = self._writer, self._steps
+        if state is not None:
+            shapley.expire_direction()  # it may be of the steps that were taken back
         atexit.register(self._say_what_is_lost)
 
     @property
@@ -182,13 +184,17 @@ class RunLedger:
             raise UserError(
                 f"{self.directory}: a commit has failed, and its values are lost: start again from the last checkpoint"
             )
-        if self._steps.running is not None:
-            raise UserError(f"step {self._steps.running} is not finished: commit after its `with` block")
+        self._require_between_steps()
+
+    def _require_between_steps(self) -> None:
+        if (running := self._shapley.running) is not None:
+            raise UserError(f"step {running} is not finished: commit or close after its `with` block")
 
     def close(self) -> None:
         """Commit what is left, and release the directory. Again: nothing."""
         if self._closed:
             return
+        all_ranks(self._require_between_steps)  # before anything is let go
         try:
             self.commit()
         finally:
@@ -239,6 +245,8 @@ def _checked(
     """What this rank was given: the table of datasets, and where to go on."""
     if shapley.ledger is not None or shapley.keeper is not None:
         raise UserError("these values are kept in a ledger already: close() it first")
+    if shapley.running is not None:
+        raise UserError(f"step {shapley.running} is not finished: open a ledger before a step")
     if granularity not in GRANULARITIES:
         raise UserError(f"granularity {granularity!r} is none of {', '.join(GRANULARITIES)}")
     given = [] if isinstance(datasets, str) else list(datasets)

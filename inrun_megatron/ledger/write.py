@@ -94,6 +94,8 @@ class LedgerWriter:
                 f"step {step}: samples are of datasets {datasets.min()} to {datasets.max()}, but the ledger was opened with "
                 f"{counted(self._datasets, 'dataset')}, counted from 0"
             )
+        if datasets.dtype.kind not in "iub" and (datasets % 1).any():
+            raise UserError(f"step {step}: dataset numbers {datasets.tolist()} are no integers")
         if len(samples) and samples.dtype.kind not in "iu":
             raise UserError(f"step {step}: sample numbers are of type {samples.dtype}: give integers")
         if len(samples) and not (samples.min() >= 0 and samples.max() < 2**63):

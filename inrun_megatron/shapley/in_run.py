@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -133,6 +135,7 @@ class InRunShapley:
         self.rows_apart: bool | None = None  # not looked at yet
         self.iteration = 0  # of the newest step
         self.keeper: Keeper | None = None
+        self.running: int | None = None  # the step whose ``with`` block is open
 
     def _make_passes(self, loss_fn: Any) -> Passes:
         """Once nothing is refused any more."""
@@ -151,6 +154,7 @@ class InRunShapley:
             iteration: number of the step, from 1.
             microbatches: the step's microbatches of this rank on the device, for the path estimators.
         """
+        iteration = operator.index(iteration)
         with self.kept(iteration):
             step = ScoredStep(self, iteration)
             if iteration % self.interval == 0:
@@ -158,9 +162,19 @@ class InRunShapley:
             yield step
             step.finish()
 
-    def kept(self, iteration: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def kept(self, iteration: int) -> Iterator[None]:
         """Around step ``iteration``: whoever keeps the values must know that it has begun, and whether it was finished."""
-        return nullcontext() if self.keeper is None else self.keeper.during(iteration)
+        if self.running is not None:
+            raise UserError(
+                f"step {iteration} begins inside step {self.running}: leave its `with` block first"
+            )
+        with nullcontext() if self.keeper is None else self.keeper.during(iteration):
+            self.running = iteration
+            try:
+                yield
+            finally:
+                self.running = None
 
     def require_rows_apart(self) -> None:
         """At the first scored step: see row_watch.py."""
@@ -179,7 +193,8 @@ class InRunShapley:
         Raises:
             UserError: a ``RunLedger`` keeps the values: close it before.
         """
-        if self.keeper is not None:
+        # Not over another error, whose line would be hidden.
+        if self.keeper is not None and sys.exc_info()[0] is None:
             raise UserError("a RunLedger keeps these values: close() it before InRunShapley")
         self.probe.remove()
         self.preparation.remove()

@@ -25,6 +25,7 @@ never the whole pipeline's flush of 2 (P - 1). No stage waits inside its validat
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -95,6 +96,7 @@ class PipelineShapley(InRunShapley):
             iteration: number of the step, from 1.
             microbatches: as for ``train_batch``, for the path estimators.
         """
+        iteration = operator.index(iteration)
         with self.kept(iteration):
             step = PipelineStep(self, iteration)
             if iteration % self.interval == 0:

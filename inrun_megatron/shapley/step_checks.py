@@ -30,6 +30,8 @@ def refusal(ledger: LedgerWriter | None, iteration: int, rows: MicrobatchRows) -
         ledger.require(iteration, rows.dataset, rows.sample, rows.segments is not None)
     except UserError as error:
         return str(error)
+    except (TypeError, RuntimeError) as error:  # no numbers that numpy knows, or with a gradient
+        return f"step {iteration}: dataset and sample of `samples` are no plain integers: {error}"
     return None
 
 
