@@ -215,8 +215,8 @@ def _misuses(rank: int, world: int, directory: str) -> list[str]:
     refused(lambda: RunLedger(shapley, directory, ["synthetic"], resume=resumes[rank]))
     refused(lambda: RunLedger(shapley, directory, ["synthetic"], granularity=("sample", "row")[rank]))
     refused(lambda: RunLedger(shapley, directory, [("a", "b")[rank]]))
-    # Steps that no ledger knows: the numbers of the next one are its own.
-    train(5)
+    # Steps that no ledger knows: the numbers of the next one are its own, and it begins between two steps.
+    refused(lambda: train(5, inside=lambda: RunLedger(shapley, directory, ["synthetic"])))
     ledger = RunLedger(shapley, directory, ["synthetic"])
     assert ledger.commit()["step"] == 0
     refused(lambda: train(0))
@@ -224,6 +224,7 @@ def _misuses(rank: int, world: int, directory: str) -> list[str]:
     refused(lambda: train(1))
     refused(lambda: train(3))
     refused(lambda: train(2, inside=ledger.commit))
+    refused(lambda: train(2, inside=ledger.close))
     # What failed may come again, and what is committed meanwhile is what was finished.
     with contextlib.suppress(Died):
         train(2, breaks=True)
@@ -247,9 +248,11 @@ def test_misuse_of_one_rank_is_told_by_all_and_loses_nothing(two_ranks: Workers,
         "resume is None on rank 0 and ResumeState(",
         "granularity 'row' is none of",
         "granularity and datasets are",
+        "step 5 is not finished: open a ledger before a step",
         "step 0: steps are numbered from 1",
         "step 1 comes after step 1",
         "step 3 comes after step 1",
+        "step 2 is not finished: commit or close after",
         "step 2 is not finished: commit or close after",
         "samples are of datasets 1 to 1, but the ledger was opened with 1 dataset",
         "a RunLedger keeps these values",
