@@ -234,12 +234,14 @@ def _misuses(rank: int, world: int, directory: str) -> list[str]:
     assert state["step"] == 2
     refused(lambda: train(3, dataset=rank))
     assert ledger.commit() == state
-    refused(shapley.close)
-    ledger.close()
+    # Another InRunShapley is none that the ledger keeps, and it says so.
+    shapley.close()
+    refused(ledger.commit)
+    shapley = InRunShapley(engine, given, token_losses)
+    train(3)
+    refused(ledger.close)
     ledger.close()
     refused(ledger.commit)
-    train(4)
-    shapley.close()
     return said
 
 
@@ -255,7 +257,8 @@ def test_misuse_of_one_rank_is_told_by_all_and_loses_nothing(two_ranks: Workers,
         "step 2 is not finished: commit or close after",
         "step 2 is not finished: commit or close after",
         "samples are of datasets 1 to 1, but the ledger was opened with 1 dataset",
-        "a RunLedger keeps these values",
+        "its InRunShapley was closed, and values of another one are not in it",
+        "steps up to 2 are in it, and none of another",
         "was closed: make another",
     ]
     for said in two_ranks.run(_misuses, str(tmp_path), timeout=300):

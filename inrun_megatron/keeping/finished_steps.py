@@ -23,6 +23,7 @@ class FinishedSteps:
         """after: the last step that the ledger in `directory` holds; 0: a new ledger, which may begin anywhere."""
         self._directory = directory
         self.finished = after
+        self._failed: int | None = None  # the newest step, where it did
 
     @contextmanager
     def during(self, iteration: int) -> Iterator[None]:
@@ -30,9 +31,15 @@ class FinishedSteps:
         if iteration < 1:
             raise UserError(f"step {iteration}: steps are numbered from 1")
         if self.finished and iteration != self.finished + 1:
+            why = "number the steps one after the other, and those of a resumed run on"
+            if self._failed is not None:
+                why = f"step {self._failed} failed, and its number is the next one's"
+            elif iteration == self.finished:
+                why = "it is finished, as a skipped step is, too"
             raise UserError(
-                f"step {iteration} comes after step {self.finished} in {self._directory}: number the steps one after the other, "
-                f"and those of a resumed run on (step {self.finished + 1} is next)"
+                f"step {iteration} comes after step {self.finished} in {self._directory}: {why} (step {self.finished + 1} is next; "
+                f"steps without values go through shapley.step, too: interval=)"
             )
+        self._failed = iteration
         yield
-        self.finished = iteration
+        self.finished, self._failed = iteration, None

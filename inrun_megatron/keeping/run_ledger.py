@@ -26,7 +26,7 @@ from ..ledger.commit_records import commit_files, step_of
 from ..ledger.description import Starts
 from ..ledger.schema import DEFAULT_SUBDIRECTORY, RunDescription
 from ..ledger.write import LedgerWriter, OpenLedger, create_ledger, open_ledger, rollback
-from .agreement import all_ranks, rank0_then_all, require_same
+from .agreement import AgreedError, all_ranks, rank0_then_all, require_same
 from .commits import Commits
 from .description import coverage_of_model, sizes, versions
 from .finished_steps import FinishedSteps
@@ -166,6 +166,15 @@ class RunLedger:
                 step is not finished, or not on all ranks.
         """
         all_ranks(self._require_open)
+        if self._shapley.closed:
+            raise AgreedError(
+                f"{self.directory}: its InRunShapley was closed, and values of another one are not in it: close() this ledger, which "
+                f"commits what is finished, and go on with RunLedger(other, ..., resume=) from a checkpoint of then"
+            )
+        return self._commit(checkpoint)
+
+    def _commit(self, checkpoint: str | None = None) -> dict[str, Any]:
+        all_ranks(self._require_open)
         remedy = "an error on one of them is not to be caught; start again from the last checkpoint"
         require_same("the last finished step is", self._steps.finished, remedy)
         step = self._steps.finished
@@ -191,14 +200,23 @@ class RunLedger:
             raise UserError(f"step {running} is not finished: commit or close after its `with` block")
 
     def close(self) -> None:
-        """Commit what is left, and release the directory. Again: nothing."""
+        """Commit what is left, and release the directory. Again: nothing.
+
+        Raises:
+            UserError: as ``commit``; or its ``InRunShapley`` was closed before, after what is finished was committed.
+        """
         if self._closed:
             return
         all_ranks(self._require_between_steps)  # before anything is let go
         try:
-            self.commit()
+            self._commit()
         finally:
             self._let_go()
+        if self._shapley.closed:
+            raise AgreedError(
+                f"{self.directory} is closed after its InRunShapley: steps up to {self._state.step} are in it, and none of another "
+                f"InRunShapley (close the ledger first)"
+            )
 
     def _say_what_is_lost(self) -> None:
         """At the end of a loop that did not close, or not in peace."""
@@ -245,6 +263,8 @@ def _checked(
     """What this rank was given: the table of datasets, and where to go on."""
     if shapley.ledger is not None or shapley.keeper is not None:
         raise UserError("these values are kept in a ledger already: close() it first")
+    if shapley.closed:
+        raise UserError("this InRunShapley was closed: make another one for the ledger")
     if shapley.running is not None:
         raise UserError(f"step {shapley.running} is not finished: open a ledger before a step")
     if granularity not in GRANULARITIES:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -135,6 +134,7 @@ class InRunShapley:
         self.rows_apart: bool | None = None  # not looked at yet
         self.iteration = 0  # of the newest step
         self.keeper: Keeper | None = None
+        self.closed = False
         self.running: int | None = None  # the step whose ``with`` block is open
 
     def _make_passes(self, loss_fn: Any) -> Passes:
@@ -188,14 +188,9 @@ class InRunShapley:
         self.refresh.expire()
 
     def close(self) -> None:
-        """Take taps and hooks out of the model and the optimizer.
-
-        Raises:
-            UserError: a ``RunLedger`` keeps the values: close it before.
-        """
-        # Not over another error, whose line would be hidden.
-        if self.keeper is not None and sys.exc_info()[0] is None:
-            raise UserError("a RunLedger keeps these values: close() it before InRunShapley")
+        """Take taps and hooks out of the model and the optimizer. A ``RunLedger`` that keeps the values is closed before: later it
+        says that those of another ``InRunShapley`` are not in it."""
+        self.closed = True
         self.probe.remove()
         self.preparation.remove()
         self.taps.detach()
