@@ -13,7 +13,7 @@ class FinishedSteps:
     """Steps that are numbered one after the other; the keeper of an ``InRunShapley``.
 
     A number that is left out would be a step without values in the ledger, and one that comes twice would have its rows twice:
-    both are refused before the step trains. One that failed may come again.
+    both are refused before the step trains. One that failed may come again, unless the optimizer has taken it.
 
     Attributes:
         finished: the last one.
@@ -24,10 +24,12 @@ class FinishedSteps:
         self._directory = directory
         self.finished = after
         self._failed: int | None = None  # the newest step, where it did
+        self._lost: int | None = None
 
     @contextmanager
     def during(self, iteration: int) -> Iterator[None]:
         """Step ``iteration`` happens inside; it is finished where no exception leaves the block."""
+        self.require_none_lost()
         if iteration < 1:
             raise UserError(f"step {iteration}: steps are numbered from 1")
         if self.finished and iteration != self.finished + 1:
@@ -43,3 +45,15 @@ class FinishedSteps:
         self._failed = iteration
         yield
         self.finished, self._failed = iteration, None
+
+    def lost(self, iteration: int) -> None:
+        """Weights have moved by a step that has no values: what comes after it has no place in this ledger."""
+        self._lost = iteration
+
+    def require_none_lost(self) -> None:
+        """UserError after such a step."""
+        if self._lost is not None:
+            raise UserError(
+                f"step {self._lost} failed after the optimizer had taken it, so that its values are missing in {self._directory}: go "
+                f"back to the last checkpoint"
+            )

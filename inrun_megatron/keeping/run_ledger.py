@@ -171,6 +171,7 @@ class RunLedger:
                 f"{self.directory}: its InRunShapley was closed, and values of another one are not in it: close() this ledger, which "
                 f"commits what is finished, and go on with RunLedger(other, ..., resume=) from a checkpoint of then"
             )
+        all_ranks(self._steps.require_none_lost)
         return self._commit(checkpoint)
 
     def _commit(self, checkpoint: str | None = None) -> dict[str, Any]:

@@ -33,6 +33,9 @@ class Keeper(Protocol):
     def during(self, iteration: int) -> AbstractContextManager[None]:
         """Step ``iteration`` happens inside; it is finished where no exception leaves the block."""
 
+    def lost(self, iteration: int) -> None:
+        """The optimizer has taken step ``iteration``, and an exception leaves its block."""
+
 
 class InRunShapley:
     """In-Run Data Shapley values of every training sample, while a DeepSpeed engine trains.
@@ -169,10 +172,15 @@ class InRunShapley:
             raise UserError(
                 f"step {iteration} begins inside step {self.running}: leave its `with` block first"
             )
+        before = self.adapter.steps_taken
         with nullcontext() if self.keeper is None else self.keeper.during(iteration):
             self.running = iteration
             try:
                 yield
+            except BaseException:
+                if self.keeper is not None and self.adapter.steps_taken != before:
+                    self.keeper.lost(iteration)
+                raise
             finally:
                 self.running = None
 
