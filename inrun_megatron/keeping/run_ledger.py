@@ -165,17 +165,10 @@ class RunLedger:
             UserError: a file system refuses, on every rank; the ledger is then what it was at the last commit, for good. Or a
                 step is not finished, or not on all ranks.
         """
-        all_ranks(self._require_open)
-        if self._shapley.closed:
-            raise AgreedError(
-                f"{self.directory}: its InRunShapley was closed, and values of another one are not in it: close() this ledger, which "
-                f"commits what is finished, and go on with RunLedger(other, ..., resume=) from a checkpoint of then"
-            )
-        all_ranks(self._steps.require_none_lost)
+        all_ranks(self._require_fit)
         return self._commit(checkpoint)
 
     def _commit(self, checkpoint: str | None = None) -> dict[str, Any]:
-        all_ranks(self._require_open)
         remedy = "an error on one of them is not to be caught; start again from the last checkpoint"
         require_same("the last finished step is", self._steps.finished, remedy)
         step = self._steps.finished
@@ -187,14 +180,24 @@ class RunLedger:
         self._shapley.expire_direction()
         return self._state.to_dict()
 
-    def _require_open(self) -> None:
+    def _require_fit(self) -> None:
+        """A checkpoint may follow."""
         if self._closed:
             raise UserError(f"{self.directory} was closed: make another RunLedger with resume=")
+        self._require_whole()
+        self._require_between_steps()
+        if self._shapley.closed:
+            raise UserError(
+                f"{self.directory}: its InRunShapley was closed, and values of another one are not in it: close() this ledger, which "
+                f"commits what is finished, and go on with RunLedger(other, ..., resume=) from a checkpoint of then"
+            )
+        self._steps.require_none_lost()
+
+    def _require_whole(self) -> None:
         if self._failed:
             raise UserError(
                 f"{self.directory}: a commit has failed, and its values are lost: start again from the last checkpoint"
             )
-        self._require_between_steps()
 
     def _require_between_steps(self) -> None:
         if (running := self._shapley.running) is not None:
@@ -210,6 +213,7 @@ class RunLedger:
             return
         all_ranks(self._require_between_steps)  # before anything is let go
         try:
+            all_ranks(self._require_whole)
             self._commit()
         finally:
             self._let_go()
