@@ -186,7 +186,7 @@ def _measure(engines: _Engines, case: Case, pairs: int, vocab: int) -> Found:
         plain_device, scored_device = (_device_seconds(step, 99, batch(99)) for step in (plain, scored))
     finally:
         shapley.close()
-    line = outcome(case, [timed], 0.0)
+    line = outcome(case, [[timed]], 0.0)
     parameters = sum(p.numel() for p in engines.plain.module.parameters())
     return Found(
         case.name,

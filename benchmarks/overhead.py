@@ -3,18 +3,21 @@
     python -m benchmarks.overhead                       # the table in docs/performance.md
     python -m benchmarks.overhead --json > overhead.json
     python -m benchmarks.overhead --pp 2                # through the pipeline; --tp, --dp likewise: one thread per rank
+    python -m benchmarks.overhead --starts 6 --pairs 4  # processes differ: a median over several
     python -m benchmarks.overhead --matrix              # one setting changed at a time
     python -m benchmarks.overhead --smoke               # seconds; `make bench-smoke`
 
 Two copies of one model train side by side on the same batches: one is megatron-core + DeepSpeed as it is, the
-other has taps and scores every sample against its targets (benchmarks/runs.py, benchmarks/pairs.py). The ideal is the
-validation pass itself, ``1 + K n_val / n_train`` when every step is scored; through a pipeline of P stages with M training
-and V validation microbatches the stream that scoring makes longer, ``(V + M + P - 1) / (M + P - 1)``.
+other has taps and scores every sample against its targets (benchmarks/runs.py, benchmarks/pairs.py). ``fastest`` compares
+the fastest step of each kind in a process, which others on the machine disturb least. The ideal is the validation pass
+itself, ``1 + K n_val / n_train`` when every step is scored; through a pipeline of P stages with M training and V validation
+microbatches the stream that scoring makes longer, ``(V + M + P - 1) / (M + P - 1)``.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
@@ -63,10 +66,14 @@ def cases(base: Case) -> list[Case]:
     ]
 
 
-def measure(case: Case, *, pairs: int, vocab: int, threads: int) -> Outcome:
+def measure(case: Case, *, pairs: int, vocab: int, threads: int, starts: int = 1) -> Outcome:
     """Plain and scored steps of one case, in processes of their own, so that peak memory is its own."""
-    ranks: list[Measured] = on_ranks(case.tp, case.dp, case.pp, threads, plain_and_scored, case, pairs, vocab)
-    return outcome(case, [rank.pairs for rank in ranks], max(rank.peak_rss_mb for rank in ranks))
+    found: list[list[Measured]] = [
+        on_ranks(case.tp, case.dp, case.pp, threads, plain_and_scored, case, pairs, vocab)
+        for _ in range(starts)
+    ]
+    peak = max(rank.peak_rss_mb for ranks in found for rank in ranks)
+    return outcome(case, [[rank.pairs for rank in ranks] for ranks in found], peak)
 
 
 def measure_together(found: list[Case], *, pairs: int, vocab: int) -> list[Outcome]:
@@ -77,7 +84,7 @@ def measure_together(found: list[Case], *, pairs: int, vocab: int) -> list[Outco
         ranks: list[list[Measured]] = on_ranks(tp, dp, pp, 1, _all, own, pairs, vocab)
         for case, measured in zip(own, zip(*ranks, strict=True), strict=True):
             peak = max(rank.peak_rss_mb for rank in measured)
-            outcomes[case.name] = outcome(case, [rank.pairs for rank in measured], peak)
+            outcomes[case.name] = outcome(case, [[rank.pairs for rank in measured]], peak)
     return [outcomes[case.name] for case in found]
 
 
@@ -95,6 +102,7 @@ def _table(outcomes: list[Outcome], title: str) -> Table:
             "ratio (quartiles)",
             "ideal",
             "above",
+            "fastest",
             "CPU",
             "CPU ideal",
             "above",
@@ -109,12 +117,20 @@ def _table(outcomes: list[Outcome], title: str) -> Table:
             f"{o.ratio:.3f} ({o.ratio_low:.3f}-{o.ratio_high:.3f})",
             f"{o.ideal:.4f}",
             f"{100 * o.above_ideal:+.1f}%",
+            _fastest(o),
             f"{o.cpu_ratio:.3f}",
             f"{o.cpu_ideal:.4f}",
             f"{100 * (o.cpu_ratio / o.cpu_ideal - 1):+.1f}%",
             f"{o.peak_rss_mb:.0f}",
         )
     return table
+
+
+def _fastest(o: Outcome) -> str:
+    """Of the fastest steps, above the ideal: the median of the processes and what lies between them."""
+    above = [100 * (ratio / o.ideal - 1) for ratio in o.fastest]
+    between = f" ({min(above):+.1f} to {max(above):+.1f})" if len(above) > 1 else ""
+    return f"{statistics.median(above):+.1f}%{between}"
 
 
 def chosen_cases(base: Case, names: Mapping[str, dict[str, Any]]) -> list[Case]:
@@ -130,6 +146,9 @@ def main(
     zero_stage: Annotated[int | None, typer.Option(help="DeepSpeed ZeRO stage; default 2, PP 1")] = None,
     vocab: Annotated[int, typer.Option(help="vocabulary size")] = 4096,
     pairs: Annotated[int, typer.Option(help="pairs of steps counted per case")] = 9,
+    starts: Annotated[
+        int, typer.Option(min=1, help="how often each case's processes are started anew; pairs of each")
+    ] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads of a single rank")] = os.cpu_count() or 1,
     tp: Annotated[int, typer.Option(help="tensor-parallel ranks")] = 1,
     dp: Annotated[int, typer.Option(help="data-parallel ranks")] = 1,
@@ -187,7 +206,7 @@ def main(
     if smoke:
         outcomes = measure_together(found, pairs=pairs, vocab=vocab)
     else:
-        outcomes = [measure(case, pairs=pairs, vocab=vocab, threads=threads) for case in found]
+        outcomes = [measure(case, pairs=pairs, vocab=vocab, threads=threads, starts=starts) for case in found]
     first = found[0]
     setting = (
         f"hidden {first.hidden}, {first.layers} layers, vocabulary {vocab}, microbatch {first.micro_batch}, "

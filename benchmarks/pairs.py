@@ -41,6 +41,7 @@ class Outcome:
     scored_s: float
     ratio_low: float  # quartiles of the ratio over pairs of steps
     ratio_high: float
+    fastest: list[float]  # of each process: its fastest scored step over its fastest plain one
     plain_cpu_s: float  # processor time of all ranks
     cpu_ratio: float  # the ratio of that, which a busy neighbour does not stretch
     cpu_ideal: float  # the work, 1 + n_val / n_train for one target and first_order; a pipeline's idle half-steps are in `ideal` alone
@@ -94,15 +95,25 @@ def median_ratio(pairs: list[tuple[float, float]]) -> tuple[float, float, float]
     return low, median, high
 
 
-def outcome(case: Case, ranks: Sequence[Pairs], peak_rss_mb: float) -> Outcome:
-    """A line of the table: plain steps came first, scored ones second. Wall time is that of rank 0."""
-    timed, ideal = ranks[0], case.ideal
+def fastest_ratio(pairs: list[tuple[float, float]]) -> float:
+    """The fastest second over the fastest first: what others on the machine take makes a step slower, never faster."""
+    return min(b for _, b in pairs) / min(a for a, _ in pairs)
+
+
+def outcome(case: Case, starts: Sequence[Sequence[Pairs]], peak_rss_mb: float) -> Outcome:
+    """A line of the table from every start of the ranks, ``[starts, ranks]``: plain steps came first, scored ones second.
+
+    Wall time is that of rank 0.
+    """
+    ideal = case.ideal
+    wall = [pair for ranks in starts for pair in ranks[0].wall]
     cpu = [
         (sum(plain for plain, _ in own), sum(scored for _, scored in own))
+        for ranks in starts
         for own in zip(*(rank.cpu for rank in ranks), strict=True)
     ]
-    low, ratio, high = median_ratio(timed.wall)
-    plain_s, scored_s = (statistics.median(pair[i] for pair in timed.wall) for i in (0, 1))
+    low, ratio, high = median_ratio(wall)
+    plain_s, scored_s = (statistics.median(pair[i] for pair in wall) for i in (0, 1))
     return Outcome(
         name=case.name,
         ratio=ratio,
@@ -112,10 +123,11 @@ def outcome(case: Case, ranks: Sequence[Pairs], peak_rss_mb: float) -> Outcome:
         scored_s=scored_s,
         ratio_low=low,
         ratio_high=high,
+        fastest=[fastest_ratio(ranks[0].wall) for ranks in starts],
         plain_cpu_s=statistics.median(plain for plain, _ in cpu),
         cpu_ratio=median_ratio(cpu)[1],
         cpu_ideal=case.work,
-        pairs=len(timed.wall),
+        pairs=len(wall),
         tokens_per_second=case.train * case.seq_length / scored_s,
         peak_rss_mb=peak_rss_mb,
         case=asdict(case),

@@ -35,8 +35,16 @@ def test_ideals() -> None:
 
 def test_processor_time_is_that_of_all_ranks() -> None:
     ranks = [Pairs([(1.0, 2.0)] * 3, [(1.0, 1.0)] * 3), Pairs([(9.0, 9.0)] * 3, [(1.0, 2.0)] * 3)]
-    found = outcome(BASE, ranks, 5.0)
+    found = outcome(BASE, [ranks], 5.0)
     assert (found.ratio, found.cpu_ratio, found.plain_cpu_s, found.peak_rss_mb) == (2.0, 1.5, 2.0, 5.0)
+
+
+def test_starts_are_pooled_and_their_fastest_steps_kept_apart() -> None:
+    """The second process has one undisturbed step of each kind, in different pairs."""
+    starts = [[Pairs([seconds] * 2, [seconds] * 2)] for seconds in ((2.0, 3.0), (2.0, 2.5))]
+    starts[1][0].wall.extend([(1.0, 9.0), (9.0, 2.0)])
+    found = outcome(BASE, starts, 5.0)
+    assert found.fastest == [1.5, 2.0] and found.pairs == 6 and found.ratio == (1.25 + 1.5) / 2
 
 
 def test_the_matrix_changes_one_setting_at_a_time() -> None:
@@ -98,7 +106,7 @@ def test_growth_has_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.Monke
     def measured(found: list[Case], **options: object) -> list[object]:
         seconds = [(1.0, 1.1)] * 3
         return [
-            outcome(case, [Pairs(seconds, seconds)] * (case.tp * case.dp * case.pp), 1.0) for case in found
+            outcome(case, [[Pairs(seconds, seconds)] * (case.tp * case.dp * case.pp)], 1.0) for case in found
         ]
 
     monkeypatch.setattr(growth, "measure_together", measured)
