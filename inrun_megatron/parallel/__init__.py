@@ -1,5 +1,6 @@
-"""Process groups, and this rank's place in them."""
+"""Process groups, this rank's place in them, and how it leaves them."""
 
 from .layout import Layout
+from .leaving import wait_at_exit
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "wait_at_exit"]

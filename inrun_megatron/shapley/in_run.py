@@ -15,7 +15,7 @@ from ..directions import Directions, stored_type
 from ..engines import ZeroAdapter
 from ..engines.inner import require_known
 from ..errors import UserError
-from ..parallel import Layout
+from ..parallel import Layout, wait_at_exit
 from ..taps import Consumer, Taps, attach_taps
 from .audit import AdditivityProbe
 from .estimators import CREDITS, Estimator
@@ -101,6 +101,7 @@ class InRunShapley:
         self.engine = engine
         self.targets = tuple(targets)
         self.credit, self.total_steps = credit, total_steps
+        wait_at_exit()
         self.layout = layout or Layout.current()
         self.estimator = Estimator.of(estimator, base or default_base(self.layout.pp_size))
         proxy = optimizer == "sgd"

@@ -23,6 +23,7 @@ from torch.distributed import distributed_c10d
 
 from inrun_megatron.config import ParallelConfig
 from inrun_megatron.errors import UserError
+from inrun_megatron.parallel import wait_at_exit
 from inrun_megatron.ports import free_port
 
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -244,6 +245,7 @@ def _start_deepspeed(config: ParallelConfig) -> None:
     import deepspeed
 
     timeout = timedelta(minutes=config.distributed_timeout_minutes)
+    wait_at_exit()
     deepspeed.init_distributed(
         dist_backend=_backend(config), timeout=timeout, auto_mpi_discovery=False, verbose=False
     )
