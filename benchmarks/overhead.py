@@ -167,6 +167,9 @@ def main(
         Literal["fp32", "bf16"], typer.Option(help="as --shapley-direction-dtype")
     ] = "fp32",
     matrix: Annotated[bool, typer.Option("--matrix", help="one setting changed at a time")] = False,
+    same: Annotated[
+        bool, typer.Option("--same", help="plain steps against plain steps: what the comparison itself sees")
+    ] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="a few cases of a tiny model, in seconds")] = False,
     only: Annotated[str, typer.Option(help="run the cases whose name contains this")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
@@ -201,6 +204,12 @@ def main(
     else:
         found = cases(start)
     found = [case for case in found if only in case.name]
+    if same:
+        names = dict.fromkeys(case.name.split(":")[0] for case in found)
+        found = [
+            replace(case, name=f"{name}, plain", validation=0, estimator="first_order")
+            for name, case in zip(names, {case.seq_length: case for case in found}.values(), strict=True)
+        ]
     if not found:
         raise typer.BadParameter(f"no case's name contains {only!r}", param_hint="--only")
     if smoke:

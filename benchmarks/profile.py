@@ -28,16 +28,8 @@ from rich.table import Table
 
 from benchmarks.cases import Case
 from benchmarks.output import answer, table_of
-from benchmarks.pairs import WARM_UP, Batch, Pairs, alternate
-from benchmarks.runs import (
-    batches_of,
-    build_engine,
-    on_ranks,
-    plain_step,
-    scored_step,
-    scoring_of,
-    synchronise,
-)
+from benchmarks.pairs import WARM_UP, Batch, Pairs
+from benchmarks.runs import on_ranks, side_by_side
 
 Seconds = tuple[float, float]  # wall, processor
 
@@ -126,38 +118,27 @@ def profile(case: Case, pairs: int, vocab: int) -> Profile:
     from inrun_megatron.dots.products import weight_gradient
     from inrun_megatron.shapley.scored_step import ScoredStep
 
-    plain, scored = build_engine(case, vocab), build_engine(case, vocab)
-    shapley = scoring_of(scored, case, vocab)
     phases = Phases()
     found: list[dict[str, tuple[float, float]]] = []
     products = []
     buffers: list[tuple[Any, Any]] = []
-    _instrument(phases, shapley, case)
-    phases.around(ScoredStep, "finish", "finish")
-    shapley.consumers = (
-        lambda e: (
-            buffers.append((e.activation, e.output_grad))
-            if e.site.kind == "linear" and not e.run.detached and len(found) == WARM_UP
-            else None
-        ),
-    )
-    step = scored_step(shapley, case)
-
-    def timed(iteration: int, batch: Batch) -> None:
-        phases.spent.clear()
-        step(iteration, batch)
-        found.append({name: (spent[0], spent[1]) for name, spent in phases.spent.items()})
-
-    try:
-        whole = alternate(
-            plain_step(plain, case),
-            timed,
-            batch=batches_of(case, vocab),
-            pairs=pairs,
-            synchronise=synchronise,
+    with side_by_side(case, vocab) as both:
+        _instrument(phases, both.shapley, case)
+        phases.around(ScoredStep, "finish", "finish")
+        both.shapley.consumers = (
+            lambda e: (
+                buffers.append((e.activation, e.output_grad))
+                if e.site.kind == "linear" and not e.run.detached and len(found) == WARM_UP
+                else None
+            ),
         )
-    finally:
-        shapley.close()
+
+        def timed(iteration: int, batch: Batch) -> None:
+            phases.spent.clear()
+            both.scored(iteration, batch)
+            found.append({name: (spent[0], spent[1]) for name, spent in phases.spent.items()})
+
+        whole = both.alternate(pairs, scored=timed)
     for _ in range(pairs):
         began = time.perf_counter(), time.process_time()
         for activation, output_grad in buffers:

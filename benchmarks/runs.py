@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from math import ceil
@@ -209,18 +209,44 @@ class Measured:
     peak_rss_mb: float
 
 
-def plain_and_scored(case: Case, pairs: int, vocab: int) -> Measured:
-    """Alternate both kinds of steps on this rank; two copies of one model train side by side."""
-    plain, scored = build_engine(case, vocab), build_engine(case, vocab)
-    shapley = scoring_of(scored, case, vocab)
-    try:
-        timed = alternate(
-            plain_step(plain, case),
-            scored_step(shapley, case),
-            batch=batches_of(case, vocab, scored.device),
+@dataclass(frozen=True)
+class SideBySide:
+    """Two copies of one model on this rank, and a step of each kind."""
+
+    case: Case
+    vocab: int
+    plain: Step
+    scored: Step
+    shapley: Any
+
+    def alternate(self, pairs: int, plain: Step | None = None, scored: Step | None = None) -> Pairs:
+        """Time pairs of steps, of both kinds or of what stands in for them."""
+        return alternate(
+            plain or self.plain,
+            scored or self.scored,
+            batch=batches_of(self.case, self.vocab, self.shapley.engine.device),
             pairs=pairs,
             synchronise=synchronise,
         )
+
+
+@contextlib.contextmanager
+def side_by_side(case: Case, vocab: int) -> Iterator[SideBySide]:
+    """Both copies, the second with taps until the block is left."""
+    plain, scored = build_engine(case, vocab), build_engine(case, vocab)
+    shapley = scoring_of(scored, case, vocab)
+    try:
+        yield SideBySide(case, vocab, plain_step(plain, case), scored_step(shapley, case), shapley)
     finally:
         shapley.close()
+
+
+def plain_and_scored(case: Case, pairs: int, vocab: int) -> Measured:
+    """Alternate both kinds of steps on this rank; of a case without validation two plain ones, of two copies."""
+    if case.validation:
+        with side_by_side(case, vocab) as both:
+            timed = both.alternate(pairs)
+    else:
+        first, second = (plain_step(build_engine(case, vocab), case) for _ in range(2))
+        timed = alternate(first, second, batch=batches_of(case, vocab), pairs=pairs, synchronise=synchronise)
     return Measured(timed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

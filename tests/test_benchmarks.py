@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import gpu, growth, overhead, profile
+from benchmarks import gpu, growth, operations, overhead, profile
 from benchmarks.cases import Case
 from benchmarks.pairs import Pairs, outcome
 from benchmarks.profile import Phases
@@ -59,6 +59,32 @@ def test_the_smoke_subset_runs_and_prints_its_ratios() -> None:
     """One case of it, one pair of steps, in a process of its own."""
     [found] = overhead.measure_together([replace(BASE, train=8, hidden=32)], pairs=1, vocab=64)
     assert found.cpu_ratio > 0 and found.pairs == 1 and found.name == "base"
+
+
+def test_operations_are_compared_by_their_smallest_times() -> None:
+    """One that only scored steps have lies above the ideal with all of it."""
+    plain, scored = {"mm": [9.0, 8.0]}, {"mm": [9.0, 10.0], "dot": [2.0, 1.5]}
+    found = operations.compare(plain, scored, 1.125)
+    assert [(o.name, o.plain_ms, o.scored_ms, o.above_ms) for o in found] == [
+        ("dot", 0.0, 1.5, 1.5),
+        ("mm", 8.0, 9.0, 0.0),
+    ]
+
+
+def test_operations_of_real_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    """Running dots are what scoring adds."""
+    operations.main(hidden=32, layers=1, seq_length=16, train=8, vocab=64, pairs=1, as_json=True)
+    found = {o["name"]: o for o in json.loads(capsys.readouterr().out)["operations"]}
+    assert found["aten::dot"]["plain_ms"] == 0.0 < found["aten::dot"]["scored_ms"]
+    assert found[operations.WHOLE]["scored_ms"] > 0.0 and "LinearTapBackward" in found
+
+
+def test_plain_steps_are_compared_with_plain_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    overhead.main(
+        hidden=32, layers=1, train=8, vocab=64, pairs=1, threads=1, only="seq256", same=True, as_json=True
+    )
+    [found] = json.loads(capsys.readouterr().out)["cases"]
+    assert (found["name"], found["ideal"], found["pairs"]) == ("seq256 8, plain", 1.0, 1)
 
 
 @pytest.mark.parametrize("benchmark", [overhead, gpu])
