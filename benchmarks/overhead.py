@@ -205,10 +205,8 @@ def main(
         found = cases(start)
     found = [case for case in found if only in case.name]
     if same:
-        names = dict.fromkeys(case.name.split(":")[0] for case in found)
         found = [
-            replace(case, name=f"{name}, plain", validation=0, estimator="first_order")
-            for name, case in zip(names, {case.seq_length: case for case in found}.values(), strict=True)
+            replace(case, name=f"{case.name}, plain", validation=0, estimator="first_order") for case in found
         ]
     if not found:
         raise typer.BadParameter(f"no case's name contains {only!r}", param_hint="--only")

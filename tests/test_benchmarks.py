@@ -81,10 +81,10 @@ def test_operations_of_real_steps(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_plain_steps_are_compared_with_plain_ones(capsys: pytest.CaptureFixture[str]) -> None:
     overhead.main(
-        hidden=32, layers=1, train=8, vocab=64, pairs=1, threads=1, only="seq256", same=True, as_json=True
+        hidden=32, layers=1, train=8, vocab=64, pairs=1, threads=1, only="seq256 8:1", same=True, as_json=True
     )
     [found] = json.loads(capsys.readouterr().out)["cases"]
-    assert (found["name"], found["ideal"], found["pairs"]) == ("seq256 8, plain", 1.0, 1)
+    assert (found["name"], found["ideal"], found["pairs"]) == ("seq256 8:1, plain", 1.0, 1)
 
 
 @pytest.mark.parametrize("benchmark", [overhead, gpu])
