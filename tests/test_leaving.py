@@ -6,10 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from inrun_megatron.config import ParallelConfig
+from inrun_megatron.errors import UserError
 from inrun_megatron.parallel import leaving
+from inrun_megatron.shapley import in_run
+from inrun_megatron.training import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,3 +94,23 @@ def test_it_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     leaving.wait_at_exit()
     assert asked == [leaving.wait_for_gloo]
     leaving.wait_at_exit.cache_clear()
+
+
+class _FarEnough(Exception):
+    """What comes after it needs ranks."""
+
+
+def test_scoring_and_training_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(**options: object) -> None:
+        raise _FarEnough
+
+    asked: list[str] = []
+    monkeypatch.setattr(in_run, "wait_at_exit", lambda: asked.append("scoring"))
+    nothing: Any = None
+    with pytest.raises(UserError, match="no target given"):
+        in_run.InRunShapley(nothing, [], nothing)
+    monkeypatch.setattr(distributed, "wait_at_exit", lambda: asked.append("training"))
+    monkeypatch.setattr("deepspeed.init_distributed", stop)
+    with pytest.raises(_FarEnough):
+        distributed._start_deepspeed(ParallelConfig())
+    assert asked == ["scoring", "training"]

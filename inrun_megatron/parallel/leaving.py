@@ -1,10 +1,10 @@
 """The end of a process that has used gloo.
 
 torch's ProcessGroupGloo (torch/csrc/distributed/c10d/ProcessGroupGloo.cpp, runLoop) reports a collective as done before its
-thread lets go of the tensors, and a tensor made in Python it lets go with the interpreter's lock. A thread that asks for the lock
-of an interpreter that is finalizing is ended there (CPython 3.11, take_gil in Python/ceval_gil.h), which C++ answers with "terminate called
-without an active exception": the rank aborts when all is done, and its launcher reports a failed run. ``destroy_process_group``
-ends these threads only where nobody else holds the group, and a DeepSpeed engine does.
+thread lets go of the tensors, and a tensor made in Python it lets go with the interpreter's lock. A thread that asks for the
+lock of an interpreter that is finalizing is ended there (CPython 3.11, take_gil in Python/ceval_gil.h), which C++ answers with
+"terminate called without an active exception": the rank aborts when all is done, and its launcher reports a failed run.
+``destroy_process_group`` ends these threads only where nobody else holds the group, and a DeepSpeed engine does.
 """
 
 from __future__ import annotations

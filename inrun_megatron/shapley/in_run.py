@@ -88,6 +88,7 @@ class InRunShapley:
         consumers: Sequence[Consumer] = (),
         taps: Taps | None = None,
     ) -> None:
+        wait_at_exit()
         if not targets:
             raise UserError("no target given; pass at least one --shapley-target NAME=PATH")
         if optimizer not in ("auto", "sgd"):
@@ -101,7 +102,6 @@ class InRunShapley:
         self.engine = engine
         self.targets = tuple(targets)
         self.credit, self.total_steps = credit, total_steps
-        wait_at_exit()
         self.layout = layout or Layout.current()
         self.estimator = Estimator.of(estimator, base or default_base(self.layout.pp_size))
         proxy = optimizer == "sgd"
